@@ -1,0 +1,131 @@
+// The module rlhf_kernels._cpu: run-time CPU detection, the registry, the thread loop. Compiled at baseline only.
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#define RK_ISA base
+#include "rk.h"
+
+namespace py = pybind11;
+
+namespace rk {
+namespace {
+
+Entry* first_entry = nullptr;
+
+struct Isa {
+    const char* name;
+    bool (*present)();
+    Call Entry::*variant;
+};
+
+bool always() { return true; }
+#if defined(RK_X86)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+const Isa kIsas[] = {  // plainest first
+    {"base", always, &Entry::base},
+#if defined(RK_X86)
+    {"avx2", has_avx2, &Entry::avx2},
+    {"avx512", has_avx512, &Entry::avx512},
+#endif
+};
+
+py::list isas() {
+    py::list names;
+    for (const Isa& isa : kIsas)
+        if (isa.present()) names.append(isa.name);
+    return names;
+}
+
+void call(const Entry* entry, Call variant, const py::args& args) {
+    const size_t count = std::string(entry->signature).size();
+    if (args.size() != count)
+        throw py::type_error(std::string(entry->name) + " takes " + std::to_string(count) + " arguments, got " +
+                             std::to_string(args.size()));
+    std::vector<Value> values(count);
+    for (size_t i = 0; i < count; ++i)
+        if (entry->signature[i] == 'd')
+            values[i].d = args[i].cast<double>();
+        else
+            values[i].i = args[i].cast<int64_t>();
+    py::gil_scoped_release release;
+    variant(values.data());
+}
+
+// {name: function} of one instruction set.
+py::dict functions(const std::string& name) {
+    for (const Isa& isa : kIsas) {
+        if (name != isa.name || !isa.present()) continue;
+        py::dict table;
+        for (const Entry* entry = first_entry; entry; entry = entry->next) {
+            const Call variant = entry->*isa.variant;
+            table[entry->name] = py::cpp_function([entry, variant](const py::args& args) { call(entry, variant, args); });
+        }
+        return table;
+    }
+    throw py::value_error("this machine cannot run the instruction set " + name);
+}
+
+// A fresh large result costs a page fault every 4 KiB, several times the kernel's own time; 2 MiB pages avoid that.
+void huge_pages(int64_t address, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const int64_t page = 4096, begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+    if (end > begin) madvise((void*)begin, (size_t)(end - begin), MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#else
+    (void)address;
+    (void)bytes;
+#endif
+}
+
+}  // namespace
+
+int add(Entry* entry) {
+    entry->next = first_entry;
+    first_entry = entry;
+    return 0;
+}
+
+void parallel_for(int64_t count, int64_t grain, int64_t threads, void (*body)(void*, int64_t, int64_t), void* context) {
+    const int64_t pieces = (count + grain - 1) / grain;
+#ifdef _OPENMP
+    if (pieces > 1 && threads > 1 && !omp_in_parallel()) {
+#pragma omp parallel for num_threads((int)threads) schedule(dynamic)
+        for (int64_t piece = 0; piece < pieces; ++piece) {
+            const int64_t begin = piece * grain;
+            body(context, begin, begin + grain < count ? begin + grain : count);
+        }
+        return;
+    }
+#endif
+    (void)pieces;
+    (void)threads;
+    if (count > 0) body(context, 0, count);
+}
+
+}  // namespace rk
+
+PYBIND11_MODULE(_cpu, module) {
+    module.doc() = "Native CPU kernels: functions take addresses, strides, counts and a thread count.";
+    module.def("isas", &rk::isas, "Instruction sets that were built and that this CPU has, plainest first.");
+    module.def("huge_pages", &rk::huge_pages, "Ask for huge pages under a fresh buffer (address, bytes).");
+    module.def("functions", &rk::functions, "{name: function} of one instruction set.");
+#ifdef _OPENMP
+    module.attr("threaded") = true;
+#else
+    module.attr("threaded") = false;
+#endif
+}

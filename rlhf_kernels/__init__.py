@@ -1,0 +1,38 @@
+"""Fused losses and advantages for reinforcement learning from human feedback."""
+
+from .advantages import RLHFAdvantages, gae, rlhf_advantages
+from .bradley_terry import RankingLoss, bradley_terry_loss, plackett_luce_loss
+from .dispatch import backend, backends
+from .kl import approx_kl, kl_from_logits
+from .linear import linear_cross_entropy, linear_kl, linear_logprobs, linear_ppo_loss
+from .logprobs import entropy_from_logits, logprobs_and_entropy_from_logits, logprobs_from_logits
+from .packing import PackedResponses, pack_responses
+from .ppo import PPOLoss, ppo_loss
+from .preference import preference_loss
+
+__version__ = "0.1.0"
+__all__ = [
+    "PPOLoss",
+    "PackedResponses",
+    "RLHFAdvantages",
+    "RankingLoss",
+    "__version__",
+    "approx_kl",
+    "backend",
+    "backends",
+    "bradley_terry_loss",
+    "entropy_from_logits",
+    "gae",
+    "kl_from_logits",
+    "linear_cross_entropy",
+    "linear_kl",
+    "linear_logprobs",
+    "linear_ppo_loss",
+    "logprobs_and_entropy_from_logits",
+    "logprobs_from_logits",
+    "pack_responses",
+    "plackett_luce_loss",
+    "ppo_loss",
+    "preference_loss",
+    "rlhf_advantages",
+]

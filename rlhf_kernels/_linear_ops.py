@@ -1,0 +1,245 @@
+"""The opaque operators behind linear.py: registration, fake results and autograd; the contract is reference/linear.py.
+
+All tensors arrive flat: hidden [N, H], weight [V, H], labels, rows, temperatures [M] (PPO: [B, T] or [M] beside the
+labels). chunk_size 0 means the backend's default, group_name "" means no process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from ._checks import reads_values
+from .logprobs import check_labels
+from .reference.ppo import STATS
+
+
+def _group(group_name: str):
+    if not group_name:
+        return None
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(group_name)
+
+
+@contextlib.contextmanager
+def _backend(hidden: Tensor):
+    """The backend, outside autocast: its products must not be rounded behind its back."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        yield dispatch.pick("linear", hidden)
+
+
+def _check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name, mask=None):
+    """The checks that read values: labels, rows and temperatures."""
+    if not reads_values(labels):
+        return
+    vocab = weight.shape[0]
+    if group_name:
+        total = torch.tensor(vocab, device=labels.device)
+        torch.distributed.all_reduce(total, group=_group(group_name))
+        vocab = int(total)
+    check_labels(labels if mask is None else torch.where(mask, labels, ignore_index), vocab, ignore_index)
+    if rows is not None and bool(((rows < 0) | (rows >= hidden.shape[0])).any()):
+        raise ValueError(f"rows holds values outside [0, {hidden.shape[0]}), the rows of hidden_states")
+    if temperatures is not None and not bool((temperatures > 0).all()):
+        raise ValueError("temperature holds values that are not > 0")
+
+
+def _row_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _fake_gradients(hidden, weight, bias, needs, saved=False):
+    """What a backend returns for d hidden, d weight and d bias; `saved` as made in a forward, where fp16 stays wide."""
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = [_row_dtype(hidden) if x is None else x.dtype for x in (hidden, weight, bias)]
+    if saved:
+        dtypes = [_row_dtype(hidden) if d == torch.float16 else d for d in dtypes]
+    return tuple(hidden.new_empty(s if need else 0, dtype=d) for s, d, need in zip(shapes, dtypes, needs))
+
+
+@torch.library.custom_op("rlhf_kernels::linear_logprobs_fwd", mutates_args=())
+def linear_logprobs_fwd(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
+    temperatures: Tensor | None, temperature: float, softcap: float | None, ignore_index: int, with_entropy: bool,
+    chunk_size: int, group_name: str, vocab_start: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name)
+    with _backend(hidden) as backend:
+        return backend.linear_logprobs_fwd(
+            hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy,
+            chunk_size, _group(group_name), vocab_start,
+        )  # fmt: skip
+
+
+@linear_logprobs_fwd.register_fake
+def _(hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy, *rest):
+    def new(shape):
+        return hidden.new_empty(shape, dtype=_row_dtype(hidden))
+
+    return new(labels.shape), new(labels.shape if with_entropy else 0), new(labels.shape), new(labels.shape)
+
+
+@torch.library.custom_op("rlhf_kernels::linear_logprobs_bwd", mutates_args=())
+def linear_logprobs_bwd(
+    grad_logprobs: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, labels: Tensor,
+    rows: Tensor | None, bias: Tensor | None, temperatures: Tensor | None, logprobs: Tensor, entropy: Tensor,
+    row_max: Tensor, log_sum: Tensor, temperature: float, softcap: float | None, ignore_index: int, chunk_size: int,
+    group_name: str, vocab_start: int, need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with _backend(hidden) as backend:
+        return backend.linear_logprobs_bwd(
+            grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy, row_max,
+            log_sum, temperature, softcap, ignore_index, chunk_size, _group(group_name), vocab_start, need_hidden,
+            need_weight, need_bias,
+        )  # fmt: skip
+
+
+@linear_logprobs_bwd.register_fake
+def _(grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, *rest):
+    return _fake_gradients(hidden, weight, bias, rest[-3:])
+
+
+def _logprobs_setup(ctx, inputs, output):
+    *tensors, temperature, softcap, ignore_index, ctx.with_entropy, chunk_size, group_name, vocab_start = inputs
+    ctx.options = (temperature, softcap, ignore_index, chunk_size, group_name, vocab_start)
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _logprobs_backward(ctx, grad_logprobs, grad_entropy, *_):
+    grad_entropy = grad_entropy if ctx.with_entropy else None
+    if grad_logprobs is None and grad_entropy is None:
+        return (None,) * 13
+    need_hidden, need_weight, _, _, need_bias = ctx.needs_input_grad[:5]
+    d_hidden, d_weight, d_bias = linear_logprobs_bwd(
+        grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, need_hidden, need_weight, need_bias
+    )
+    grads = (d_hidden if need_hidden else None, d_weight if need_weight else None)
+    return *grads, None, None, d_bias if need_bias else None, *(None,) * 8
+
+
+linear_logprobs_fwd.register_autograd(_logprobs_backward, setup_context=_logprobs_setup)
+
+
+@torch.library.custom_op("rlhf_kernels::linear_cross_entropy_fwd", mutates_args=())
+def linear_cross_entropy_fwd(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
+    temperatures: Tensor | None, temperature: float, softcap: float | None, ignore_index: int, chunk_size: int,
+    group_name: str, vocab_start: int, need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name)
+    with _backend(hidden) as backend:
+        return backend.linear_cross_entropy_fwd(
+            hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size,
+            _group(group_name), vocab_start, need_hidden, need_weight, need_bias,
+        )  # fmt: skip
+
+
+@linear_cross_entropy_fwd.register_fake
+def _(hidden, weight, labels, rows, bias, *rest):
+    loss = hidden.new_empty((), dtype=_row_dtype(hidden))
+    return loss, *_fake_gradients(hidden, weight, bias, rest[-3:], saved=True)
+
+
+@torch.library.custom_op("rlhf_kernels::linear_ppo_fwd", mutates_args=())
+def linear_ppo_fwd(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
+    temperatures: Tensor | None, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, normalizer: Tensor | None,
+    temperature: float, softcap: float | None, cliprange: float, cliprange_high: float, dual_clip: float | None,
+    entropy_coef: float, loss_agg_mode: str, chunk_size: int, group_name: str, vocab_start: int, need_hidden: bool,
+    need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_values(hidden, weight, labels, rows, temperatures, 0, group_name, mask)
+    with _backend(hidden) as backend:
+        return backend.linear_ppo_fwd(
+            hidden, weight, labels, rows, bias, temperatures, old_log_probs, advantages, mask, normalizer, temperature,
+            softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size,
+            _group(group_name), vocab_start, need_hidden, need_weight, need_bias,
+        )  # fmt: skip
+
+
+@linear_ppo_fwd.register_fake
+def _(hidden, weight, labels, rows, bias, *rest):
+    def new(shape):
+        return hidden.new_empty(shape, dtype=_row_dtype(hidden))
+
+    return new(()), new(()), new(len(STATS)), *_fake_gradients(hidden, weight, bias, rest[-3:], saved=True)
+
+
+def _fused_setup(ctx, inputs, output):
+    """The loss is output 0, its gradients are the last three; everything but the loss is for reading only."""
+    ctx.save_for_backward(*output[-3:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in (0, 1, 4)]
+    ctx.count = len(inputs)
+
+
+def _fused_backward(ctx, grad, *_):
+    grads = [None] * ctx.count
+    if grad is not None:
+        for i, dtype, saved in zip((0, 1, 4), ctx.dtypes, ctx.saved_tensors):
+            if ctx.needs_input_grad[i]:
+                grads[i] = (saved * grad).to(dtype)
+    return tuple(grads)
+
+
+linear_cross_entropy_fwd.register_autograd(_fused_backward, setup_context=_fused_setup)
+linear_ppo_fwd.register_autograd(_fused_backward, setup_context=_fused_setup)
+
+
+@torch.library.custom_op("rlhf_kernels::linear_kl_fwd", mutates_args=())
+def linear_kl_fwd(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None,
+    ref_bias: Tensor | None, temperature: float, softcap: float | None, reverse: bool, chunk_size: int,
+) -> Tensor:  # fmt: skip
+    with _backend(hidden) as backend:
+        return backend.linear_kl_fwd(
+            hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap, reverse, chunk_size
+        )
+
+
+@linear_kl_fwd.register_fake
+def _(hidden, *rest):
+    return hidden.new_empty(hidden.shape[0], dtype=_row_dtype(hidden))
+
+
+@torch.library.custom_op("rlhf_kernels::linear_kl_bwd", mutates_args=())
+def linear_kl_bwd(
+    grad: Tensor, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None,
+    ref_bias: Tensor | None, temperature: float, softcap: float | None, reverse: bool, chunk_size: int,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with _backend(hidden) as backend:
+        return backend.linear_kl_bwd(
+            grad, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap, reverse, chunk_size,
+            need_hidden, need_weight, need_bias,
+        )  # fmt: skip
+
+
+@linear_kl_bwd.register_fake
+def _(grad, hidden, weight, ref_hidden, ref_weight, bias, *rest):
+    return _fake_gradients(hidden, weight, bias, rest[-3:])
+
+
+def _kl_setup(ctx, inputs, output):
+    *tensors, temperature, softcap, reverse, chunk_size = inputs
+    ctx.options = (temperature, softcap, reverse, chunk_size)
+    ctx.save_for_backward(*tensors)
+
+
+def _kl_backward(ctx, grad):
+    need_hidden, need_weight, _, _, need_bias = ctx.needs_input_grad[:5]
+    d_hidden, d_weight, d_bias = linear_kl_bwd(
+        grad, *ctx.saved_tensors, *ctx.options, need_hidden, need_weight, need_bias
+    )
+    grads = (d_hidden if need_hidden else None, d_weight if need_weight else None)
+    return *grads, None, None, d_bias if need_bias else None, *(None,) * 5
+
+
+linear_kl_fwd.register_autograd(_kl_backward, setup_context=_kl_setup)

@@ -1,0 +1,264 @@
+"""Ranking losses of a reward model: all pairs of K ranked responses (Bradley-Terry), or the order (Plackett-Luce)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from ._checks import (
+    FLOATS,
+    check_cu_seqlens,
+    check_dtype,
+    check_in,
+    check_range,
+    check_same_device,
+    check_shape,
+    reads_values,
+)
+from .reference.bradley_terry import STATS, accumulator_dtype
+
+_RANK_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
+_REDUCTIONS = ("mean", "sum", "none")
+_TIES = ("drop", "half")
+
+
+class RankingLoss(NamedTuple):
+    """The loss, and a dict of detached scalars on the device of the scores."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def bradley_terry_loss(
+    scores, ranks, cu_groups=None, *, margins=None, ties="drop", reduction="mean", num_items_in_batch=None
+):
+    """Reward-model loss over all pairs of each prompt's ranked responses.
+
+    For one prompt, -1/|pairs| * sum over (w better than l) of log sigmoid(s_w - s_l - margin), then the mean over the
+    prompts that have a pair: Ouyang et al. 2022, eq. (1), so a prompt with 9 responses weighs as much as one with 4.
+    Without ties |pairs| is K(K-1)/2; a tie is no pair, unless ties="half". A prompt without a pair counts nowhere.
+
+    Args:
+        scores: [P, K] or [S] fp32|bf16|fp16|fp64, the reward model's scores; the arithmetic is fp32 (fp64 for fp64).
+        ranks: like scores, integer, a lower rank is better, equal ranks are a tie. A rank below 0 (use -1) marks an
+            absent response, the way to pad [P, K]; its score may be NaN.
+        cu_groups: [P+1] int64|int32 offsets for flat scores: prompt p owns the entries cu_groups[p] up to
+            cu_groups[p+1]; None for [P, K].
+        margins: gap that the better response must win by, not differentiated; None = 0. A number or [P]: the same for
+            all pairs of a prompt. [P, K, K]: entry [p, i, j] for the pair "i beats j". With flat scores [S, M]: entry
+            [i, n] for the pair "i beats the n-th response of its prompt", M >= the largest prompt. Ties have none.
+        ties: "drop" (the paper), or "half": a tied pair adds half of both directions' losses, which pulls the two
+            scores together, and counts as one pair.
+        reduction: "mean" over the prompts that have a pair, "sum" over prompts, or "none" for [P] (0 without a pair).
+        num_items_in_batch: number or 0-d tensor, prompts that have a pair in the whole batch, over all micro-batches
+            and processes; divides instead of this call's count. Only with reduction="mean".
+    Returns:
+        RankingLoss(loss, metrics); loss is fp32 (fp64 for fp64), differentiable in scores. Metrics, over all pairs
+        that are no ties: accuracy (equal scores count half), margin (mean s_w - s_l), pairs (that the loss counts);
+        over all present responses: min_reward, mean_reward, max_reward. NaN where there is nothing to average.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; unknown ties or reduction; cu_groups not ascending to S;
+            num_items_in_batch below 1 or with another reduction than "mean".
+    Cost:
+        K(K-1)/2 pairs a prompt, forward only: the gradient is made there; backward is one product. No host sync in
+        the native backends.
+    Example:
+        >>> import torch
+        >>> scores = torch.tensor([[1.8, 0.9, 0.3, -0.5]], requires_grad=True)
+        >>> loss, metrics = bradley_terry_loss(scores, torch.tensor([[0, 1, 2, 3]]))
+        >>> loss.backward()
+        >>> round(loss.item(), 3), int(metrics["pairs"]), metrics["accuracy"].item()
+        (0.278, 6, 1.0)
+    """
+    check_in("ties", ties, _TIES)
+    _check_reduction(reduction, num_items_in_batch)
+    flat_scores, flat_ranks, cu_groups = _flatten(scores, ranks, cu_groups)
+    flat_margins = _flatten_margins(margins, scores, cu_groups)
+    loss, _, stats = torch.ops.rlhf_kernels.bradley_terry_fwd(
+        flat_scores, flat_ranks, cu_groups, flat_margins, ties == "half"
+    )
+    stats = stats.detach()
+    return RankingLoss(_reduce(loss, stats, reduction, num_items_in_batch), _metrics(stats, "pairs"))
+
+
+def plackett_luce_loss(scores, ranks, cu_groups=None, *, reduction="mean", num_items_in_batch=None):
+    """Reward-model loss of a whole ranking: the best is chosen among all, the second among the rest, and so on.
+
+    For one prompt the mean over its choices of -log(exp(s_i) / (exp(s_i) + sum over all j worse than i of exp(s_j)));
+    times K - 1 it is the negative log-likelihood of the order (Plackett 1975). Then the mean over prompts. For K = 2
+    it is the Bradley-Terry loss. Ties: tied responses do not compete with each other, each is chosen among itself
+    and the strictly worse, so a tie says nothing about the order of its members; a response with nobody worse
+    makes no choice.
+
+    Args:
+        scores: [P, K] or [S] fp32|bf16|fp16|fp64.
+        ranks: like scores, integer, lower is better, equal is a tie, below 0 is absent (its score may be NaN).
+        cu_groups: [P+1] int64|int32 offsets for flat scores; None for [P, K].
+        reduction: "mean" over the prompts that have a choice, "sum" over prompts, or "none" for [P].
+        num_items_in_batch: number or 0-d tensor, prompts that have a choice in the whole batch; divides instead of
+            this call's count. Only with reduction="mean".
+    Returns:
+        RankingLoss(loss, metrics); metrics as in `bradley_terry_loss` with `choices` in place of `pairs`.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; unknown reduction; cu_groups not ascending to S.
+    Cost:
+        K(K-1)/2 exponentials a prompt, forward only: the gradient is made there; backward is one product.
+    Example:
+        >>> import torch
+        >>> loss, metrics = plackett_luce_loss(torch.zeros(1, 3), torch.tensor([[0, 1, 2]]))
+        >>> round(loss.item(), 4)  # log(3 * 2) / 2 choices
+        0.8959
+    """
+    _check_reduction(reduction, num_items_in_batch)
+    flat_scores, flat_ranks, cu_groups = _flatten(scores, ranks, cu_groups)
+    loss, _, stats = torch.ops.rlhf_kernels.plackett_luce_fwd(flat_scores, flat_ranks, cu_groups)
+    stats = stats.detach()
+    return RankingLoss(_reduce(loss, stats, reduction, num_items_in_batch), _metrics(stats, "choices"))
+
+
+def _check_reduction(reduction, num_items_in_batch):
+    check_in("reduction", reduction, _REDUCTIONS)
+    if num_items_in_batch is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_items_in_batch goes with reduction='mean' only, got reduction={reduction!r}")
+    if isinstance(num_items_in_batch, Tensor):
+        check_shape("num_items_in_batch", num_items_in_batch, (), "a number or a 0-d tensor")
+    else:
+        check_range("num_items_in_batch", num_items_in_batch, 1)
+
+
+def _flatten(scores, ranks, cu_groups):
+    check_dtype("scores", scores, FLOATS)
+    check_dtype("ranks", ranks, _RANK_DTYPES)
+    check_same_device(scores=scores, ranks=ranks, cu_groups=cu_groups)
+    if cu_groups is None:
+        check_shape("scores", scores, (None, None), "[P, K], or flat [S] together with cu_groups [P+1]")
+        check_shape("ranks", ranks, scores.shape, "like scores")
+        prompts, responses = scores.shape
+        cu_groups = torch.arange(prompts + 1, device=scores.device) * responses
+    else:
+        check_shape("scores", scores, (None,), "flat [S], because cu_groups is given")
+        check_shape("ranks", ranks, scores.shape, "like scores")
+        check_cu_seqlens("cu_groups", cu_groups, scores.shape[0])
+    return scores.reshape(-1).contiguous(), ranks.reshape(-1).contiguous().long(), cu_groups.contiguous().long()
+
+
+def _flatten_margins(margins, scores, cu_groups):
+    if margins is None:
+        return None
+    dtype, prompts = accumulator_dtype(scores.dtype), cu_groups.shape[0] - 1
+    if not isinstance(margins, Tensor):
+        check_range("margins", margins)
+        return torch.full((prompts,), float(margins), dtype=dtype, device=scores.device)
+    check_dtype("margins", margins, FLOATS)
+    check_same_device(scores=scores, margins=margins)
+    if margins.dim() == 1:
+        check_shape("margins", margins, (prompts,), "[P], one for each prompt")
+    elif scores.dim() == 2:
+        check_shape("margins", margins, (*scores.shape, scores.shape[1]), "[P, K, K], one for each pair")
+        margins = margins.reshape(scores.numel(), scores.shape[1])
+    else:
+        check_shape("margins", margins, (scores.shape[0], None), "[S, M], one for each pair")
+    return margins.detach().to(dtype).contiguous()
+
+
+def _reduce(loss, stats, reduction, num_items_in_batch):
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if num_items_in_batch is not None:
+        return loss.sum() / num_items_in_batch
+    return loss.sum() / (stats[:, 0] > 0).sum().clamp(min=1)
+
+
+def _metrics(stats, counted):
+    totals = dict(zip(STATS, stats.sum(0).unbind(), strict=True))
+    column = dict(zip(STATS, stats.unbind(1), strict=True))
+    nothing = totals["responses"].new_full((), torch.nan)
+    some, any_prompt = totals["responses"] > 0, stats.shape[0] > 0
+    return {
+        "accuracy": totals["correct"] / totals["strict_pairs"],
+        "margin": totals["margin_sum"] / totals["strict_pairs"],
+        "min_reward": torch.where(some, column["reward_min"].amin(), nothing) if any_prompt else nothing,
+        "mean_reward": totals["reward_sum"] / totals["responses"],
+        "max_reward": torch.where(some, column["reward_max"].amax(), nothing) if any_prompt else nothing,
+        counted: totals["pairs"],
+    }
+
+
+@torch.library.custom_op("rlhf_kernels::bradley_terry_fwd", mutates_args=())
+def bradley_terry_fwd(
+    scores: Tensor, ranks: Tensor, cu_groups: Tensor, margins: Tensor | None, ties_half: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [P], gradient [S], stats [P, 8]; the contract is in reference/bradley_terry.py."""
+    _check_values(scores, cu_groups, margins)
+    backend = dispatch.pick("bradley_terry", scores)
+    return backend.bradley_terry_fwd(scores, ranks, cu_groups, margins, ties_half)
+
+
+@torch.library.custom_op("rlhf_kernels::plackett_luce_fwd", mutates_args=())
+def plackett_luce_fwd(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [P], gradient [S], stats [P, 8]; the contract is in reference/bradley_terry.py."""
+    _check_values(scores, cu_groups, None)
+    return dispatch.pick("bradley_terry", scores).plackett_luce_fwd(scores, ranks, cu_groups)
+
+
+@torch.library.custom_op("rlhf_kernels::bradley_terry_bwd", mutates_args=())
+def bradley_terry_bwd(grad_loss: Tensor, grad: Tensor, cu_groups: Tensor) -> Tensor:
+    """Upstream gradient [P] times the saved gradient [S]."""
+    return dispatch.pick("bradley_terry", grad).bradley_terry_bwd(grad_loss, grad, cu_groups)
+
+
+def _check_values(scores, cu_groups, margins):
+    """Checks that read data; they sit inside the operators, so that they also run in compiled programs."""
+    check_cu_seqlens("cu_groups", cu_groups, scores.shape[0])
+    if margins is not None and margins.dim() == 2 and reads_values(cu_groups) and cu_groups.shape[0] > 1:
+        largest = int(cu_groups.diff().max())
+        if margins.shape[1] < largest:
+            raise ValueError(f"margins has {margins.shape[1]} columns, expected at least {largest}, the largest prompt")
+
+
+@bradley_terry_fwd.register_fake
+def _(scores, ranks, cu_groups, margins, ties_half):
+    return _fake_forward(scores, cu_groups)
+
+
+@plackett_luce_fwd.register_fake
+def _(scores, ranks, cu_groups):
+    return _fake_forward(scores, cu_groups)
+
+
+@bradley_terry_bwd.register_fake
+def _(grad_loss, grad, cu_groups):
+    return torch.empty_like(grad)
+
+
+def _fake_forward(scores, cu_groups):
+    dtype, prompts = accumulator_dtype(scores.dtype), cu_groups.shape[0] - 1
+    return (
+        scores.new_empty(prompts, dtype=dtype),
+        scores.new_empty(scores.shape[0], dtype=dtype),
+        scores.new_empty((prompts, len(STATS)), dtype=dtype),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(output[1], inputs[2])
+    ctx.scores_dtype, ctx.n_inputs = inputs[0].dtype, len(inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_loss, grad_grad, grad_stats):
+    nothing = (None,) * (ctx.n_inputs - 1)
+    if grad_loss is None:
+        return None, *nothing
+    grad, cu_groups = ctx.saved_tensors
+    grad_scores = torch.ops.rlhf_kernels.bradley_terry_bwd(grad_loss.contiguous(), grad, cu_groups)
+    return grad_scores.to(ctx.scores_dtype), *nothing
+
+
+bradley_terry_fwd.register_autograd(_backward, setup_context=_setup_context)
+plackett_luce_fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,141 @@
+"""Which backend serves a call: one table, read from top to bottom.
+
+An op's first row that applies to the tensor and whose backend is present serves it. `with backend(name)` or the
+environment variable RLHF_KERNELS_BACKEND names one backend instead; that choice is obeyed or raises, it never falls
+back.
+A backend is a module with functions `<name>_fwd` and `<name>_bwd`; the reference module defines what they mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import torch
+
+Applies = Callable[[torch.device, torch.dtype, tuple[int, ...]], bool]
+
+
+def _cpu_up_to_fp32(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _any(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return True
+
+
+_NATIVE = "rlhf_kernels._native"
+_REFERENCE = "rlhf_kernels.reference."
+
+TABLE: dict[str, list[tuple[str, Applies, str]]] = {
+    "logprobs": [("reference", _any, _REFERENCE + "logprobs")],
+    "linear": [("reference", _any, _REFERENCE + "linear")],
+    "kl": [("reference", _any, _REFERENCE + "kl")],
+    "advantages": [("cpu", _cpu_up_to_fp32, _NATIVE), ("reference", _any, _REFERENCE + "advantages")],
+    "ppo": [("reference", _any, _REFERENCE + "ppo")],
+    "bradley_terry": [("cpu", _cpu_up_to_fp32, _NATIVE), ("reference", _any, _REFERENCE + "bradley_terry")],
+    "preference": [("reference", _any, _REFERENCE + "preference")],
+    "packing": [("reference", _any, _REFERENCE + "packing")],
+}
+
+BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(row[0] for rows in TABLE.values() for row in rows))
+
+_chosen: str | None = None
+
+
+def _missing(name: str) -> str | None:
+    """Why the backend cannot run on this machine, or None if it can."""
+    if name == "cpu":
+        return importlib.import_module(_NATIVE).missing()
+    return None
+
+
+def _check_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} names the unknown backend {name!r}; known backends: {', '.join(BACKENDS)}")
+    return name
+
+
+def _explicit() -> tuple[str, str] | None:
+    """The backend that somebody asked for, and where; None if the choice is automatic."""
+    if _chosen is not None:
+        return _chosen, f"backend({_chosen!r})"
+    name = os.environ.get("RLHF_KERNELS_BACKEND")
+    if not name:
+        return None
+    return _check_backend(name, "RLHF_KERNELS_BACKEND"), f"RLHF_KERNELS_BACKEND={name}"
+
+
+def pick(op: str, tensor: torch.Tensor) -> ModuleType:
+    """The backend module that serves `op` on this tensor; raises RuntimeError if an explicit choice cannot."""
+    if op not in TABLE:
+        raise ValueError(f"unknown op {op!r}; known ops: {', '.join(TABLE)}")
+    facts = (tensor.device, tensor.dtype, tuple(tensor.shape))
+    explicit = _explicit()
+    if explicit is None:
+        for name, applies, module in TABLE[op]:
+            if applies(*facts) and _missing(name) is None:
+                return importlib.import_module(module)
+        raise RuntimeError(f"no backend serves {op} on a {tensor.dtype} tensor on {tensor.device}")
+    wanted, source = explicit
+    for name, applies, module in TABLE[op]:
+        if name == wanted:
+            reason = _missing(name)
+            if reason is None and applies(*facts):
+                return importlib.import_module(module)
+            reason = reason or f"it does not take a {tensor.dtype} tensor on {tensor.device}"
+            raise RuntimeError(f"{source} was asked for, but cannot serve {op}: {reason}")
+    has = ", ".join(row[0] for row in TABLE[op])
+    raise RuntimeError(f"{source} was asked for, but {op} has no such backend; it has: {has}")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Serve every op inside the `with` block by one backend, in all threads of the process.
+
+    A call that the backend cannot serve raises RuntimeError and says why. A backward pass takes the backend that is
+    chosen when it runs, so keep `loss.backward()` inside the block too.
+
+    Args:
+        name: a backend listed by `backends()`.
+    Raises:
+        ValueError: the name is unknown; the message lists the known ones.
+    Example:
+        >>> import torch, rlhf_kernels
+        >>> with rlhf_kernels.backend("reference"):
+        ...     advantages, returns = rlhf_kernels.gae(torch.ones(1, 2), torch.zeros(1, 2), lam=1.0)
+        >>> advantages
+        tensor([[2., 1.]])
+    """
+    global _chosen
+    before, _chosen = _chosen, _check_backend(name, "backend()")
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+class _Backends(dict):
+    """{op: {backend: "available" or "missing: why"}} that prints as a table."""
+
+    def __str__(self) -> str:
+        return "\n".join(f"{op:14} {name:10} {state}" for op, row in self.items() for name, state in row.items())
+
+    __repr__ = __str__
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What can serve each op on this machine, in order of preference, and for what cannot, why.
+
+    Returns:
+        {op: {backend: "available" or "missing: why"}}; it prints as a table.
+    Example:
+        >>> import rlhf_kernels
+        >>> rlhf_kernels.backends()["advantages"]["reference"]
+        'available'
+    """
+    state = {name: "available" if (why := _missing(name)) is None else f"missing: {why}" for name in BACKENDS}
+    return _Backends({op: {name: state[name] for name, _, _ in rows} for op, rows in TABLE.items()})

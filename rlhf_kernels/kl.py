@@ -1,0 +1,161 @@
+"""KL divergences in nats: exact between two sets of logits, and estimated from the log-probs of samples."""
+
+from __future__ import annotations
+
+import torch
+
+from . import dispatch
+from ._checks import check_dtype, check_in, check_range, check_same_device, check_shape
+from .logprobs import check_logits
+
+DIRECTIONS = ("reverse", "forward")
+ESTIMATORS = ("k1", "k2", "k3")
+
+
+def _wider(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+
+
+@torch.library.custom_op("rlhf_kernels::kl_fwd", mutates_args=())
+def kl_fwd(logits: torch.Tensor, ref_logits: torch.Tensor, temperature: float, reverse: bool) -> torch.Tensor:
+    return dispatch.pick("kl", logits).kl_fwd(logits, ref_logits, temperature, reverse)
+
+
+@kl_fwd.register_fake
+def _(logits, ref_logits, temperature, reverse):
+    return logits.new_empty(logits.shape[:-1], dtype=_wider(logits, ref_logits))
+
+
+@torch.library.custom_op("rlhf_kernels::kl_bwd", mutates_args=())
+def kl_bwd(
+    grad: torch.Tensor, logits: torch.Tensor, ref_logits: torch.Tensor, temperature: float, reverse: bool,
+    need_logits: bool, need_ref: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    backend = dispatch.pick("kl", logits)
+    return backend.kl_bwd(grad, logits, ref_logits, temperature, reverse, need_logits, need_ref)
+
+
+@kl_bwd.register_fake
+def _(grad, logits, ref_logits, temperature, reverse, need_logits, need_ref):
+    return (
+        logits.new_empty(logits.shape if need_logits else 0),
+        ref_logits.new_empty(ref_logits.shape if need_ref else 0),
+    )
+
+
+def _kl_setup(ctx, inputs, output):
+    logits, ref_logits, *ctx.options = inputs
+    ctx.save_for_backward(logits, ref_logits)
+
+
+def _kl_backward(ctx, grad):
+    need = ctx.needs_input_grad[:2]
+    grads = kl_bwd(grad, *ctx.saved_tensors, *ctx.options, *need)
+    return *(g if wanted else None for g, wanted in zip(grads, need)), None, None
+
+
+kl_fwd.register_autograd(_kl_backward, setup_context=_kl_setup)
+
+
+@torch.library.custom_op("rlhf_kernels::approx_kl_fwd", mutates_args=())
+def approx_kl_fwd(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str) -> torch.Tensor:
+    return dispatch.pick("kl", log_probs).approx_kl_fwd(log_probs, ref_log_probs, estimator)
+
+
+@approx_kl_fwd.register_fake
+def _(log_probs, ref_log_probs, estimator):
+    return log_probs.new_empty(log_probs.shape, dtype=_wider(log_probs, ref_log_probs))
+
+
+@torch.library.custom_op("rlhf_kernels::approx_kl_bwd", mutates_args=())
+def approx_kl_bwd(
+    grad: torch.Tensor, log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return dispatch.pick("kl", log_probs).approx_kl_bwd(grad, log_probs, ref_log_probs, estimator)
+
+
+@approx_kl_bwd.register_fake
+def _(grad, log_probs, ref_log_probs, estimator):
+    return log_probs.new_empty(log_probs.shape), ref_log_probs.new_empty(ref_log_probs.shape)
+
+
+def _approx_setup(ctx, inputs, output):
+    log_probs, ref_log_probs, ctx.estimator = inputs
+    ctx.save_for_backward(log_probs, ref_log_probs)
+
+
+def _approx_backward(ctx, grad):
+    grads = approx_kl_bwd(grad, *ctx.saved_tensors, ctx.estimator)
+    return *(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad)), None
+
+
+approx_kl_fwd.register_autograd(_approx_backward, setup_context=_approx_setup)
+
+
+def kl_from_logits(
+    logits: torch.Tensor, ref_logits: torch.Tensor, *, temperature: float = 1.0, direction: str = "reverse"
+) -> torch.Tensor:
+    """Exact KL divergence between softmax(logits / temperature) and softmax(ref_logits / temperature), row by row.
+
+    With p the policy and q the reference: "reverse" is KL(p || q) = sum_j p_j (log p_j - log q_j), whose estimate from
+    samples of the policy is PPO's KL penalty; "forward" is KL(q || p), the loss of distillation. There is no factor
+    temperature^2.
+
+    Args:
+        logits: [..., V] fp32, bf16, fp16 or fp64, the policy's.
+        ref_logits: [..., V], the reference's; its dtype may differ.
+        temperature: > 0, divides both; default 1.0.
+        direction: "reverse", the default, or "forward".
+    Returns:
+        [...] fp32 (fp64 if either input is), in nats, >= 0. Differentiable in both inputs. Tokens without probability
+        on the side that is averaged over add 0; where only the other side lacks them the divergence is +inf, and that
+        row gets no gradient.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; temperature not > 0 and finite; unknown direction.
+    Cost: reads both inputs once, and again in the backward, which writes one gradient for each input that needs one;
+        no host sync.
+    Example:
+        >>> import torch
+        >>> policy, reference = torch.tensor([[0.0, 0.0]]), torch.log(torch.tensor([[0.25, 0.75]]))
+        >>> kl_from_logits(policy, reference)
+        tensor([0.1438])
+        >>> kl_from_logits(policy, reference, direction="forward")
+        tensor([0.1308])
+    """
+    check_logits("logits", logits)
+    check_logits("ref_logits", ref_logits)
+    check_shape("ref_logits", ref_logits, tuple(logits.shape), "the shape of logits")
+    check_same_device(logits=logits, ref_logits=ref_logits)
+    check_range("temperature", temperature, 0.0, float("inf"), low_open=True, high_open=True)
+    check_in("direction", direction, DIRECTIONS)
+    return kl_fwd(logits, ref_logits, float(temperature), direction == "reverse")
+
+
+def approx_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, *, estimator: str = "k1") -> torch.Tensor:
+    """Estimate of KL(policy || reference) at each sampled token, from its two log-probs.
+
+    With d = log_probs - ref_log_probs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. Averaged over tokens sampled from
+    the policy, k1 and k3 are unbiased; k1 of a single token may be negative, k2 and k3 never are. As a reward use k1:
+    the estimators are unbiased as values, their gradients are not gradients of the KL.
+
+    Args:
+        log_probs: any shape, fp32, bf16, fp16 or fp64, the policy's, in nats.
+        ref_log_probs: the same shape, the reference's, in nats.
+        estimator: "k1", the default, "k2" or "k3".
+    Returns:
+        The shape of log_probs, fp32 (fp64 if either input is), in nats. Differentiable in both inputs. Entries that
+        are equal, also both -inf, give 0. k3 grows as exp(-d) and is not clamped.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; unknown estimator.
+    Cost: reads two values and writes one an entry; the backward reads three and writes two; no host sync.
+    Example:
+        >>> import torch
+        >>> approx_kl(torch.tensor([-0.15, -0.30]), torch.tensor([-0.20, -0.45]))
+        tensor([0.0500, 0.1500])
+    """
+    check_dtype("log_probs", log_probs)
+    check_dtype("ref_log_probs", ref_log_probs)
+    check_shape("ref_log_probs", ref_log_probs, tuple(log_probs.shape), "the shape of log_probs")
+    check_same_device(log_probs=log_probs, ref_log_probs=ref_log_probs)
+    check_in("estimator", estimator, ESTIMATORS)
+    return approx_kl_fwd(log_probs, ref_log_probs, estimator)

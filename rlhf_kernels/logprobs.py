@@ -1,0 +1,230 @@
+"""Log-probs and entropy from logits, differentiable, with one read of the logits."""
+
+from __future__ import annotations
+
+import torch
+
+from . import dispatch
+from ._checks import check_dtype, check_range, check_same_device, check_shape, reads_values
+
+_INT64 = (torch.int64,)
+
+
+def check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise if a label is neither in [0, vocab) nor ignore_index; reads the labels only where checks may do so."""
+    if not reads_values(labels):
+        return
+    outside = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
+    if bool(outside.any()):
+        position = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(
+            f"labels holds {int(labels[position])} at position {list(position)}, "
+            f"expected values in [0, {vocab}) or ignore_index = {ignore_index}"
+        )
+
+
+def check_logits(name: str, logits: torch.Tensor) -> None:
+    """Raise unless this is a floating tensor [..., V] with V >= 1."""
+    check_dtype(name, logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{name} has shape {list(logits.shape)}, expected [..., V] with V >= 1")
+
+
+def _row_dtype(logits: torch.Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("rlhf_kernels::logprobs_fwd", mutates_args=())
+def logprobs_fwd(
+    logits: torch.Tensor, labels: torch.Tensor | None, temperature: float, softcap: float | None, ignore_index: int,
+    with_entropy: bool, inplace_backward: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    if labels is not None:
+        check_labels(labels, logits.shape[-1], ignore_index)
+    backend = dispatch.pick("logprobs", logits)
+    return backend.logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entropy)
+
+
+@logprobs_fwd.register_fake
+def _(logits, labels, temperature, softcap, ignore_index, with_entropy, inplace_backward=False):
+    def new(shape):
+        return logits.new_empty(shape, dtype=_row_dtype(logits))
+
+    shape = logits.shape[:-1]
+    return new(shape if labels is not None else 0), new(shape if with_entropy else 0), new(shape), new(shape)
+
+
+@torch.library.custom_op("rlhf_kernels::logprobs_bwd", mutates_args=())
+def logprobs_bwd(
+    grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, logits: torch.Tensor,
+    labels: torch.Tensor | None, logprobs: torch.Tensor, entropy: torch.Tensor, row_max: torch.Tensor,
+    log_sum: torch.Tensor, temperature: float, softcap: float | None, ignore_index: int,
+) -> torch.Tensor:  # fmt: skip
+    return dispatch.pick("logprobs", logits).logprobs_bwd(
+        grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, temperature, softcap,
+        ignore_index,
+    )  # fmt: skip
+
+
+@logprobs_bwd.register_fake
+def _(grad_logprobs, grad_entropy, logits, *rest):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("rlhf_kernels::logprobs_bwd_", mutates_args=("logits",))
+def logprobs_bwd_(
+    grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, logits: torch.Tensor,
+    labels: torch.Tensor | None, logprobs: torch.Tensor, entropy: torch.Tensor, row_max: torch.Tensor,
+    log_sum: torch.Tensor, temperature: float, softcap: float | None, ignore_index: int,
+) -> None:  # fmt: skip
+    dispatch.pick("logprobs", logits).logprobs_bwd(
+        grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, temperature, softcap,
+        ignore_index, inplace=True,
+    )  # fmt: skip
+
+
+def _setup_context(ctx, inputs, output):
+    logits, labels, *ctx.options, ctx.with_entropy, ctx.inplace = inputs
+    ctx.save_for_backward(logits, labels, *output)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_logprobs, grad_entropy, *_):
+    logits, labels, *rows = ctx.saved_tensors
+    grad_logprobs = None if labels is None else grad_logprobs
+    grad_entropy = grad_entropy if ctx.with_entropy else None
+    grad = None
+    if grad_logprobs is not None or grad_entropy is not None:
+        if ctx.inplace:
+            grad = logits.detach()
+            logprobs_bwd_(grad_logprobs, grad_entropy, grad, labels, *rows, *ctx.options)
+        else:
+            grad = logprobs_bwd(grad_logprobs, grad_entropy, logits, labels, *rows, *ctx.options)
+    return grad, None, None, None, None, None, None
+
+
+logprobs_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check_options(temperature, softcap):
+    check_range("temperature", temperature, 0.0, float("inf"), low_open=True, high_open=True)
+    if softcap is not None:
+        check_range("softcap", softcap, 0.0, float("inf"), low_open=True, high_open=True)
+    return float(temperature), None if softcap is None else float(softcap)
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def _forward(logits, labels, temperature, softcap, ignore_index, inplace_backward, with_entropy):
+    check_logits("logits", logits)
+    check_dtype("labels", labels, _INT64)
+    check_shape("labels", labels, tuple(logits.shape[:-1]), "the shape of logits without its last dimension")
+    check_same_device(logits=logits, labels=labels)
+    temperature, softcap = _check_options(temperature, softcap)
+    inplace = inplace_backward and not torch.compiler.is_compiling() and not _overlaps(logits)
+    return logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entropy, inplace)[:2]
+
+
+def logprobs_from_logits(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+) -> torch.Tensor:
+    """Log-prob of each label under softmax(softcap * tanh(logits / softcap) / temperature).
+
+    log p = (z_label - max z) - log(sum exp(z - max z)), summed in fp32 whatever the logits' dtype. A logit of -inf
+    (a banned token) has no probability and gets no gradient; a row of nothing but -inf gives -inf and no gradient.
+
+    Args:
+        logits: [..., V] fp32, bf16, fp16 or fp64; any strides.
+        labels: [...] int64 in [0, V), or ignore_index.
+        temperature: > 0, divides the logits after the softcap, as samplers do; default 1.0.
+        softcap: > 0, or None for no cap, the default. A logit of -inf stays -inf.
+        ignore_index: label of rows that do not count, default -100. They give 0 and no gradient, and their logits may
+            be NaN.
+        inplace_backward: write the gradient over the logits, which saves [..., V] of memory, default False. Nobody
+            else may need the logits after the backward; PyTorch raises if a saved copy would be read. Has no effect
+            under torch.compile and on expanded logits.
+    Returns:
+        [...] fp32 (fp64 for fp64 logits), in nats, <= 0. Differentiable in logits.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; temperature or softcap not > 0 and finite; a label outside
+            [0, V) that is not ignore_index. The last is checked on the CPU, and elsewhere only with
+            RLHF_KERNELS_CHECK=1; without it such a row becomes NaN.
+    Cost: reads the logits once, and once more in the backward, which writes their gradient; no host sync without
+        RLHF_KERNELS_CHECK=1. The reference backend works on blocks of rows in fp32.
+    Example:
+        >>> import torch
+        >>> logits = torch.log(torch.tensor([[0.15, 0.85]]))
+        >>> logprobs_from_logits(logits, torch.tensor([0]))
+        tensor([-1.8971])
+    """
+    return _forward(logits, labels, temperature, softcap, ignore_index, inplace_backward, False)[0]
+
+
+def logprobs_and_entropy_from_logits(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each label and entropy of each row, from one read of the logits; gradients flow through both.
+
+    entropy = -sum_j p_j log p_j of the same softmax as in `logprobs_from_logits`; entries with p = 0 add 0.
+
+    Args:
+        logits: [..., V] fp32, bf16, fp16 or fp64; any strides.
+        labels: [...] int64 in [0, V), or ignore_index.
+        temperature: > 0, divides the logits after the softcap; default 1.0.
+        softcap: > 0, or None for no cap, the default.
+        ignore_index: label of rows that do not count, default -100: log-prob 0, entropy 0, no gradient.
+        inplace_backward: write the gradient over the logits, default False; see `logprobs_from_logits`.
+    Returns:
+        (log-probs [...], entropy [...]), fp32 (fp64 for fp64 logits), in nats. Differentiable in logits.
+    Raises:
+        ValueError: as `logprobs_from_logits`.
+    Cost: as `logprobs_from_logits`; the entropy adds no read.
+    Example:
+        >>> import torch
+        >>> logprobs, entropy = logprobs_and_entropy_from_logits(torch.zeros(1, 4), torch.tensor([2]))
+        >>> logprobs, entropy
+        (tensor([-1.3863]), tensor([1.3863]))
+    """
+    return _forward(logits, labels, temperature, softcap, ignore_index, inplace_backward, True)
+
+
+def entropy_from_logits(
+    logits: torch.Tensor, *, temperature: float = 1.0, softcap: float | None = None
+) -> torch.Tensor:
+    """Entropy of softmax(softcap * tanh(logits / softcap) / temperature), row by row.
+
+    entropy = -sum_j p_j log p_j = log(sum exp(z - max z)) - sum_j p_j (z_j - max z). Logits of -inf add 0.
+
+    Args:
+        logits: [..., V] fp32, bf16, fp16 or fp64; any strides.
+        temperature: > 0, divides the logits after the softcap; default 1.0.
+        softcap: > 0, or None for no cap, the default.
+    Returns:
+        [...] fp32 (fp64 for fp64 logits), in nats, between 0 and log V; a row of nothing but -inf gives 0.
+        Differentiable in logits.
+    Raises:
+        ValueError: logits is not a floating tensor [..., V]; temperature or softcap not > 0 and finite.
+    Cost: reads the logits once, and once more in the backward; no host sync.
+    Example:
+        >>> import torch
+        >>> entropy_from_logits(torch.zeros(1, 8))
+        tensor([2.0794])
+    """
+    check_logits("logits", logits)
+    temperature, softcap = _check_options(temperature, softcap)
+    return logprobs_fwd(logits, None, temperature, softcap, 0, True)[1]

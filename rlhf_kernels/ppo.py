@@ -1,0 +1,270 @@
+"""The PPO loss: clipped policy loss, clipped value loss and entropy bonus, with their gradients made in the forward."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from ._checks import FLOATS, check_dtype, check_in, check_mask, check_range, check_same_device, check_shape
+from .reference.ppo import AGG_MODES, STATS, accumulator_dtype
+
+_VALUE_STATS = ("value_clip_fraction", "explained_variance", "value_mean", "return_mean")
+
+
+class PPOLoss(NamedTuple):
+    """The total loss, its two parts (they backpropagate too), and a dict of detached scalars on the device."""
+
+    loss: Tensor
+    policy_loss: Tensor
+    value_loss: Tensor | None
+    metrics: dict[str, Tensor]
+
+
+def ppo_loss(
+    log_probs,
+    old_log_probs,
+    advantages,
+    response_mask,
+    *,
+    values=None,
+    old_values=None,
+    returns=None,
+    cliprange=0.2,
+    cliprange_high=None,
+    dual_clip=None,
+    cliprange_value=0.2,
+    vf_coef=0.1,
+    entropy=None,
+    entropy_coef=0.0,
+    loss_agg_mode="token-mean",
+    num_items_in_batch=None,
+):
+    """PPO loss: policy_loss + vf_coef * value_loss - entropy_coef * entropy, each aggregated over the kept tokens.
+
+    policy: max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange_high)), r = exp(log_probs - old_log_probs), Schulman et
+    al. 2017, eq. (7); where A < 0 at most -A dual_clip (Ye et al. 2020).
+    value: 1/2 max((V - R)^2, (clip(V, V_old - cliprange_value, V_old + cliprange_value) - R)^2).
+
+    Args:
+        log_probs: [B, T] fp32|bf16|fp16|fp64, +log p of the sampled tokens now; differentiated. Arithmetic in fp32
+            (fp64 for fp64).
+        old_log_probs: [B, T], +log p when the tokens were sampled.
+        advantages: [B, T].
+        response_mask: [B, T] bool or integer, 1 = keep. What stands under a 0 may be NaN.
+        values: [B, T] value function now, differentiated; None = no value loss.
+        old_values: [B, T] values when the tokens were sampled; needed to clip.
+        returns: [B, T] targets of the values; needed with values.
+        cliprange: >= 0 and <= 1, how far below 1 the ratio counts; paper: 0.2.
+        cliprange_high: >= 0, how far above 1; None = cliprange.
+        dual_clip: > 1, bound on the ratio where A < 0; None = no bound.
+        cliprange_value: > 0, in units of the score: 0.2 holds a value function of scores around 10 in place, so
+            watch value_clip_fraction; None = no clipping.
+        vf_coef: >= 0, weight of the value loss.
+        entropy: [B, T] entropy of each token's distribution in nats, differentiated; None = not in loss or metrics.
+        entropy_coef: >= 0, weight of the entropy bonus; needs entropy.
+        loss_agg_mode: "token-mean": sum over tokens / tokens. "token-sum". "seq-mean-token-sum": mean over sequences of
+            the sum over tokens. "seq-mean-token-mean". "seq-mean-token-sum-norm": mean over sequences of sum / T,
+            T the width of the tensors. A sequence without a kept token is not counted.
+        num_items_in_batch: number or 0-d tensor: tokens (token-mean) or sequences (seq-*) of the whole batch, over all
+            micro-batches and processes; divides instead of this call's count, so that the gradients of the parts
+            add up to those of one big batch.
+    Returns:
+        PPOLoss(loss, policy_loss, value_loss, metrics): 0-d, fp32 (fp64 for fp64); value_loss None without values.
+        Metrics are plain means over kept tokens, NaN without any: tokens (their count), approx_kl (of 1/2 (log r)^2),
+        clip_fraction (the clip is active), ratio_mean, ratio_var, ratio_max; dual_clip_fraction with dual_clip;
+        value_clip_fraction, explained_variance (1 - var(R - V) / var(R)), value_mean, return_mean with values;
+        entropy with entropy.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; an argument that another one needs is missing; a number out
+            of range; unknown loss_agg_mode; num_items_in_batch with "token-sum".
+    Cost:
+        One pass with gradients in the forward, metrics included; backward is one product. No host sync.
+    Example:
+        >>> import torch
+        >>> new, old = torch.tensor([[-1.0, -2.0]], requires_grad=True), torch.tensor([[-1.0, -2.5]])
+        >>> loss = ppo_loss(new, old, torch.tensor([[0.65, 0.65]]), torch.tensor([[True, True]]))
+        >>> loss.loss.backward()
+        >>> round(loss.loss.item(), 4)  # -(0.65 + 0.65 * 1.2) / 2
+        -0.715
+        >>> new.grad  # the clipped token has none
+        tensor([[-0.3250,  0.0000]])
+    """
+    mask = _check_policy(log_probs, old_log_probs, advantages, response_mask)
+    _check_values(log_probs, values, old_values, returns, cliprange_value)
+    _check_entropy(log_probs, entropy, entropy_coef)
+    _check_numbers(cliprange, cliprange_high, dual_clip, cliprange_value, vf_coef)
+    normalizer = _normalizer(num_items_in_batch, loss_agg_mode, log_probs)
+    losses, *_, stats = torch.ops.rlhf_kernels.ppo_fwd(
+        *(None if x is None else x.contiguous() for x in (log_probs, old_log_probs, advantages, mask)),
+        *(None if x is None else x.contiguous() for x in (values, old_values, returns, entropy)),
+        normalizer,
+        float(cliprange),
+        float(cliprange if cliprange_high is None else cliprange_high),
+        None if dual_clip is None else float(dual_clip),
+        None if cliprange_value is None or values is None else float(cliprange_value),
+        loss_agg_mode,
+    )
+    loss, value_loss = losses[0], None
+    if values is not None:
+        value_loss = losses[1]
+        loss = loss + vf_coef * value_loss
+    if entropy is not None and entropy_coef:
+        loss = loss - entropy_coef * losses[2]
+    return PPOLoss(loss, losses[0], value_loss, _metrics(stats.detach(), values, entropy, dual_clip))
+
+
+def _check_policy(log_probs, old_log_probs, advantages, response_mask):
+    check_dtype("log_probs", log_probs, FLOATS)
+    check_shape("log_probs", log_probs, (None, None), "[B, T]")
+    for name, x in (("old_log_probs", old_log_probs), ("advantages", advantages)):
+        _check_like(name, x, log_probs)
+    mask = check_mask("response_mask", response_mask, log_probs.shape)
+    check_same_device(log_probs=log_probs, response_mask=mask)
+    return mask
+
+
+def _check_like(name, x, log_probs):
+    check_dtype(name, x, FLOATS)
+    check_shape(name, x, log_probs.shape, "[B, T], like log_probs")
+    check_same_device(**{"log_probs": log_probs, name: x})
+
+
+def _check_values(log_probs, values, old_values, returns, cliprange_value):
+    if values is None:
+        for name, x in (("old_values", old_values), ("returns", returns)):
+            if x is not None:
+                raise ValueError(f"{name} is given but values is None; give both, or neither")
+        return
+    _check_like("values", values, log_probs)
+    if returns is None:
+        raise ValueError("returns is None, but values is given: the value loss needs [B, T] returns")
+    _check_like("returns", returns, log_probs)
+    if old_values is not None:
+        _check_like("old_values", old_values, log_probs)
+    elif cliprange_value is not None:
+        raise ValueError(
+            f"old_values is None, but cliprange_value={cliprange_value!r} clips around them; "
+            "give old_values, or cliprange_value=None"
+        )
+
+
+def _check_entropy(log_probs, entropy, entropy_coef):
+    check_range("entropy_coef", entropy_coef, 0)
+    if entropy is not None:
+        _check_like("entropy", entropy, log_probs)
+    elif entropy_coef:
+        raise ValueError(f"entropy is None, but entropy_coef={entropy_coef!r} needs [B, T] entropies")
+
+
+def _check_numbers(cliprange, cliprange_high, dual_clip, cliprange_value, vf_coef):
+    check_range("cliprange", cliprange, 0, 1)
+    check_range("vf_coef", vf_coef, 0)
+    if cliprange_high is not None:
+        check_range("cliprange_high", cliprange_high, 0)
+    if dual_clip is not None:
+        check_range("dual_clip", dual_clip, 1, low_open=True)
+    if cliprange_value is not None:
+        check_range("cliprange_value", cliprange_value, 0, low_open=True)
+
+
+def _normalizer(num_items_in_batch, loss_agg_mode, log_probs):
+    check_in("loss_agg_mode", loss_agg_mode, AGG_MODES)
+    if num_items_in_batch is None:
+        return None
+    if loss_agg_mode == "token-sum":
+        raise ValueError("num_items_in_batch has no meaning with loss_agg_mode='token-sum', which divides by nothing")
+    if not isinstance(num_items_in_batch, Tensor):
+        check_range("num_items_in_batch", num_items_in_batch, 0, low_open=True)
+        return torch.full((), num_items_in_batch, dtype=accumulator_dtype(log_probs.dtype), device=log_probs.device)
+    check_shape("num_items_in_batch", num_items_in_batch, (), "a number or a 0-d tensor")
+    return num_items_in_batch.detach().to(log_probs.device, accumulator_dtype(log_probs.dtype))
+
+
+def _metrics(stats, values, entropy, dual_clip):
+    absent = set()
+    if values is None:
+        absent.update(_VALUE_STATS)
+    if entropy is None:
+        absent.add("entropy")
+    if dual_clip is None:
+        absent.add("dual_clip_fraction")
+    return {name: value for name, value in zip(STATS, stats.unbind(), strict=True) if name not in absent}
+
+
+@torch.library.custom_op("rlhf_kernels::ppo_fwd", mutates_args=())
+def ppo_fwd(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    entropy: Tensor | None,
+    normalizer: Tensor | None,
+    cliprange: float,
+    cliprange_high: float,
+    dual_clip: float | None,
+    cliprange_value: float | None,
+    loss_agg_mode: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses [3], gradients of log_probs, values and entropy, stats; the contract is in reference/ppo.py."""
+    return dispatch.pick("ppo", log_probs).ppo_fwd(
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
+        values,
+        old_values,
+        returns,
+        entropy,
+        normalizer,
+        cliprange,
+        cliprange_high,
+        dual_clip,
+        cliprange_value,
+        loss_agg_mode,
+    )
+
+
+@torch.library.custom_op("rlhf_kernels::ppo_bwd", mutates_args=())
+def ppo_bwd(
+    grad_losses: Tensor, grad_log_probs: Tensor, grad_values: Tensor, grad_entropy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The saved gradients times the upstream gradient [3] of their loss."""
+    return dispatch.pick("ppo", grad_log_probs).ppo_bwd(grad_losses, grad_log_probs, grad_values, grad_entropy)
+
+
+@ppo_fwd.register_fake
+def _(log_probs, old_log_probs, advantages, mask, values, old_values, returns, entropy, *numbers):
+    dtype = accumulator_dtype(log_probs.dtype)
+
+    def gradient(x):
+        return log_probs.new_empty((0,) if x is None else x.shape, dtype=dtype)
+
+    losses, stats = log_probs.new_empty(3, dtype=dtype), log_probs.new_empty(len(STATS), dtype=dtype)
+    return losses, gradient(log_probs), gradient(values), gradient(entropy), stats
+
+
+@ppo_bwd.register_fake
+def _(grad_losses, grad_log_probs, grad_values, grad_entropy):
+    return torch.empty_like(grad_log_probs), torch.empty_like(grad_values), torch.empty_like(grad_entropy)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:4])
+    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in (0, 4, 7)]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_losses, *_):
+    grads = [None] * 14
+    if grad_losses is not None:
+        products = torch.ops.rlhf_kernels.ppo_bwd(grad_losses.contiguous(), *ctx.saved_tensors)
+        for position, dtype, product in zip((0, 4, 7), ctx.dtypes, products, strict=True):
+            grads[position] = None if dtype is None else product.to(dtype)
+    return tuple(grads)
+
+
+ppo_fwd.register_autograd(_backward, setup_context=_setup_context)

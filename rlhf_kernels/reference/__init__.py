@@ -1,0 +1,1 @@
+"""Plain PyTorch definitions: what every backend must compute, for any dtype and device."""

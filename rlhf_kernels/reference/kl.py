@@ -1,0 +1,154 @@
+"""KL divergences: exact, between rows of two sets of logits, and estimated from log-probs of samples.
+
+Exact, with p = softmax(logits / temperature) and q = softmax(ref_logits / temperature):
+
+    reverse: KL(p || q) = sum_j p_j (log p_j - log q_j)      forward: KL(q || p) = sum_j q_j (log q_j - log p_j)
+
+    d KL(a || b) / d logits of a = a_j (log a_j - log b_j - KL)       d KL(a || b) / d logits of b = b_j - a_j
+
+Entries with a_j = 0 add 0. Where a_j > 0 = b_j the divergence is +inf, and the row gets no gradient.
+
+Estimated from a token sampled from p, with d = log p - log q: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. The means
+of k1 and k3 under p are KL(p || q) exactly; k2's is close where p and q are.
+"""
+
+import math
+
+import torch
+
+from .logprobs import _blocks, accumulator_dtype, finish_statistics, partial_statistics
+
+CASES = ("small", "batched", "masked_logits", "warm", "wide", "one_entry", "empty")
+
+
+def log_softmax_rows(z):
+    """(log p, p) of rows z [..., V] with their gradient; log p is 0 where p = 0, so that products stay finite."""
+    banned = z == -math.inf
+    row_max, total, _ = partial_statistics(z, False)
+    _, _, log_sum = finish_statistics(row_max, total, None, None)
+    shift = torch.where(row_max == -math.inf, 0.0, row_max)
+    log_p = torch.where(banned, 0.0, z - shift.unsqueeze(-1) - log_sum.unsqueeze(-1))
+    return log_p, torch.where(banned, 0.0, torch.exp(log_p))
+
+
+def divergence(z_a, z_b):
+    """KL(a || b) of rows of scaled logits [..., V], and what its gradients need: (kl, a, b, log a - log b)."""
+    log_a, a = log_softmax_rows(z_a)
+    log_b, b = log_softmax_rows(z_b)
+    impossible = ((z_b == -math.inf) & (z_a != -math.inf)).any(-1)
+    difference = log_a - log_b
+    kl = torch.clamp((a * difference).sum(-1), min=0.0)
+    return torch.where(impossible, math.inf, kl), a, b, difference
+
+
+def divergence_gradient(grad, z_a, z_b):
+    """(d/dz_a, d/dz_b) of grad * KL(a || b); both are 0 in rows whose divergence is infinite."""
+    kl, a, b, difference = divergence(z_a, z_b)
+    infinite = (kl == math.inf).unsqueeze(-1)
+    grad = grad.unsqueeze(-1)
+    d_a = torch.where(infinite, 0.0, grad * (a * (difference - kl.unsqueeze(-1))))
+    nothing = (z_a == -math.inf).all(-1, keepdim=True)
+    d_b = torch.where(infinite | nothing | (z_b == -math.inf), 0.0, grad * (b - a))
+    return torch.where(z_a == -math.inf, 0.0, d_a), d_b
+
+
+def kl_divergence(logits, ref_logits, *, temperature=1.0, direction="reverse"):
+    """The definition, differentiable by autograd: [...] fp32 or fp64, in nats."""
+    dtype = accumulator_dtype(logits, ref_logits)
+    z_p = (logits.to(dtype) / temperature).masked_fill(logits == -math.inf, -math.inf)
+    z_q = (ref_logits.to(dtype) / temperature).masked_fill(ref_logits == -math.inf, -math.inf)
+    return divergence(z_p, z_q)[0] if direction == "reverse" else divergence(z_q, z_p)[0]
+
+
+def kl_fwd(logits, ref_logits, temperature, reverse):
+    """Exact KL [...] of each row."""
+    vocab = logits.shape[-1]
+    rows, ref_rows = logits.reshape(-1, vocab), ref_logits.reshape(-1, vocab)
+    out = rows.new_zeros(rows.shape[0], dtype=accumulator_dtype(logits, ref_logits))
+    direction = "reverse" if reverse else "forward"
+    for start, stop in _blocks(rows.shape[0], vocab):
+        out[start:stop] = kl_divergence(
+            rows[start:stop], ref_rows[start:stop], temperature=temperature, direction=direction
+        )
+    return out.view(logits.shape[:-1])
+
+
+def kl_bwd(grad, logits, ref_logits, temperature, reverse, need_logits, need_ref):
+    """(d/dlogits, d/dref_logits), each in its input's dtype; of shape [0] where not needed."""
+    vocab = logits.shape[-1]
+    dtype = accumulator_dtype(logits, ref_logits)
+    sides = [x.reshape(-1, vocab) for x in (logits, ref_logits)]
+    out = [x.new_zeros(x.shape if need else 0) for x, need in zip(sides, (need_logits, need_ref))]
+    grad = grad.reshape(-1)
+    for start, stop in _blocks(sides[0].shape[0], vocab):
+        z_p, z_q = (x[start:stop].to(dtype) / temperature for x in sides)
+        if reverse:
+            d_p, d_q = divergence_gradient(grad[start:stop], z_p, z_q)
+        else:
+            d_q, d_p = divergence_gradient(grad[start:stop], z_q, z_p)
+        for target, d, need in zip(out, (d_p, d_q), (need_logits, need_ref)):
+            if need:
+                target[start:stop] = (d / temperature).to(target.dtype)
+    return tuple(
+        d.view(x.shape) if need else d for d, x, need in zip(out, (logits, ref_logits), (need_logits, need_ref))
+    )
+
+
+def log_ratio(log_probs, ref_log_probs):
+    """log p - log q in fp32 or fp64; 0 where both are the same, also both -inf."""
+    dtype = accumulator_dtype(log_probs, ref_log_probs)
+    log_p, log_q = (x.to(dtype).contiguous() for x in (log_probs, ref_log_probs))
+    return torch.where(log_p == log_q, 0.0, log_p - log_q)
+
+
+def approx_kl(log_probs, ref_log_probs, estimator):
+    """The definition of the estimators, elementwise; autograd of finite entries is exact."""
+    d = log_probs.to(accumulator_dtype(log_probs, ref_log_probs)) - ref_log_probs
+    return {"k1": lambda: d, "k2": lambda: 0.5 * d * d, "k3": lambda: torch.exp(-d) - 1.0 + d}[estimator]()
+
+
+def approx_kl_fwd(log_probs, ref_log_probs, estimator):
+    """k1, k2 or k3 of each entry; k3 without cancellation, and never below 0."""
+    d = log_ratio(log_probs, ref_log_probs)
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return 0.5 * d * d
+    return torch.where(d == -math.inf, math.inf, torch.clamp(torch.expm1(-d) + d, min=0.0))
+
+
+def approx_kl_bwd(grad, log_probs, ref_log_probs, estimator):
+    """(d/dlog_probs, d/dref_log_probs), each in its input's dtype."""
+    d = log_ratio(log_probs, ref_log_probs)
+    slope = {"k1": lambda: torch.ones_like(d), "k2": lambda: d, "k3": lambda: -torch.expm1(-d)}[estimator]()
+    out = grad.contiguous() * slope
+    return out.to(log_probs.dtype), (-out).to(ref_log_probs.dtype)
+
+
+def example_inputs(case, *, dtype=torch.float32, device="cpu", seed=0):
+    """Keyword arguments of `kl_from_logits` for a case of CASES."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = {
+        "small": (4, 7),
+        "batched": (2, 3, 17),
+        "masked_logits": (6, 11),
+        "warm": (3, 19),
+        "wide": (3, 4099),
+        "one_entry": (4, 1),
+        "empty": (0, 5),
+    }[case]
+    logits = 3.0 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    ref_logits = logits + torch.randn(shape, generator=generator, dtype=torch.float64)
+    if case == "masked_logits":
+        banned = torch.rand(shape, generator=generator) < 0.4
+        banned[:, 0] = False
+        logits[banned] = -math.inf
+        ref_logits[banned] = -math.inf
+        logits[1, 0] = -math.inf  # only the reference allows it: adds 0 in reverse, +inf in forward
+        ref_logits[2, 0] = -math.inf  # only the policy allows it: +inf in reverse, adds 0 in forward
+        logits[3, :] = ref_logits[3, :] = -math.inf  # nothing allowed at all: 0
+    return {
+        "logits": logits.to(dtype).to(device),
+        "ref_logits": ref_logits.to(dtype).to(device),
+        "temperature": 0.7 if case == "warm" else 1.0,
+    }

@@ -1,0 +1,366 @@
+"""Log-probs, cross-entropy, PPO loss and KL from hidden states and the LM head, without the [N, V] logits.
+
+All four walk over chunks of tokens. A chunk's logits [n, V] are made in fp32 (fp64 for fp64 inputs) from exact
+products of the inputs, turned into statistics, and, where a gradient is wanted, in the same memory order into dlogits:
+
+    logits = hidden[rows] weight^T + bias      d hidden = dlogits weight      d weight = sum of dlogits^T hidden[rows]
+
+d hidden and d weight are summed in fp32 and rounded once. Log-probs and KL recompute the logits in the backward;
+cross-entropy and PPO know their loss in the forward and make the gradients there. With a process group the columns of
+the head are spread over ranks: (max, sum, label's logit, weighted sum) of each row are merged by all-reduce, and
+d hidden is summed over the ranks.
+
+Rows whose label is ignored are replaced by 0 before any arithmetic, so their hidden states may be NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import kl as kl_reference
+from . import logprobs as row_reference
+from . import ppo as ppo_reference
+
+UPCAST_BLOCK = 4096  # head rows that are widened to fp32 at a time
+CASES = ("small", "masked", "rows", "rich", "banned", "one_entry", "empty")
+
+
+def default_chunk_size(vocab, device, group=None):
+    """Tokens a chunk: 2048 on accelerators and between ranks, which must agree; on a CPU about 16 MiB of logits."""
+    if device.type != "cpu" or group is not None:
+        return 2048
+    return max(64, (1 << 22) // max(vocab, 1))
+
+
+@dataclass
+class Head:
+    """One call's inputs: hidden [N, H], weight [V, H], bias [V] or None, and how logits become z."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    rows: Tensor | None = None  # [M] row of hidden for each label, or None for one label a row
+    temperatures: Tensor | None = None  # [M], instead of temperature
+    temperature: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self):
+        self.dtype = row_reference.accumulator_dtype(self.hidden)
+        self.vocab = self.weight.shape[0]
+        self.count = self.hidden.shape[0] if self.rows is None else self.rows.shape[0]
+
+    def blocks(self):
+        """Row ranges of the head, with its rows in the accumulator dtype."""
+        step = self.vocab if self.weight.dtype == self.dtype else UPCAST_BLOCK
+        for start in range(0, self.vocab, step):
+            yield slice(start, start + step), self.weight[start : start + step].to(self.dtype)
+
+    def inputs(self, part, kept):
+        """Hidden states [n, H] of a slice of labels, 0 where not kept."""
+        h = self.hidden[part] if self.rows is None else self.hidden[self.safe_rows(part)]
+        return torch.where(kept.unsqueeze(-1), h.to(self.dtype), 0.0)
+
+    def safe_rows(self, part):
+        return self.rows[part].clamp(0, max(self.hidden.shape[0] - 1, 0))
+
+    def astray(self, part):
+        """Where `rows` points outside the hidden states."""
+        if self.rows is None:
+            return False
+        return (self.rows[part] < 0) | (self.rows[part] >= self.hidden.shape[0])
+
+    def scaled(self, h, part):
+        """z [n, V] and dz/dlogits of these hidden states."""
+        logits = h.new_empty(h.shape[0], self.vocab)
+        for columns, weight in self.blocks():
+            torch.mm(h, weight.t(), out=logits[:, columns])
+        if self.bias is not None:
+            logits += self.bias.to(self.dtype)
+        temperature = self.temperature if self.temperatures is None else self.temperatures[part]
+        return row_reference.scale_logits(logits, temperature, self.softcap)
+
+
+class Gradients:
+    """fp32 sums of d hidden, d weight and d bias; those not needed stay empty."""
+
+    def __init__(self, head, need_hidden, need_weight, need_bias):
+        self.head = head
+        new = head.hidden.new_zeros
+        self.hidden = new(head.hidden.shape if need_hidden else 0, dtype=head.dtype)
+        self.weight = new(head.weight.shape if need_weight else 0, dtype=head.dtype)
+        self.bias = new(head.vocab if need_bias else 0, dtype=head.dtype)
+        self.need = (need_hidden, need_weight, need_bias)
+
+    def add(self, part, h, dlogits):
+        """Fold in a chunk's dlogits [n, V] and inputs [n, H]."""
+        need_hidden, need_weight, need_bias = self.need
+        dh = torch.zeros_like(h)
+        for columns, weight in self.head.blocks():
+            if need_hidden:
+                dh.addmm_(dlogits[:, columns], weight)
+            if need_weight:
+                self.weight[columns].addmm_(dlogits[:, columns].t(), h)
+        if need_bias:
+            self.bias += dlogits.sum(0)
+        if need_hidden and self.head.rows is None:
+            self.hidden[part] = dh
+        elif need_hidden and h.device.type == "cpu":
+            self.hidden.index_add_(0, self.head.safe_rows(part), dh)
+        elif need_hidden:  # index_add_ uses atomics on a GPU, index_put_ sorts: the same bits on every run
+            self.hidden.index_put_((self.head.safe_rows(part),), dh, accumulate=True)
+
+    def finish(self, dtypes, group=None):
+        """(d hidden, d weight, d bias) in these dtypes; d hidden summed over the group."""
+        if group is not None and self.need[0]:
+            dist.all_reduce(self.hidden, group=group)
+        return tuple(g.to(dtype) for g, dtype in zip((self.hidden, self.weight, self.bias), dtypes))
+
+
+def _parts(count, chunk_size):
+    return [slice(start, min(start + chunk_size, count)) for start in range(0, count, chunk_size)]
+
+
+def _local_labels(labels, head, vocab_start):
+    """Labels as columns of this rank's head, -1 where they lie in another rank's."""
+    local = labels - vocab_start
+    return torch.where((local >= 0) & (local < head.vocab), local, -1)
+
+
+def _statistics(z, local, with_entropy):
+    """A chunk's (max, sum, label's logit, whether the label is here, weighted sum), each [n]."""
+    row_max, total, weighted = row_reference.partial_statistics(z, with_entropy)
+    here = local >= 0
+    label_logit = z.gather(-1, local.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    label_logit = torch.where(here, label_logit, 0.0)
+    return row_max, total, label_logit, here.to(z.dtype), torch.zeros_like(total) if weighted is None else weighted
+
+
+def _merge(statistics, group):
+    """The same statistics over the columns of all ranks: one all-reduce of the maxima, one of the sums."""
+    if group is None:
+        return statistics
+    row_max, total, label_logit, here, weighted = statistics
+    highest = row_max.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    shift = torch.where(row_max == -math.inf, 0.0, row_max - highest)
+    factor = torch.where(row_max == -math.inf, 0.0, torch.exp(shift))
+    sums = torch.stack([total * factor, label_logit, here, factor * (weighted + total * shift)])
+    dist.all_reduce(sums, group=group)
+    return highest, *sums.unbind()
+
+
+def _row_results(statistics, kept, astray, with_entropy):
+    """(log-prob, entropy, max, log sum) of each row: 0 where not kept, NaN where the label or row is nowhere."""
+    row_max, total, label_logit, here, weighted = statistics
+    results = row_reference.finish_statistics(row_max, total, weighted if with_entropy else None, label_logit)
+    logprob, entropy, log_sum = results
+    outside = kept & ((here == 0) | astray)
+    return tuple(
+        None if x is None else torch.where(kept, x, 0.0).masked_fill(outside, math.nan)
+        for x in (logprob, entropy, row_max, log_sum)
+    )
+
+
+def _dlogits(z, slope, local, kept, grad_logprob, grad_entropy, results):
+    """d/dlogits of one chunk; 0 in rows that are not kept, NaN where the log-prob is."""
+    logprob, entropy, row_max, log_sum = results
+    d = row_reference.row_gradient(z, slope, local, grad_logprob, grad_entropy, logprob, entropy, row_max, log_sum)
+    d = torch.where(kept.unsqueeze(-1), d, 0.0)
+    return d.masked_fill_((kept & logprob.isnan()).unsqueeze(-1), math.nan)
+
+
+def _saved_dtype(tensor, head):
+    """dtype in which gradients made in the forward wait: fp16 could underflow before the loss scale arrives."""
+    return head.dtype if tensor is None or tensor.dtype == torch.float16 else tensor.dtype
+
+
+def _walk_with_gradients(head, labels, kept, token_gradients, needs, chunk_size, group, vocab_start, with_entropy):
+    """One pass: log-probs and entropy [M], and gradients for token_gradients(part, log-prob, entropy) upstream."""
+    gradients = Gradients(head, *needs)
+    out = head.hidden.new_zeros(2, head.count, dtype=head.dtype)
+    for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, head.hidden.device, group)):
+        h = head.inputs(part, kept[part])
+        z, slope = head.scaled(h, part)
+        local = _local_labels(labels[part], head, vocab_start)
+        merged = _merge(_statistics(z, local, with_entropy), group)
+        results = _row_results(merged, kept[part], head.astray(part), with_entropy)
+        out[0, part] = results[0]
+        if with_entropy:
+            out[1, part] = results[1]
+        if any(needs):
+            upstream = token_gradients(part, *results[:2])
+            gradients.add(part, h, _dlogits(z, slope, local, kept[part], *upstream, results))
+    dtypes = [_saved_dtype(x, head) for x in (head.hidden, head.weight, head.bias)]
+    return out[0], out[1], gradients.finish(dtypes, group)
+
+
+def linear_logprobs_fwd(
+    hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy, chunk_size,
+    group, vocab_start,
+):  # fmt: skip
+    """(log-probs, entropy, row maximum, log of the row's sum), each [M]; entropy [0] if not asked for."""
+    head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+    kept = labels != ignore_index
+    parts = _parts(head.count, chunk_size or default_chunk_size(head.vocab, hidden.device))
+    statistics = hidden.new_zeros(5, head.count, dtype=head.dtype)
+    for part in parts:
+        z, _ = head.scaled(head.inputs(part, kept[part]), part)
+        local = _local_labels(labels[part], head, vocab_start)
+        statistics[:, part] = torch.stack(_statistics(z, local, with_entropy))
+    whole = slice(0, head.count)
+    results = _row_results(_merge(statistics.unbind(), group), kept, head.astray(whole), with_entropy)
+    return tuple(hidden.new_zeros(0, dtype=head.dtype) if x is None else x for x in results)
+
+
+def linear_logprobs_bwd(
+    grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy, row_max, log_sum,
+    temperature, softcap, ignore_index, chunk_size, group, vocab_start, need_hidden, need_weight, need_bias,
+):  # fmt: skip
+    """(d hidden, d weight, d bias), each in its input's dtype; of shape [0] where not needed."""
+    head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+    gradients = Gradients(head, need_hidden, need_weight, need_bias)
+    kept = labels != ignore_index
+    saved = (logprobs, entropy if grad_entropy is not None else None, row_max, log_sum)
+    for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, hidden.device)):
+        h = head.inputs(part, kept[part])
+        z, slope = head.scaled(h, part)
+        local = _local_labels(labels[part], head, vocab_start)
+        upstream = [None if g is None else g[part] for g in (grad_logprobs, grad_entropy)]
+        results = [None if x is None else x[part] for x in saved]
+        gradients.add(part, h, _dlogits(z, slope, local, kept[part], *upstream, results))
+    return gradients.finish((hidden.dtype, weight.dtype, head.dtype if bias is None else bias.dtype), group)
+
+
+def linear_cross_entropy_fwd(
+    hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, group,
+    vocab_start, need_hidden, need_weight, need_bias,
+):  # fmt: skip
+    """(sum of -log p over the labels that count, and its d hidden, d weight, d bias)."""
+    head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+    needs = (need_hidden, need_weight, need_bias)
+
+    def token_gradients(part, logprob, entropy):
+        return torch.full_like(logprob, -1.0), None
+
+    logprobs, _, gradients = _walk_with_gradients(
+        head, labels, labels != ignore_index, token_gradients, needs, chunk_size, group, vocab_start, False
+    )
+    return 0.0 - logprobs.sum(), *gradients
+
+
+def linear_ppo_fwd(
+    hidden, weight, labels, rows, bias, temperatures, old_log_probs, advantages, mask, normalizer, temperature,
+    softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, group, vocab_start,
+    need_hidden, need_weight, need_bias,
+):  # fmt: skip
+    """(loss, policy loss, metrics [len(ppo.STATS)], d hidden, d weight, d bias) of policy - entropy_coef * entropy.
+
+    labels, old_log_probs, advantages and mask are [B, T] or [M]; rows and temperatures [M].
+    """
+    head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+    needs = (need_hidden, need_weight, need_bias)
+    kept = mask.reshape(-1)
+    weights = ppo_reference.aggregation_weights(mask, loss_agg_mode, normalizer, head.dtype).reshape(-1)
+    old, advantage = (torch.where(mask, x.to(head.dtype), 0.0).reshape(-1) for x in (old_log_probs, advantages))
+    clipping = {"cliprange": cliprange, "cliprange_high": cliprange_high, "dual_clip": dual_clip}
+
+    def token_gradients(part, logprob, entropy):
+        _, slope = ppo_reference.ppo_token_loss(logprob, old[part], advantage[part], **clipping)
+        return weights[part] * slope, -entropy_coef * weights[part] if entropy_coef else None
+
+    logprobs, entropy, gradients = _walk_with_gradients(
+        head, labels.reshape(-1), kept, token_gradients, needs, chunk_size, group, vocab_start, True
+    )
+    losses, _, _, _, stats = ppo_reference.ppo_fwd(
+        logprobs.view(mask.shape), old_log_probs, advantages, mask, None, None, None, entropy.view(mask.shape),
+        normalizer, cliprange, cliprange_high, dual_clip, None, loss_agg_mode,
+    )  # fmt: skip
+    return losses[0] - entropy_coef * losses[2], losses[0].clone(), stats, *gradients
+
+
+def _kl_chunk(head, ref_head, part):
+    kept = torch.ones(part.stop - part.start, dtype=torch.bool, device=head.hidden.device)
+    h = head.inputs(part, kept)
+    return h, *head.scaled(h, part), ref_head.scaled(ref_head.inputs(part, kept), part)[0]
+
+
+def linear_kl_fwd(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap, reverse, chunk_size):
+    """Exact KL [N] between the two heads' distributions."""
+    head = Head(hidden, weight, bias, temperature=temperature, softcap=softcap)
+    ref_head = Head(ref_hidden, ref_weight, ref_bias, temperature=temperature, softcap=softcap)
+    out = hidden.new_zeros(head.count, dtype=head.dtype)
+    for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, hidden.device)):
+        _, z, _, ref_z = _kl_chunk(head, ref_head, part)
+        out[part] = kl_reference.divergence(z, ref_z)[0] if reverse else kl_reference.divergence(ref_z, z)[0]
+    return out
+
+
+def linear_kl_bwd(
+    grad, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap, reverse, chunk_size,
+    need_hidden, need_weight, need_bias,
+):  # fmt: skip
+    """(d hidden, d weight, d bias) of the policy, each in its input's dtype; of shape [0] where not needed."""
+    head = Head(hidden, weight, bias, temperature=temperature, softcap=softcap)
+    ref_head = Head(ref_hidden, ref_weight, ref_bias, temperature=temperature, softcap=softcap)
+    gradients = Gradients(head, need_hidden, need_weight, need_bias)
+    for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, hidden.device)):
+        h, z, slope, ref_z = _kl_chunk(head, ref_head, part)
+        if reverse:
+            dz, _ = kl_reference.divergence_gradient(grad[part], z, ref_z)
+        else:
+            _, dz = kl_reference.divergence_gradient(grad[part], ref_z, z)
+        gradients.add(part, h, dz * slope)
+    return gradients.finish((hidden.dtype, weight.dtype, head.dtype if bias is None else bias.dtype))
+
+
+def full_logits(hidden, weight, labels, rows=None, bias=None, ignore_index=-100):
+    """The [M, V] logits that the functions above never hold; hidden states of ignored labels count as 0."""
+    h = hidden if rows is None else hidden[rows]
+    logits = torch.where((labels != ignore_index).unsqueeze(-1), h, 0.0) @ weight.t()
+    return logits if bias is None else logits + bias
+
+
+def linear_logprobs(hidden, weight, labels, rows=None, bias=None, temperature=1.0, softcap=None, ignore_index=-100):
+    """The definition, differentiable by autograd, with full logits: (log-probs, entropy)."""
+    logits = full_logits(hidden, weight, labels, rows, bias, ignore_index)
+    options = {"temperature": temperature, "softcap": softcap, "ignore_index": ignore_index}
+    return row_reference.logprobs_and_entropy(logits, labels, **options)
+
+
+def example_inputs(case, *, dtype=torch.float32, device="cpu", seed=0):
+    """Keyword arguments of `linear_logprobs` for a case of CASES; hidden states of ignored labels are NaN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    n, h, v = {"one_entry": (3, 4, 1), "empty": (0, 4, 5), "small": (5, 8, 11)}.get(case, (9, 6, 13))
+    hidden, weight = normal(n, h), normal(v, h)
+    labels = torch.randint(0, v, (n,), generator=generator)
+    options = {}
+    if case == "masked":
+        labels[2] = labels[8] = -100
+        hidden[2], hidden[8] = math.nan, math.inf
+    if case == "rows":
+        options["rows"] = torch.tensor([3, 3, 3, 0, 8, 1, 3])
+        labels = torch.randint(0, v, (7,), generator=generator)
+        labels[4] = -100
+        hidden[8] = math.nan
+    if case == "rich":
+        options["bias"] = normal(v).to(dtype).to(device)
+        options["temperature"] = (0.5 + torch.rand(n, generator=generator)).to(device)
+        options["softcap"] = 4.0
+    if case == "banned":
+        bias = normal(v)
+        bias[:4] = -math.inf
+        labels = labels.clamp(min=4)
+        labels[1] = 2
+        options["bias"] = bias.to(dtype).to(device)
+    options = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in options.items()}
+    tensors = {"hidden_states": hidden.to(dtype), "weight": weight.to(dtype), "labels": labels}
+    return {**{k: x.to(device) for k, x in tensors.items()}, **options}

@@ -1,0 +1,203 @@
+"""Log-probs and entropy of rows of logits: the definition that every backend is tested against.
+
+    z = softcap * tanh(logits / softcap) / temperature        (no softcap: z = logits / temperature)
+    log p_j = (z_j - m) - log s,    m = max_j z_j,    s = sum_j exp(z_j - m)
+    entropy = -sum_j p_j log p_j = log s - sum_j p_j (z_j - m)
+
+    d log p_y / d z_j = [j = y] - p_j            d entropy / d z_j = -p_j (log p_j + entropy)
+
+A logit of -inf has p = 0, adds nothing and gets no gradient. A row of nothing but -inf has log p = -inf, entropy 0
+and no gradient. Rows whose label is `ignore_index` give 0 and no gradient, whatever their logits hold. Rows whose
+label is outside [0, V) give NaN.
+"""
+
+import math
+
+import torch
+
+BLOCK_ELEMENTS = 1 << 22  # rows are handled in blocks of about this many logits, so that fp32 copies stay small
+
+CASES = ("small", "batched", "masked_logits", "ignored", "capped", "wide", "one_entry", "empty")
+
+
+def accumulator_dtype(*tensors):
+    """float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def scale_logits(logits, temperature, softcap):
+    """z and dz/dlogits (a tensor, or a number where it is constant); -inf stays -inf, also under a softcap."""
+    x = logits.to(accumulator_dtype(logits))
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.to(x.dtype).unsqueeze(-1)
+    if softcap is None:
+        return x / temperature, 1.0 / temperature
+    t = torch.tanh(x / softcap)
+    z = torch.where(x == -math.inf, x, (softcap * t) / temperature)
+    return z, (1.0 - t * t) / temperature
+
+
+def partial_statistics(z, with_entropy):
+    """(m, s, w) of rows z [..., V]: max, sum exp(z - m), sum exp(z - m) (z - m); they merge over parts of a row.
+
+    A row of nothing but -inf has m = -inf, s = w = 0. Without entropy w is None.
+    """
+    row_max = z.detach().amax(-1)
+    shift = torch.where(row_max == -math.inf, 0.0, row_max).unsqueeze(-1)
+    e = torch.exp(z - shift)
+    if not with_entropy:
+        return row_max, e.sum(-1), None
+    offset = torch.where(z == -math.inf, 0.0, z - shift)
+    return row_max, e.sum(-1), (e * offset).sum(-1)
+
+
+def finish_statistics(row_max, total, weighted, label_logit):
+    """(log-prob of the label, entropy, log s) from merged statistics; entropy and log-prob are None where unasked."""
+    dead = row_max == -math.inf
+    safe_total = torch.where(dead, 1.0, total)
+    log_sum = torch.log(safe_total)
+    logprob = entropy = None
+    if label_logit is not None:
+        centred = torch.where(dead, 0.0, label_logit) - torch.where(dead, 0.0, row_max)
+        logprob = torch.where(dead, -math.inf, centred - log_sum)
+    if weighted is not None:
+        entropy = torch.where(dead, 0.0, log_sum - weighted / safe_total)
+    return logprob, entropy, log_sum
+
+
+def label_state(labels, vocab, ignore_index):
+    """(kept, outside, safe) masks and clamped labels: kept = counts, outside = counts but is no entry of the row."""
+    kept = labels != ignore_index
+    outside = kept & ((labels < 0) | (labels >= vocab))
+    return kept, outside, torch.where(kept & ~outside, labels, 0)
+
+
+def logprobs_and_entropy(logits, labels=None, *, temperature=1.0, softcap=None, ignore_index=-100):
+    """The definition, differentiable by autograd: (log-probs or None, entropy), each [...], fp32 or fp64."""
+    if labels is not None:
+        kept, outside, safe = label_state(labels, logits.shape[-1], ignore_index)
+        logits = torch.where(kept.unsqueeze(-1), logits, 0.0)
+    z = scale_logits(logits, temperature, softcap)[0].masked_fill(logits == -math.inf, -math.inf)
+    row_max, total, weighted = partial_statistics(z, True)
+    label_logit = None if labels is None else z.gather(-1, safe.unsqueeze(-1)).squeeze(-1)
+    logprob, entropy, _ = finish_statistics(row_max, total, weighted, label_logit)
+    if labels is None:
+        return None, entropy
+    poison = torch.where(outside, math.nan, 0.0).to(entropy.dtype)
+    return torch.where(kept, logprob, 0.0) + poison, torch.where(kept, entropy, 0.0) + poison
+
+
+def _blocks(rows, vocab):
+    step = max(1, BLOCK_ELEMENTS // max(vocab, 1))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entropy):
+    """(log-probs, entropy, row maximum, log of the row's sum), each [...]; unasked ones have shape [0]."""
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    rows, flat_labels = logits.reshape(-1, vocab), None if labels is None else labels.reshape(-1)
+    dtype = accumulator_dtype(logits)
+    new = rows.new_zeros
+    out = [new(rows.shape[0], dtype=dtype) for _ in range(4)]
+    for start, stop in _blocks(rows.shape[0], vocab):
+        z, _ = scale_logits(rows[start:stop], temperature, softcap)
+        label_logit = None
+        if labels is not None:
+            kept, outside, safe = label_state(flat_labels[start:stop], vocab, ignore_index)
+            label_logit = z.gather(-1, safe.unsqueeze(-1)).squeeze(-1)
+        row_max, total, weighted = partial_statistics(z, with_entropy)
+        logprob, entropy, log_sum = finish_statistics(row_max, total, weighted, label_logit)
+        for target, value in zip(out, (logprob, entropy, row_max, log_sum), strict=True):
+            if value is not None:
+                if labels is not None:
+                    value = torch.where(kept, value, 0.0).masked_fill(outside, math.nan)
+                target[start:stop] = value
+    logprob, entropy, row_max, log_sum = out
+    return (
+        new(0, dtype=dtype) if labels is None else logprob.view(shape),
+        entropy.view(shape) if with_entropy else new(0, dtype=dtype),
+        row_max.view(shape),
+        log_sum.view(shape),
+    )
+
+
+def row_gradient(z, slope, safe, grad_logprob, grad_entropy, logprob, entropy, row_max, log_sum):
+    """d/dlogits of grad_logprob * log p_label + grad_entropy * entropy for rows z [n, V].
+
+    `safe` None means that no label lies in these columns; a negative entry, that this row's label does not.
+    """
+    banned = z == -math.inf
+    log_p = torch.where(banned, 0.0, (z - row_max.unsqueeze(-1)) - log_sum.unsqueeze(-1))
+    p = torch.where(banned, 0.0, torch.exp(log_p))
+    upstream = 0.0 if grad_logprob is None else grad_logprob.unsqueeze(-1)
+    if grad_entropy is not None:
+        upstream = upstream + grad_entropy.unsqueeze(-1) * (log_p + entropy.unsqueeze(-1))
+    dz = -p * upstream
+    if grad_logprob is not None and safe is not None:
+        index = safe.clamp(min=0).unsqueeze(-1)
+        label_p = torch.exp(logprob)
+        at_label = grad_logprob * -torch.expm1(logprob)
+        if grad_entropy is not None:
+            at_label = at_label - torch.where(label_p == 0, 0.0, grad_entropy * label_p * (logprob + entropy))
+        present = safe >= 0
+        dz.scatter_(-1, index, torch.where(present.unsqueeze(-1), at_label.unsqueeze(-1), dz.gather(-1, index)))
+    return torch.where(banned, 0.0, dz * slope)
+
+
+def logprobs_bwd(
+    grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, temperature, softcap,
+    ignore_index, inplace=False,
+):  # fmt: skip
+    """d/dlogits, in the dtype of the logits; written over the logits if `inplace`."""
+    vocab = logits.shape[-1]
+    rows = logits.reshape(-1, vocab)
+    out = rows if inplace else torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+    def flat(tensor, start, stop):
+        return None if tensor is None else tensor.reshape(-1)[start:stop]
+
+    for start, stop in _blocks(rows.shape[0], vocab):
+        z, slope = scale_logits(rows[start:stop], temperature, softcap)
+        kept = outside = safe = None
+        if labels is not None:
+            kept, outside, safe = label_state(flat(labels, start, stop), vocab, ignore_index)
+        per_row = (grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum)
+        dx = row_gradient(z, slope, safe, *(flat(tensor, start, stop) for tensor in per_row))
+        if labels is not None:
+            dx = torch.where(kept.unsqueeze(-1), dx, 0.0).masked_fill(outside.unsqueeze(-1), math.nan)
+        out[start:stop] = dx.to(out.dtype)
+    if inplace and out.data_ptr() != logits.data_ptr():
+        logits.copy_(out.view(logits.shape))
+    return out.view(logits.shape)
+
+
+def example_inputs(case, *, dtype=torch.float32, device="cpu", seed=0):
+    """Keyword arguments of `logprobs_and_entropy_from_logits` for a case of CASES; ignored rows hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = {
+        "small": (4, 7),
+        "batched": (2, 3, 17),
+        "masked_logits": (6, 11),
+        "ignored": (5, 13),
+        "capped": (3, 19),
+        "wide": (3, 4099),
+        "one_entry": (4, 1),
+        "empty": (0, 5),
+    }[case]
+    logits = (3.0 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    labels = torch.randint(0, shape[-1], shape[:-1], generator=generator)
+    options = {"temperature": 1.0, "softcap": None}
+    if case == "masked_logits":
+        logits[torch.rand(shape, generator=generator) < 0.4] = -math.inf
+        logits[0, :] = -math.inf  # no entry allowed at all
+        logits[1, labels[1]] = -math.inf  # the label itself is banned
+        logits[1, (labels[1] + 1) % shape[-1]] = 0.5
+        logits[2, :3] = -math.inf  # the row begins with banned entries
+    if case == "ignored":
+        labels[1] = labels[4] = -100
+        logits[1], logits[4] = math.nan, math.inf
+    if case == "capped":
+        options = {"temperature": 0.7, "softcap": 5.0}
+    if case == "wide":
+        options["temperature"] = 1.3
+    return {"logits": logits.to(device), "labels": labels.to(device), **options}

@@ -1,0 +1,121 @@
+"""Fixtures that every test file shares: backends, instruction sets, error bounds, poisoned memory, the data folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import rlhf_kernels
+from rlhf_kernels import dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def available_backends(op: str) -> list[str]:
+    """The backends that can run `op` on this machine, in the table's order."""
+    return [name for name, state in rlhf_kernels.backends()[op].items() if state == "available"]
+
+
+def machine_isas() -> list[str]:
+    """The instruction sets of the native CPU backend that this machine has, plainest first."""
+    from rlhf_kernels import _native
+
+    return [] if _native.missing() else _native.isas()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend_name` takes each backend of the op that the file is named after; `isa` each instruction set."""
+    if "backend_name" in metafunc.fixturenames:
+        op = getattr(metafunc.module, "OP", metafunc.module.__name__.rpartition(".")[2].removeprefix("test_"))
+        states = rlhf_kernels.backends()[op]
+        values = [
+            pytest.param(name, marks=() if state == "available" else pytest.mark.skip(reason=f"{name} {state}"))
+            for name, state in states.items()
+        ]
+        metafunc.parametrize("backend_name", values, indirect=True)
+    if "isa" in metafunc.fixturenames:
+        values = machine_isas() or [pytest.param("base", marks=pytest.mark.skip(reason="no native CPU backend"))]
+        metafunc.parametrize("isa", values, indirect=True)
+
+
+@pytest.fixture
+def backend_name(request: pytest.FixtureRequest):
+    """The test runs once per backend, inside `with rlhf_kernels.backend(name)`."""
+    with dispatch.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """The test runs once per instruction set, on the native CPU backend."""
+    monkeypatch.setenv("RLHF_KERNELS_CPU_ISA", request.param)
+    with dispatch.backend("cpu"):
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def assert_close_to_fp64():
+    """assert_close_to_fp64(actual, expected64, dtype, scale=1).
+
+    Bound of an element: 16 * scale * (eps(fp32) * (1 + |expected|) + eps(dtype) * |expected| if dtype is a half type).
+    The first part pays for sums in fp32, the second for the rounding of a result (or gradient) to the input dtype.
+    Infinities must agree exactly and NaN is never accepted.
+    """
+
+    def check(actual: torch.Tensor, expected64: torch.Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
+        assert actual.shape == expected64.shape, f"shape {tuple(actual.shape)} != {tuple(expected64.shape)}"
+        assert expected64.dtype == torch.float64, f"the expected value must be float64, got {expected64.dtype}"
+        actual = actual.detach().double().cpu()
+        expected = expected64.detach().cpu()
+        assert not torch.isnan(actual).any(), f"NaN in the result: {actual}"
+        finite = torch.isfinite(expected)
+        assert torch.equal(actual[~finite], expected[~finite]), "infinities differ"
+        eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        size = expected[finite].abs()
+        bound = eps * (1 + size)
+        if dtype in (torch.bfloat16, torch.float16):
+            bound = bound + torch.finfo(dtype).eps * size
+        error = (actual[finite] - expected[finite]).abs()
+        over = error > 16 * scale * bound
+        assert not over.any(), (
+            f"{int(over.sum())} of {error.numel()} elements are off; worst error {error.max():.3g}, "
+            f"{(error / (16 * scale * bound)).max():.2f} times the bound"
+        )
+
+    return check
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch):
+    """Every torch.empty starts as NaN (or a large integer), so that reading what was never written shows."""
+
+    def poison(out: torch.Tensor) -> torch.Tensor:
+        if type(out) is torch.Tensor and out.device.type != "meta" and not torch.compiler.is_compiling():
+            if out.is_floating_point():
+                out.detach().fill_(float("nan"))
+            elif out.dtype in (torch.int32, torch.int64):
+                out.fill_(torch.iinfo(out.dtype).max // 2)
+        return out
+
+    plain_empty, plain_empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(plain_empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(plain_empty_like(*a, **k)))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real data (rankings, demonstrations, a tiny model): RLHF_SHARED_DATA or ../shared/data."""
+    path = Path(os.environ.get("RLHF_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"needs the shared data folder, which is not at {path}; set RLHF_SHARED_DATA")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _quiet_environment(monkeypatch: pytest.MonkeyPatch):
+    """A backend or instruction set chosen in the caller's shell does not leak into the tests."""
+    monkeypatch.delenv("RLHF_KERNELS_BACKEND", raising=False)
+    monkeypatch.delenv("RLHF_KERNELS_CPU_ISA", raising=False)

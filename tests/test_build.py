@@ -1,0 +1,170 @@
+"""The layout's rules, the native objects, and an install without a compiler."""
+
+import ast
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from rlhf_kernels import dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "rlhf_kernels"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+ISA_FLAGS = {"base": []}
+if X86:
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
+    ISA_FLAGS["avx512"] = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+
+def ops_with(backend):
+    return {op for op, rows in dispatch.TABLE.items() if backend in [row[0] for row in rows]}
+
+
+def stems(folder, pattern):
+    return {path.stem for path in folder.glob(pattern)}
+
+
+@pytest.mark.parametrize("op", dispatch.TABLE)
+def test_every_op_has_its_room(op):
+    files = [PACKAGE / f"{op}.py", PACKAGE / "reference" / f"{op}.py", ROOT / "tests" / f"test_{op}.py"]
+    files.append(ROOT / "docs" / "ops" / f"{op}.md")
+    if op in ops_with("cpu"):
+        files += [ROOT / "csrc" / "cpu" / f"{op}.cpp", ROOT / "csrc" / "include" / f"{op}.h"]
+    missing = [str(path.relative_to(ROOT)) for path in files if not path.exists()]
+    assert not missing, f"the op {op} lacks {', '.join(missing)}"
+
+
+def test_no_orphans():
+    ops = set(dispatch.TABLE)
+    assert stems(ROOT / "csrc" / "cpu", "*.cpp") == ops_with("cpu") | {"isa"}
+    assert stems(ROOT / "csrc" / "include", "*.h") == ops_with("cpu") | {"rk"}
+    assert stems(PACKAGE / "reference", "*.py") == ops | {"__init__"}
+    assert stems(ROOT / "docs" / "ops", "*.md") == ops
+    public = {name for name in stems(PACKAGE, "*.py") if not name.startswith("_")}
+    assert public == ops | {"dispatch"}
+
+
+def test_dispatch_is_short_and_swallows_nothing():
+    text = (PACKAGE / "dispatch.py").read_text()
+    assert len(text.splitlines()) <= 150
+    assert not [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ExceptHandler)]
+
+
+def test_files_are_short():
+    kernels = [path for pattern in ("cpu/*.cpp", "include/*.h") for path in (ROOT / "csrc").glob(pattern)]
+    long = {path.name: len(path.read_text().splitlines()) for path in kernels}
+    assert {name: lines for name, lines in long.items() if lines > 400} == {}
+    python = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: lines for name, lines in python.items() if lines > 500} == {}
+
+
+def test_the_build_and_the_native_code_know_no_torch():
+    for path in [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")]:
+        assert not re.search(r"import torch|#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
+    requires = re.search(r"requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text())[1]
+    assert "torch" not in requires
+
+
+def test_versions_that_work_together_satisfy_the_ranges():
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    pinned = dict(line.lower().split("==") for line in lines if line)
+    for text in project["dependencies"]:
+        requirement = Requirement(text)
+        assert requirement.name.lower() in pinned, f"constraints.txt does not pin {requirement.name}"
+        assert requirement.specifier.contains(pinned[requirement.name.lower()])
+
+
+@pytest.fixture(scope="module")
+def symbols(tmp_path_factory):
+    """{(op, instruction set): [(type, demangled name)]} of freshly compiled objects."""
+    if COMPILER is None or shutil.which("nm") is None:
+        pytest.skip("needs a C++ compiler and nm")
+    folder = tmp_path_factory.mktemp("objects")
+
+    def compile_one(job):
+        op, isa = job
+        target = folder / f"{op}-{isa}.o"
+        baseline = ["-DRK_BASELINE=1"] if isa == "base" else []
+        baseline += ["-DRK_X86=1"] if X86 else []
+        command = [COMPILER, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fno-math-errno", "-fPIC"]
+        command += [f"-DRK_ISA={isa}", *baseline, *ISA_FLAGS[isa], f"-I{ROOT / 'csrc' / 'include'}"]
+        subprocess.run([*command, "-c", str(ROOT / "csrc" / "cpu" / f"{op}.cpp"), "-o", str(target)], check=True)
+        listing = subprocess.run(["nm", "-C", str(target)], check=True, capture_output=True, text=True).stdout
+        return job, [re.match(r"\S*\s+(\S)\s+(.*)", line).groups() for line in listing.splitlines()]
+
+    jobs = [(op, isa) for op in sorted(ops_with("cpu")) for isa in ISA_FLAGS]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return dict(pool.map(compile_one, jobs))
+
+
+def test_nothing_is_shared_between_instruction_sets(symbols):
+    """A symbol that the linker may merge lies in its own rk::<isa>; one made for a newer CPU never serves an older."""
+    for (op, isa), table in symbols.items():
+        for kind, name in table:
+            shared = kind in "VvWwu" or (kind in "TDBR" and isa != "base")
+            assert not shared or re.match(rf"(\S+ (for|of) )?(.* )?rk::{isa}::", name), f"{op} for {isa} shares {name}"
+
+
+def test_only_the_baseline_registers(symbols):
+    """A static constructor compiled for a newer instruction set would run at import on every CPU."""
+    for (op, isa), table in symbols.items():
+        constructors = [name for _, name in table if "GLOBAL__sub_I" in name or "rk_entry" in name]
+        assert bool(constructors) == (isa == "base"), f"{op} for {isa}: {constructors}"
+
+
+def test_compiler_flags_are_those_of_setup():
+    text = (ROOT / "setup.py").read_text()
+    for flag in {flag for flags in ISA_FLAGS.values() for flag in flags}:
+        assert f'"{flag}"' in text
+
+
+def test_package_data_is_declared():
+    text = (ROOT / "pyproject.toml").read_text()
+    for pattern in ("presets/*.yaml", "demo/*.jsonl", "demo/base/*", "_cpu_build_error.txt"):
+        assert f'"{pattern}"' in text
+
+
+def test_install_without_a_compiler_succeeds_and_says_why(tmp_path):
+    if find_spec("setuptools") is None or find_spec("pybind11") is None:
+        pytest.skip("needs setuptools and pybind11 in this environment")
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(ROOT / "csrc", source / "csrc")
+    shutil.copytree(PACKAGE, source / "rlhf_kernels", ignore=shutil.ignore_patterns("*.so", "*.txt", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    environment = {**os.environ, "CC": "/no/such/cc", "CXX": "/no/such/c++", "RLHF_KERNELS_WERROR": "0"}
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-lib", str(out)],
+        cwd=source,
+        env=environment,
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    note = (out / "rlhf_kernels" / "_cpu_build_error.txt").read_text()
+    assert note.startswith("the C++ build failed when the package was installed:")
+    assert "/no/such/c" in note
+    assert not list(out.rglob("*.so"))
+    script = "import rlhf_kernels as r; print(r.__file__); print(r.backends())"
+    environment = {**os.environ, "PYTHONPATH": str(out)}
+    printed = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    assert str(out) in printed
+    assert "advantages     cpu        missing: the C++ build failed" in printed
+    assert "advantages     reference  available" in printed

@@ -1,0 +1,295 @@
+"""preference_loss: the seven questions, the closed form of SPEC section 1, trap 5."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf_kernels import bradley_terry_loss, dispatch, preference_loss
+from rlhf_kernels.reference import preference as reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TENSORS = ("chosen", "rejected", "ref_chosen", "ref_rejected", "kl")
+OPERATOR = (
+    *TENSORS[:4],
+    *("chosen_lengths", "rejected_lengths", "kl", "loss_type", "beta", "label_smoothing", "target_margin"),
+    *("chosen_weight", "rejected_weight"),
+)
+
+
+def served(dtype):
+    """Skip where the chosen backend says that it does not take this dtype."""
+    try:
+        dispatch.pick("preference", torch.zeros(1, dtype=dtype))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+def public(inputs, **options):
+    """preference_loss on example_inputs."""
+    arguments = {name: inputs[name] for name in ("chosen_lengths", "rejected_lengths", "kl", "loss_type", "beta")}
+    arguments["label_smoothing"] = inputs["label_smoothing"]
+    if inputs["loss_type"] == "simpo":
+        arguments["target_margin"] = inputs["target_margin"]
+    if inputs["loss_type"] == "kto":
+        arguments["desirable_weight"] = inputs["chosen_weight"]
+        arguments["undesirable_weight"] = inputs["rejected_weight"]
+    return preference_loss(*(inputs[name] for name in TENSORS[:4]), **{**arguments, **options})
+
+
+def cast(inputs, dtype, requires_grad=False):
+    """The same inputs in another dtype, with fresh leaves."""
+    result = dict(inputs)
+    for name in TENSORS:
+        if inputs[name] is not None:
+            leaf = requires_grad and name in ("chosen", "rejected")
+            result[name] = inputs[name].detach().to(dtype).requires_grad_(leaf)
+    return result
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", reference.CASES)
+def test_values(backend_name, dtype, case, assert_close_to_fp64):
+    served(dtype)
+    inputs = reference.example_inputs(case, dtype=dtype)
+    inputs = inputs if case != "certain" or dtype == torch.float64 else certain_like(inputs, dtype)
+    expected = reference.preference(**cast(inputs, torch.float64))
+    # the largest number that is subtracted, in units of the loss, sets how many digits cancel
+    assert_close_to_fp64(public(inputs, reduction="none").loss, expected, dtype, scale=50)
+
+
+def certain_like(inputs, dtype):
+    """Probability 1 is held below 1 by the eps of the arithmetic: compare where fp32 and fp64 hold the same."""
+    return {**inputs, "chosen": inputs["chosen"] - 0.5, "rejected": inputs["rejected"] - 0.5}
+
+
+def test_reference(backend_name):
+    """Each loss type from its paper's formula, in plain Python on one pair."""
+    c, r, rc, rr, lc, lr, beta = -12.0, -15.0, -14.0, -13.5, 6, 5, 0.4
+    gap = (c - rc) - (r - rr)
+    odds = {name: math.exp(x) / (1 - math.exp(x)) for name, x in (("c", c / lc), ("r", r / lr))}
+    expected = {
+        "sigmoid": -math.log(sigmoid(beta * gap)),
+        "ipo": (gap - 1 / (2 * beta)) ** 2,
+        "hinge": max(0.0, 1 - beta * gap),
+        "simpo": -math.log(sigmoid(beta * (c / lc - r / lr) - 0.5)),
+        "orpo": -c / lc - beta * math.log(sigmoid(math.log(odds["c"] / odds["r"]))),
+    }
+    chosen, rejected, ref_chosen, ref_rejected = (torch.tensor([x]) for x in (c, r, rc, rr))
+    lengths = {"chosen_lengths": torch.tensor([lc]), "rejected_lengths": torch.tensor([lr])}
+    for loss_type, value in expected.items():
+        free = loss_type in ("orpo", "simpo")
+        ref = () if free else (ref_chosen, ref_rejected)
+        options = lengths if free else {}
+        result = preference_loss(chosen, rejected, *ref, loss_type=loss_type, beta=beta, **options)
+        assert result.loss.item() == pytest.approx(value, rel=1e-5), loss_type
+    smoothed = preference_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, label_smoothing=0.1)
+    value = -0.9 * math.log(sigmoid(beta * gap)) - 0.1 * math.log(sigmoid(-beta * gap))
+    assert smoothed.loss.item() == pytest.approx(value, rel=1e-5)
+    per_token = (c - rc) / lc - (r - rr) / lr
+    mean_ipo = preference_loss(chosen, rejected, ref_chosen, ref_rejected, loss_type="ipo", beta=beta, **lengths)
+    assert mean_ipo.loss.item() == pytest.approx((per_token - 1 / (2 * beta)) ** 2, rel=1e-5)
+
+    metrics = preference_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta).metrics
+    assert metrics["rewards/chosen"].item() == pytest.approx(beta * 2.0)
+    assert metrics["rewards/rejected"].item() == pytest.approx(beta * -1.5)
+    assert metrics["rewards/margins"].item() == pytest.approx(beta * 3.5)
+    assert metrics["rewards/accuracies"].item() == 1.0 and metrics["logps/chosen"].item() == -12.0
+
+
+def test_reference_kto(backend_name):
+    """Unpaired: three desirable and one undesirable response; a negative KL estimate counts as 0."""
+    policy, ref, beta = [-5.0, -9.0, -7.0], [-6.0, -8.5, -7.0], 0.3
+    for kl, anchor in ((0.4, 0.4), (-1.0, 0.0), (torch.tensor(0.4), 0.4)):
+        result = preference_loss(
+            *(torch.tensor(x) for x in (policy, [-4.0], ref, [-5.0])),
+            **{"loss_type": "kto", "beta": beta, "kl": kl, "desirable_weight": 1.5, "reduction": "none"},
+        )
+        wanted = [1.5 * (1 - sigmoid(beta * (p - q - anchor))) for p, q in zip(policy, ref, strict=True)]
+        wanted.append(1 - sigmoid(beta * (anchor - 1.0)))
+        assert result.loss.tolist() == pytest.approx(wanted, rel=1e-5)
+        assert result.chosen_rewards.shape == (3,) and result.rejected_rewards.tolist() == pytest.approx([0.3])
+        assert "rewards/accuracies" not in result.metrics
+
+
+def test_spec_1_closed_form_of_the_optimal_policy(backend_name):
+    """pi* = pi_ref exp(r / beta) / Z: DPO on pi* is Bradley-Terry on r, and pi* is where the expected loss is flat."""
+    generator = torch.Generator().manual_seed(0)
+    reward, beta = torch.randn(6, generator=generator), 0.3
+    ref = torch.randn(6, generator=generator).log_softmax(0)
+    logits = (ref + reward / beta).requires_grad_()
+    policy = logits.log_softmax(0)
+    better, worse = torch.triu_indices(6, 6, 1)
+    for first, second in ((better, worse), (worse, better)):
+        dpo = preference_loss(policy[first], policy[second], ref[first], ref[second], beta=beta, reduction="none")
+        ranks = torch.tensor([[0, 1]]).expand(len(first), 2)
+        pairs = torch.stack([reward[first], reward[second]], 1)
+        torch.testing.assert_close(dpo.loss, bradley_terry_loss(pairs, ranks, reduction="none").loss)
+        torch.testing.assert_close(dpo.chosen_rewards - dpo.rejected_rewards, reward[first] - reward[second])
+    wins = torch.sigmoid(reward[better] - reward[worse])
+    arguments = {"beta": beta, "reduction": "none"}
+    one = preference_loss(policy[better], policy[worse], ref[better], ref[worse], **arguments).loss
+    other = preference_loss(policy[worse], policy[better], ref[worse], ref[better], **arguments).loss
+    (wins * one + (1 - wins) * other).sum().backward()
+    assert logits.grad.abs().max().item() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("case", reference.CASES)
+def test_gradients(backend_name, dtype, reduction, case, assert_close_to_fp64):
+    """Against autograd of the definition in float64, with an upstream gradient that is not 1."""
+    served(dtype)
+    inputs = reference.example_inputs(case, dtype=dtype)
+    inputs = inputs if case != "certain" or dtype == torch.float64 else certain_like(inputs, dtype)
+    actual, exact = cast(inputs, dtype, True), cast(inputs, torch.float64, True)
+    expected = reference.preference(**exact)
+    upstream = torch.linspace(0.5, 2.0, len(expected), dtype=torch.float64)
+    if reduction != "none":
+        upstream = torch.full_like(upstream, 1.7 / (max(len(expected), 1) if reduction == "mean" else 1))
+    expected.backward(upstream)
+    loss = public(actual, reduction=reduction).loss
+    loss.backward(upstream.to(loss.dtype) if reduction == "none" else torch.full_like(loss, 1.7))
+    for name in ("chosen", "rejected"):
+        assert actual[name].grad.dtype == dtype
+        assert_close_to_fp64(actual[name].grad, exact[name].grad, dtype, scale=50)
+
+
+def test_gradcheck():
+    """Finite differences in float64, which the reference serves."""
+    for case in ("smoothed", "ipo", "hinge", "orpo", "simpo", "kto"):
+        inputs = cast(reference.example_inputs(case, dtype=torch.float64), torch.float64, True)
+
+        def loss(chosen, rejected, inputs=inputs):
+            return public({**inputs, "chosen": chosen, "rejected": rejected}).loss
+
+        assert torch.autograd.gradcheck(loss, (inputs["chosen"], inputs["rejected"]))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_trap_05_no_overflow(backend_name, autocast):
+    """beta * gap = -120 costs 120.0 with a finite gradient, in fp32 also under bf16 autocast."""
+    chosen, zero = torch.tensor([-1200.0], requires_grad=True), torch.zeros(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = preference_loss(chosen, zero, zero, zero).loss
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(120.0, rel=1e-6)
+    assert chosen.grad.item() == pytest.approx(-0.1)
+
+
+def test_orpo_with_probability_one(backend_name):
+    """A response that the policy is sure of has infinite odds: loss and gradient stay finite."""
+    chosen = torch.tensor([0.0, -1e-9, -3.0], requires_grad=True)
+    rejected = torch.tensor([-3.0, 0.0, 0.0], requires_grad=True)
+    lengths = {"chosen_lengths": torch.ones(3).long(), "rejected_lengths": torch.ones(3).long()}
+    loss = preference_loss(chosen, rejected, loss_type="orpo", **lengths).loss
+    loss.backward()
+    assert loss.isfinite() and chosen.grad.isfinite().all() and rejected.grad.isfinite().all()
+
+
+def test_num_items_in_batch(backend_name):
+    """Micro-batches of 1 and 6 pairs with the global count give the gradient of one batch of 7 (trap 10)."""
+    inputs = reference.example_inputs("sigmoid", dtype=torch.float32)
+    grads = []
+    for parts in ([7], [1, 6]):
+        leaf = inputs["chosen"].clone().requires_grad_()
+        rows = [x.split(parts) for x in (leaf, inputs["rejected"], inputs["ref_chosen"], inputs["ref_rejected"])]
+        for row in zip(*rows, strict=True):
+            preference_loss(*row, num_items_in_batch=torch.tensor(7)).loss.backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_edges(backend_name):
+    """No pair, no desirable response, references without gradient, strided input."""
+    empty = torch.zeros(0, requires_grad=True)
+    result = preference_loss(empty, empty, empty, empty)
+    result.loss.backward()
+    assert result.loss.item() == 0 and result.metrics["rewards/margins"].isnan()
+    bad = torch.tensor([-3.0, -4.0], requires_grad=True)
+    only_bad = preference_loss(empty.detach(), bad, empty.detach(), bad.detach(), loss_type="kto", kl=0.0)
+    only_bad.loss.backward()
+    assert only_bad.loss.item() == pytest.approx(0.5) and bad.grad.gt(0).all()
+    ref = torch.tensor([-3.0, -4.0], requires_grad=True)
+    preference_loss(bad, bad.detach(), ref, ref).loss.backward()
+    assert ref.grad is None
+    wide = torch.randn(10, generator=torch.Generator().manual_seed(1))
+    strided = preference_loss(wide[::2], wide[1::2], wide[::2] + 1, wide[1::2]).loss
+    plain = [x.contiguous() for x in (wide[::2], wide[1::2], wide[::2] + 1, wide[1::2])]
+    torch.testing.assert_close(strided, preference_loss(*plain).loss)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss_type": "dpo"}, "loss_type must be one of 'sigmoid', 'ipo'.*got 'dpo'"),
+        ({"beta": 0}, "beta must be a number > 0, got 0"),
+        ({"label_smoothing": 0.5}, "label_smoothing must be a number >= 0 and < 0.5"),
+        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "label_smoothing=0.1 has no meaning for loss_type='ipo'"),
+        ({"ref_chosen_logps": None}, "ref_chosen_logps is None, but loss_type='sigmoid' needs"),
+        ({"loss_type": "simpo"}, "ref_chosen_logps is given, but loss_type='simpo' has no reference model"),
+        ({"chosen_lengths": torch.ones(3).long()}, "chosen_lengths and rejected_lengths go together"),
+        ({"chosen_lengths": torch.ones(3)}, "chosen_lengths has dtype float32"),
+        ({"policy_rejected_logps": torch.zeros(2)}, r"policy_rejected_logps has shape \[2\], expected \[3\]"),
+        ({"ref_rejected_logps": torch.zeros(2)}, r"ref_rejected_logps has shape \[2\], expected \[3\]"),
+        ({"policy_chosen_logps": torch.zeros(3, 1)}, r"policy_chosen_logps has shape \[3, 1\]"),
+        ({"target_margin": 1.0}, "target_margin is an argument of loss_type='simpo' only"),
+        ({"kl": 1.0}, "kl is an argument of loss_type='kto' only"),
+        ({"loss_type": "kto"}, "kl is None, but loss_type='kto' needs"),
+        ({"desirable_weight": 2.0}, "desirable_weight is an argument of loss_type='kto' only"),
+        ({"undesirable_weight": 0}, "undesirable_weight must be a number > 0"),
+        ({"reduction": "avg"}, "reduction must be one of"),
+        ({"reduction": "none", "num_items_in_batch": 3}, "num_items_in_batch goes with reduction='mean'"),
+    ],
+)
+def test_bad_input(change, message):
+    names = ("policy_chosen_logps", "policy_rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
+    with pytest.raises(ValueError, match=message):
+        preference_loss(**({name: torch.zeros(3) for name in names} | change))
+
+
+def test_bad_input_lengths_missing():
+    with pytest.raises(ValueError, match=r"chosen_lengths is None, but loss_type='orpo' needs \[3\] lengths"):
+        preference_loss(torch.zeros(3), torch.zeros(3), loss_type="orpo")
+
+
+@pytest.mark.parametrize("case", ["smoothed", "orpo", "kto"])
+def test_contract(backend_name, case):
+    """opcheck, fullgraph compilation, the same bits twice, retained graph, no_grad, detached metrics and rewards."""
+    inputs = cast(reference.example_inputs(case, dtype=torch.float32), torch.float32, True)
+    torch.library.opcheck(torch.ops.rlhf_kernels.preference_fwd.default, tuple(inputs[name] for name in OPERATOR))
+    for size, rejected in ((3, 3), (5, 2)):
+        saved = torch.rand(size), torch.rand(3), torch.rand(rejected)
+        torch.library.opcheck(torch.ops.rlhf_kernels.preference_bwd.default, saved)
+
+    leaves = [inputs["chosen"], inputs["rejected"]]
+
+    def run(chosen, rejected):
+        return public({**inputs, "chosen": chosen, "rejected": rejected})
+
+    eager, graph = run(*leaves), torch.compile(run, fullgraph=True, backend="aot_eager")(*leaves)
+    assert torch.equal(graph.loss, eager.loss) and torch.equal(run(*leaves).loss, eager.loss)
+    expected = torch.autograd.grad(eager.loss, leaves, retain_graph=True)
+    for other in (torch.autograd.grad(graph.loss, leaves), torch.autograd.grad(eager.loss, leaves)):
+        assert all(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
+    assert not any(x.requires_grad for x in (*eager.metrics.values(), eager.chosen_rewards, eager.rejected_rewards))
+    with torch.no_grad():
+        assert torch.equal(run(*leaves).loss, eager.loss)
+
+
+def test_contract_rows_are_independent(backend_name):
+    """A pair's loss and gradient do not depend on the other pairs."""
+    inputs = cast(reference.example_inputs("sigmoid", dtype=torch.float32), torch.float32, True)
+    whole = public(inputs, reduction="none").loss
+    whole.sum().backward()
+    for n in range(7):
+        row = {name: x[n : n + 1] if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+        alone = cast(row, torch.float32, True)
+        loss = public(alone, reduction="none").loss
+        loss.sum().backward()
+        torch.testing.assert_close(loss[0], whole[n], rtol=1e-6, atol=0)
+        torch.testing.assert_close(alone["chosen"].grad[0], inputs["chosen"].grad[n], rtol=1e-6, atol=0)
