@@ -1,0 +1,244 @@
+"""Files of a run that are either whole or absent: directories written aside and renamed, logs that resume, RNG state.
+
+Layout of a run directory (every stage): `metrics.jsonl`, `samples.jsonl`, `run.json`, the final model in the Hugging
+Face layout, and `checkpoint-N/` after N steps. A directory counts as a checkpoint when it holds `trainer_state.json`,
+which is written last, so that a run killed while saving never leaves something that looks like a checkpoint.
+"""
+
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy
+import torch
+
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+TEMPORARY_NAME = re.compile(r"\..+\.tmp-\d+(-old)?")
+RUN_MARKERS = ("metrics.jsonl", "run.json", "samples.jsonl", "trainer_state.json", "config.json", "model.safetensors")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        _fsync(path)
+    _fsync(directory)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """Give a temporary directory beside `path`; on success its content becomes `path`, on failure it is removed.
+
+    A `path` that does not exist appears by one rename. Where it exists already, the new files are moved into it one
+    by one (each move is atomic, `config.json` and `trainer_state.json` last) and other files stay; with `replace` the
+    old directory is renamed away and removed instead.
+
+    Args:
+        path: directory to make.
+        replace: drop what an existing directory holds.
+    Raises:
+        OSError: the disk is full or not writable; nothing is left behind.
+    Example:
+        >>> import tempfile
+        >>> home = Path(tempfile.mkdtemp())
+        >>> with atomic_directory(home / "checkpoint-1") as directory:
+        ...     _ = (directory / "trainer_state.json").write_text("{}")
+        >>> last_checkpoint(home).name
+        'checkpoint-1'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _fsync_tree(temporary)
+        if not path.exists():
+            os.rename(temporary, path)
+        elif replace:
+            old = path.with_name(temporary.name + "-old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(path, old)
+            os.rename(temporary, path)
+            shutil.rmtree(old)
+        else:
+            _merge(temporary, path)
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _merge(source: Path, target: Path) -> None:
+    last = ("config.json", "trainer_state.json")
+    for entry in sorted(source.iterdir(), key=lambda entry: (entry.name in last, entry.name)):
+        if entry.is_dir() and (target / entry.name).is_dir():
+            _merge(entry, target / entry.name)
+        else:
+            os.replace(entry, target / entry.name)
+    _fsync(target)
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write `value` as JSON to `path` through a temporary file, so that a reader sees the old or the new content."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Return the complete checkpoints of a run directory, oldest first."""
+    found = []
+    if Path(output_dir).is_dir():
+        for path in Path(output_dir).iterdir():
+            match = CHECKPOINT_NAME.fullmatch(path.name)
+            if match and (path / "trainer_state.json").is_file():
+                found.append((int(match[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """Return the newest complete `checkpoint-N` of a run directory, or None."""
+    return (checkpoints(output_dir) or [None])[-1]
+
+
+def remove_old_checkpoints(output_dir: str | Path, keep: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints; None keeps all."""
+    if keep is not None:
+        for path in checkpoints(output_dir)[: -max(keep, 1)]:
+            shutil.rmtree(path)
+
+
+def prepare_output_dir(output_dir: str | Path, *, resume: bool) -> Path:
+    """Make the run directory; refuse one that holds another run, unless that run is to be resumed.
+
+    Leftovers of an interrupted save are removed.
+
+    Raises:
+        ValueError: `output_dir` is a file, or holds a run and `resume` is false.
+    """
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir: {path} is a file; give a directory")
+    path.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        markers = [name for name in RUN_MARKERS if (path / name).exists()]
+        markers += sorted(entry.name for entry in path.iterdir() if CHECKPOINT_NAME.fullmatch(entry.name))
+        if markers:
+            raise ValueError(
+                f"output_dir: {path} already holds a run ({', '.join(markers[:3])}); give another directory, remove "
+                "it, or continue that run with --resume_from_checkpoint true"
+            )
+    for entry in path.iterdir():
+        if TEMPORARY_NAME.fullmatch(entry.name):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return path
+
+
+def wants_resume(resume_from_checkpoint) -> bool:
+    """Tell whether the option asks to continue a run: not None, false, no, 0 or empty."""
+    return str(resume_from_checkpoint).lower() not in ("", "none", "false", "no", "0")
+
+
+def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint) -> Path | None:
+    """Return the checkpoint that `resume_from_checkpoint` means: None or false, true (the newest), or a path.
+
+    Raises:
+        ValueError: the path is not a complete checkpoint.
+    """
+    wanted = resume_from_checkpoint
+    if not wants_resume(wanted):
+        return None
+    if str(wanted).lower() in ("true", "yes", "1"):
+        return last_checkpoint(output_dir)
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise ValueError(f"resume_from_checkpoint: {wanted} is not a complete checkpoint (no trainer_state.json in it)")
+    return Path(wanted)
+
+
+class JsonLines:
+    """A file of one JSON object a line with a "step"; opened with `resume_step`, later and torn lines are dropped."""
+
+    def __init__(self, path: str | Path, *, resume_step: int | None = None):
+        self.path = Path(path)
+        if resume_step is not None and self.path.exists():
+            kept = []
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                with contextlib.suppress(json.JSONDecodeError):
+                    if line.endswith("\n") and json.loads(line)["step"] <= resume_step:
+                        kept.append(line)
+            temporary = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, self.path)
+
+    def append(self, rows: list[dict]) -> None:
+        """Append rows with one write, so that a kill leaves at most one torn last line."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(text.encode("utf-8"))
+
+
+class MetricsLog:
+    """`metrics.jsonl` of a run: one line `{"step": int, "time": s, **metrics}` for each call of `log`.
+
+    Args:
+        output_dir: the run directory.
+        resume_step: the checkpoint's step; lines after it are dropped. None for a new run.
+    """
+
+    def __init__(self, output_dir: str | Path, *, resume_step: int | None = None):
+        self.lines = JsonLines(Path(output_dir) / "metrics.jsonl", resume_step=resume_step)
+        self.start = time.perf_counter()
+
+    def log(self, step: int, metrics: dict) -> None:
+        """Append the metrics of a step; numbers that are not finite are written as null (JSON has no NaN)."""
+        row = {"step": int(step), "time": round(time.perf_counter() - self.start, 3)}
+        for name, value in metrics.items():
+            value = value.item() if hasattr(value, "item") else value
+            row[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        self.lines.append([row])
+
+
+def rng_state() -> dict:
+    """Return the state of Python's, numpy's and torch's random generators, in types that torch.load takes safely."""
+    name, keys, position, has_gauss, gauss = numpy.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype("int64")), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    """Put back what `rng_state` returned."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

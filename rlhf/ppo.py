@@ -1,0 +1,256 @@
+"""PPO and PPO-ptx of InstructGPT (Ouyang et al. 2022, arXiv 2203.02155, section 3.5 and appendix C.4).
+
+    maximise  E_{x ~ prompts, y ~ policy}[ r(x, y) - beta * log(policy(y|x) / SFT(y|x)) ]
+              + gamma * E_{x ~ pretraining text}[ log policy(x) ]
+
+One iteration: sample a response to each prompt of a batch; score it with the reward model; take the log-probs of the
+response tokens under the policy and the SFT model, and the values; the reward of a token is -beta * its log-ratio, plus
+the score at the last token; generalised advantages; then some epochs of minibatch steps on the clipped loss, with the
+gradient of gamma times the language-model loss on pretraining text added to each step.
+
+Departures and details (each number stands again at its line, here or in ppo_run.py):
+ 1. Tokens are drawn from softmax(logits / temperature) over the whole vocabulary, and log-probs, KL and entropy belong
+    to that same distribution. Settings in generation_config that would cut it (top_p, top_k, ...) have no effect.
+ 2. Old log-probs are computed by the code that trains, not taken from the sampler; so the first ratio is 1.
+ 3. A response ends with the first stop token, which is kept and scored. One that reaches response_length without it is
+    a finished episode too: score at the last token, no bootstrapping; `missing_eos_penalty` is taken off its score.
+ 4. The value network is a network of its own, started from the reward model (paper). It reads the state before each
+    token. It shares the optimizer with the policy, with its own learning rate and gradient clip.
+ 5. Advantages are whitened over the whole batch of an iteration, on all processes (OpenAI's code; not in the paper).
+ 6. The loss is a mean over the response tokens of a minibatch, however it is cut into micro-batches and processes.
+ 7. gamma multiplies the mean -log p per token of `ptx_batch_multiplier` texts an episode (paper: 8; gamma 27.8). Both
+    gradients go into one optimizer step. With gamma 0 nothing of it runs.
+ 8. The learning rate rises from a tenth over the first iterations, linearly by optimizer step.
+ 9. The average of the policy's weights moves once an iteration, and is the model that the run hands on (paper: 0.992).
+10. beta is fixed (paper: 0.02), or steered to `kl_target`, with the sampled KL of the iteration just done.
+11. `max_kl` ends the run before a step is made from samples that lie farther than that from the SFT model.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from rlhf_kernels import gae, ppo_loss, rlhf_advantages
+
+from . import models
+from .ppo_config import PPOConfig
+from .ppo_run import PPORun
+from .ppo_state import Averages, timed, whiten
+from .rollout import Rollouts, sample
+from .sequences import response_log_probs, response_values
+
+__all__ = ["PPOConfig", "PPOTrainer", "train_ppo"]
+
+
+@dataclass
+class Experience:
+    """What the losses need of an iteration's responses; [B, T], 0 under the mask, 1 = keep."""
+
+    rollouts: Rollouts
+    mask: torch.Tensor
+    log_probs: torch.Tensor
+    ref_log_probs: torch.Tensor
+    values: torch.Tensor
+    entropy: torch.Tensor
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+
+class PPOTrainer(PPORun):
+    """The loop. `reward_fn(prompts, completions, completion_ids, **columns) -> list[float]` replaces the reward model.
+
+    A callback is called as `callback(trainer, step, metrics)` after each iteration; one that returns True ends the run.
+    """
+
+    def train(self) -> Path:
+        """Run the iterations that are left, save, and return the run directory."""
+        hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
+        bar = tqdm(total=self.iterations, initial=self.step, desc="ppo", unit="it", disable=hidden, dynamic_ncols=True)
+        metrics = {}
+        while self.step < self.iterations and self.stopped is None:
+            metrics = self.iteration()
+            self._log(metrics)
+            bar.set_postfix(kl=f"{metrics['objective/kl']:.3f}", score=f"{metrics['objective/scores']:.3f}")
+            bar.update()
+            for callback in self.callbacks:
+                if callback(self, self.step, metrics) is True:
+                    self.stopped = "callback"
+            last = self.step == self.iterations or self.stopped is not None
+            if self.args.save_steps > 0 and (last or self.step % self.args.save_steps == 0):
+                self.save_checkpoint()
+        bar.close()
+        self.save(metrics)
+        return self.output_dir
+
+    def iteration(self) -> dict[str, float]:
+        """Sample, score, and improve policy and value function once; return the metrics, means over kept tokens."""
+        args, averages, self.seconds = self.args, Averages(), {}
+        rows = self.next_prompts()
+        rollouts = self.sample(rows)
+        raw_scores = self.score(rows, rollouts)
+        scores = self.shape_scores(raw_scores, rollouts)
+        experience = self.evaluate(rollouts)
+        self.estimate_advantages(experience, scores, averages)
+        if not self.beyond_kl_budget(averages):  # 11
+            for _ in range(args.num_ppo_epochs):
+                for chosen in torch.randperm(len(rollouts.response_ids)).split(self.mini_batch_size):
+                    self.update(experience, chosen.tolist(), averages)
+        if self.ema is not None:
+            self.ema.update(self.policy)  # 9
+        metrics = {**averages.read(self._sum), "objective/kl_coef": self.kl.value}
+        episodes = len(rollouts.response_ids) * self.world
+        self.kl.update(metrics["objective/kl"], episodes)  # 10
+        self.step, self.episode = self.step + 1, self.episode + episodes
+        self._log_samples(rows, rollouts, raw_scores)
+        return {**metrics, **self._counters(rollouts, episodes)}
+
+    @timed("rollout")
+    def sample(self, rows: list[dict]) -> Rollouts:
+        args = self.args
+        return sample(
+            self.policy, self.tokenizer, [row["prompt_ids"] for row in rows[:: args.num_responses]],
+            response_length=args.response_length, temperature=args.temperature, stop_token_ids=self.stop_ids,
+            samples_per_prompt=args.num_responses, batch_size=args.local_rollout_batch_size,
+        )  # fmt: skip
+
+    @timed("score")
+    @torch.no_grad()
+    def score(self, rows: list[dict], rollouts: Rollouts) -> torch.Tensor:
+        """Return the reward of each response, [B] fp32, on its ids as sampled: nothing is decoded for the model."""
+        if self.reward_fn is None:
+            scores = torch.zeros(len(rows), device=self.accelerator.device)
+            for chunk in self._all_chunks(rollouts):
+                batch = self._join(rollouts, chunk)
+                scores[chunk] = models.sequence_scores(
+                    self.reward_model, batch.input_ids, batch.attention_mask, batch.last_index
+                )
+            return scores
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids", "at")}
+        completions = self._decode(rollouts.response_ids)
+        scores = self.reward_fn([row["prompt"] for row in rows], completions, rollouts.response_ids, **columns)
+        if len(scores) != len(rows) or not all(math.isfinite(score) for score in scores):
+            raise ValueError(f"reward_fn: got {len(scores)} scores, want {len(rows)} finite numbers")
+        return torch.tensor(scores, dtype=torch.float32, device=self.accelerator.device)
+
+    def shape_scores(self, scores: torch.Tensor, rollouts: Rollouts) -> torch.Tensor:
+        """Clip the scores, then take the penalty off those of responses that did not end with a stop token."""
+        if self.args.reward_clip_range is not None:
+            scores = scores.clamp(*self.args.reward_clip_range)
+        ended = torch.tensor(rollouts.ended, device=scores.device)
+        return torch.where(ended, scores, scores - (self.args.missing_eos_penalty or 0.0))  # 3
+
+    @timed("evaluate")
+    @torch.no_grad()
+    def evaluate(self, rollouts: Rollouts) -> Experience:
+        """Compute log-probs under policy and reference, entropies and values of all response tokens."""
+        found = torch.zeros(5, len(rollouts.response_ids), self.args.response_length, device=self.accelerator.device)
+        for chunk in self._all_chunks(rollouts):
+            batch = self._join(rollouts, chunk)
+            log_probs, entropy = response_log_probs(self.policy, batch, temperature=self.args.temperature)  # 1, 2
+            ref_log_probs, _ = response_log_probs(self.reference, batch, temperature=self.args.temperature)
+            packed = (log_probs, ref_log_probs, response_values(self.value, batch), entropy, torch.ones_like(entropy))
+            for kind, numbers in enumerate(packed):
+                found[kind, chunk] = batch.unpack(numbers)
+        return Experience(rollouts, found[4].bool(), *found[:4])
+
+    def estimate_advantages(self, experience: Experience, scores: torch.Tensor, averages: Averages) -> None:
+        """Fill in advantages and returns, and note what the rewards were made of."""
+        args, mask = self.args, experience.mask
+        result = rlhf_advantages(
+            scores, experience.log_probs, experience.ref_log_probs, experience.values, mask, kl_coef=self.kl.value,
+            gamma=args.gamma, lam=args.lam, kl_estimator=args.kl_estimator,
+            whiten=args.whiten_advantages and not args.whiten_rewards, process_group=self._group(),
+        )  # fmt: skip
+        advantages, returns = result.advantages, result.returns
+        if args.whiten_rewards:
+            rewards = whiten(result.rewards, mask, self._sum, center=False)
+            advantages, returns = gae(rewards, experience.values, mask, gamma=args.gamma, lam=args.lam)
+            advantages = whiten(advantages, mask, self._sum) if args.whiten_advantages else advantages  # 5
+        experience.advantages, experience.returns = advantages, returns
+        self._describe(experience, scores, result.kl.sum(-1), averages)
+
+    def _describe(self, experience: Experience, scores, kl_reward, averages: Averages) -> None:
+        mask, episodes, ended = experience.mask, len(scores), sum(experience.rollouts.ended)
+        kl = torch.where(mask, experience.log_probs - experience.ref_log_probs, 0).sum(-1)
+        unexplained = (experience.returns - experience.values)[mask].var(correction=0)
+        averages.add({
+            "objective/kl": kl.mean(), "objective/scores": scores.mean(),
+            "objective/entropy": -torch.where(mask, experience.log_probs, 0).sum(-1).mean(),
+            "objective/non_score_reward": -self.kl.value * kl_reward.mean(),
+            "objective/rlhf_reward": (scores - self.kl.value * kl_reward).mean(),
+            "val/explained_variance": 1 - unexplained / experience.returns[mask].var(correction=0),
+            "val/num_eos_tokens": ended * self.world,
+            "completions/mean_length": mask.sum() / episodes, "completions/clipped_ratio": 1 - ended / episodes,
+        }, episodes)  # fmt: skip
+
+    def beyond_kl_budget(self, averages: Averages) -> bool:
+        if self.args.max_kl is not None and averages.read(self._sum)["objective/kl"] > self.args.max_kl:
+            self.stopped = f"max_kl: the KL per response exceeded {self.args.max_kl} nats"
+        return self.stopped is not None
+
+    @timed("update")
+    def update(self, experience: Experience, chosen: list[int], averages: Averages) -> None:
+        """Make one optimizer step from the rows `chosen` (and the next pretraining texts)."""
+        self.accumulate_gradients(experience, chosen, self.next_texts(len(chosen)), averages)
+        norms = {}
+        for name, network in (("policy", self.policy), ("value", self.value)):  # 4
+            limit = math.inf if self.args.max_grad_norm is None else self.args.max_grad_norm
+            norms[f"grad_norm/{name}"] = self.accelerator.clip_grad_norm_(network.parameters(), limit)
+        averages.add({**norms, "lr": self.scheduler.get_last_lr()[0]}, 1)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+
+    def accumulate_gradients(self, experience: Experience, chosen, texts, averages: Averages) -> None:
+        """Add the gradient of the PPO loss of the chosen rows + gamma * the loss of `texts`; nothing is stepped."""
+        args, size, sums = self.args, self.args.per_device_train_batch_size, Averages()
+        words = self._sum(torch.tensor(sum(len(ids) - 1 for ids in texts)))
+        for start in range(0, len(texts), size):  # 7
+            with self.accelerator.no_sync(self.model):
+                loss = self.model(texts=texts[start : start + size], num_items_in_batch=words)
+                self.accelerator.backward(args.ptx_coef * loss * self.world)
+            sums.add({"loss/ptx_avg": loss}, 1)
+        tokens = experience.mask[chosen].sum()
+        items = self._sum(tokens if args.loss_agg_mode == "token-mean" else torch.tensor(len(chosen)))  # 6
+        chunks = self._chunks(experience.rollouts, chosen, size)
+        for rows in chunks:
+            batch = self._join(experience.rollouts, rows)
+            with contextlib.nullcontext() if rows is chunks[-1] else self.accelerator.no_sync(self.model):
+                log_probs, entropy, values = self.model(batch, temperature=args.temperature)
+                loss = ppo_loss(
+                    log_probs, experience.log_probs[rows], experience.advantages[rows], batch.response_mask,
+                    values=values, old_values=experience.values[rows], returns=experience.returns[rows],
+                    cliprange=args.cliprange, cliprange_high=args.cliprange_high, dual_clip=args.dual_clip,
+                    cliprange_value=args.cliprange_value, vf_coef=args.vf_coef, entropy=entropy,
+                    entropy_coef=args.entropy_coef, loss_agg_mode=args.loss_agg_mode,
+                    num_items_in_batch=None if args.loss_agg_mode == "token-sum" else items,
+                )  # fmt: skip
+                self.accelerator.backward(loss.loss * self.world)
+            sums.add({"loss/policy_avg": loss.policy_loss, "loss/value_avg": loss.value_loss}, 1)
+            averages.add(_token_means(loss.metrics), batch.response_mask.sum())
+        averages.add({name: total * self.world for name, total in sums.totals().items()}, 1)
+
+    def _counters(self, rollouts: Rollouts, episodes: int) -> dict[str, float]:
+        seconds = sum(self.seconds.values())
+        tokens = sum(map(len, rollouts.response_ids)) * self.world
+        times = {f"time/{phase}": value for phase, value in self.seconds.items()}
+        rates = {"eps": episodes / seconds, "tokens_per_sec": tokens / seconds}
+        return {"episode": self.episode, **rates, **times}
+
+
+def _token_means(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names = {
+        "approx_kl": "policy/approxkl_avg", "clip_fraction": "policy/clipfrac_avg", "entropy": "policy/entropy_avg",
+        "ratio_mean": "val/ratio", "ratio_var": "val/ratio_var", "ratio_max": "val/ratio_max",
+        "value_clip_fraction": "val/clipfrac_avg",
+    }  # fmt: skip
+    return {names[name]: value for name, value in metrics.items() if name in names}
+
+
+def train_ppo(args: PPOConfig, *, reward_fn=None, callbacks=()) -> Path:
+    """Run PPO as `args` say and return the run directory; see `PPOTrainer`."""
+    return PPOTrainer(args, reward_fn=reward_fn, callbacks=callbacks).train()

@@ -1,0 +1,229 @@
+"""What a PPO run needs around the algorithm: data, networks and optimizer at the start, logs and files on the way."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.optim.lr_scheduler import LambdaLR
+
+from . import checkpoint, models
+from .data import encode_prompt, load_rows
+from .kl_controller import KLController
+from .ppo_config import PPOConfig
+from .ppo_state import Cursor, WeightAverage, learning_rate_factor, load_checkpoint, save_checkpoint
+from .rollout import Rollouts, warn_ignored_sampling_settings
+from .sequences import Batch, join, response_log_probs, response_values, text_loss
+from .startup_check import check_contract
+
+
+class ActorCritic(torch.nn.Module):
+    """Policy and value network under one `forward`, as wrappers for many processes want it."""
+
+    def __init__(self, policy, value):
+        super().__init__()
+        self.policy, self.value = policy, value
+
+    def forward(self, batch=None, *, temperature=1.0, texts=None, num_items_in_batch=None):
+        if texts is not None:
+            return text_loss(self.policy, texts, num_items_in_batch=num_items_in_batch)
+        log_probs, entropy = response_log_probs(self.policy, batch, temperature=temperature)
+        return batch.unpack(log_probs), batch.unpack(entropy), batch.unpack(response_values(self.value, batch))
+
+
+class PPORun:
+    """The run around the loop of `rlhf.ppo.PPOTrainer`. The numbers are those of the list in `rlhf/ppo.py`."""
+
+    def __init__(self, args: PPOConfig, *, reward_fn=None, callbacks=()):
+        if (args.reward_model_path is None) == (reward_fn is None):
+            raise ValueError("reward_model_path: give a reward model or a Python reward function, and not both")
+        if args.dataset_name is None:
+            raise ValueError("dataset_name: got none, want a file of prompts")
+        self.args, self.reward_fn, self.callbacks = args, reward_fn, callbacks
+        self.accelerator = Accelerator()
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.local_batch_size, self.mini_batch_size = args.batch_sizes(self.world)
+        self.resumes = checkpoint.wants_resume(args.resume_from_checkpoint)
+        resume = checkpoint.resolve_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        self.output_dir = Path(args.output_dir)
+        if self.accelerator.is_main_process:
+            checkpoint.prepare_output_dir(self.output_dir, resume=self.resumes)
+        self._load_data()
+        set_seed(args.seed + self.rank)
+        self._load_models(resume)
+        self._make_optimizer()
+        self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)  # 10
+        self.ema = None if args.ema_decay is None else WeightAverage(self.policy, args.ema_decay)  # 9
+        self.prompt_cursor = Cursor(len(self.prompts), args.seed)
+        self.ptx_cursor = Cursor(len(self.texts), args.seed + 1) if self.texts else None
+        self.step, self.episode, self.seconds, self.stopped = 0, 0, {}, None
+        self.contract = None
+        if resume is not None:
+            load_checkpoint(self, resume)
+        else:
+            self.contract = check_contract(self)
+        self._open_logs()
+
+    def _load_data(self) -> None:
+        args = self.args
+        options = {"trust_remote_code": args.trust_remote_code}
+        self.tokenizer = models.load_tokenizer(
+            args.sft_model_path, pad_token=args.pad_token, eos_token=args.eos_token, **options
+        )
+        where = {"split": args.dataset_train_split, "config": args.dataset_config}
+        self.prompts = load_rows(args.dataset_name, "prompts", **where)
+        for row in self.prompts:
+            row["prompt_ids"] = encode_prompt(self.tokenizer, row["prompt"])
+        self.texts = []
+        if args.ptx_coef:  # 7
+            for row in load_rows(args.ptx_dataset_name, "text"):
+                ids = [*encode_prompt(self.tokenizer, row["text"]), self.tokenizer.eos_token_id]
+                pieces = [ids[i : i + args.ptx_max_length] for i in range(0, len(ids), args.ptx_max_length)]
+                self.texts += [piece for piece in pieces if len(piece) > 1]
+        episodes = self.local_batch_size * self.world
+        wanted = args.total_episodes or math.ceil(args.num_train_epochs * len(self.prompts) * args.num_responses)
+        self.iterations = args.max_steps if args.max_steps > 0 else math.ceil(wanted / episodes)
+
+    def _load_models(self, resume: Path | None) -> None:
+        args = self.args
+        options = {
+            "dtype": getattr(torch, args.dtype), "attn_implementation": args.attn_implementation,
+            "trust_remote_code": args.trust_remote_code,
+        }  # fmt: skip
+        self.policy = models.load_policy(resume or args.sft_model_path, **options)
+        self.reference = models.load_policy(args.sft_model_path, **options).requires_grad_(False).eval()
+        self.reward_model = None
+        if args.reward_model_path is not None:
+            self.reward_model = models.load_reward_model(args.reward_model_path, **options).requires_grad_(False).eval()
+        start = (resume / "value") if resume else (args.value_model_path or args.reward_model_path)  # 4
+        if start is not None:
+            self.value = models.load_reward_model(start, **options)
+        else:
+            self.value = models.reward_model_from_policy(
+                args.sft_model_path, args.seed, pad_token_id=self.tokenizer.pad_token_id, **options
+            )
+        warn_ignored_sampling_settings(self.policy)  # 1
+        extra = [token for token in (args.stop_token, args.stop_token_id) if token not in (None, "eos")]
+        self.stop_ids = models.stop_token_ids(self.tokenizer, self.policy, extra)  # 3
+        self._check_context()
+        for model in (self.reference, self.reward_model):
+            if model is not None:
+                model.to(self.accelerator.device)
+
+    def _check_context(self) -> None:
+        networks = {"policy": self.policy, "value network": self.value, "reward model": self.reward_model}
+        for name, model in networks.items():
+            context = model and getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            for row in self.prompts if context else ():
+                if len(row["prompt_ids"]) + self.args.response_length > context:
+                    raise ValueError(
+                        f"{row['at']}: the prompt has {len(row['prompt_ids'])} tokens; with response_length "
+                        f"{self.args.response_length} it does not fit the {name}'s context of {context}"
+                    )
+
+    def _make_optimizer(self) -> None:
+        args = self.args
+        groups = [  # 4
+            {"params": list(self.policy.parameters()), "lr": args.learning_rate},
+            {"params": list(self.value.parameters()), "lr": args.value_learning_rate or args.learning_rate},
+        ]
+        betas = (args.adam_beta1, args.adam_beta2)
+        optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)
+        updates = args.num_ppo_epochs * (self.local_batch_size // self.mini_batch_size)
+        self.scheduler = LambdaLR(  # 8
+            optimizer,
+            lambda update: learning_rate_factor(
+                update, updates_per_iteration=updates, iterations=self.iterations,
+                warmup_iterations=args.warmup_iterations, schedule=args.lr_scheduler_type,
+            ),
+        )  # fmt: skip
+        self.model, self.optimizer = self.accelerator.prepare(ActorCritic(self.policy, self.value), optimizer)
+
+    def _open_logs(self) -> None:
+        resumed = self.step if self.resumes else None
+        self.metrics_log = self.samples_log = self.writer = None
+        if self.accelerator.is_main_process:
+            self.metrics_log = checkpoint.MetricsLog(self.output_dir, resume_step=resumed)
+            self.samples_log = checkpoint.JsonLines(self.output_dir / "samples.jsonl", resume_step=resumed)
+            self._write_run({})
+            if self.args.report_to == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(self.output_dir / "tensorboard", purge_step=resumed)
+
+    def _write_run(self, summary: dict) -> None:
+        run = {"stage": "ppo", "config": dataclasses.asdict(self.args), "summary": summary, "contract": self.contract}
+        checkpoint.write_json(self.output_dir / "run.json", run)
+
+    def next_prompts(self) -> list[dict]:
+        """Return this process's share of the next prompts, each `num_responses` times in a row."""
+        count = self.local_batch_size // self.args.num_responses
+        chosen = self.prompt_cursor.take(count * self.world)[self.rank :: self.world]
+        return [self.prompts[i] for i in chosen for _ in range(self.args.num_responses)]
+
+    def next_texts(self, episodes: int) -> list[list[int]]:
+        """Return this process's share of the next pretraining texts for so many episodes; none without gamma."""
+        if self.ptx_cursor is None:
+            return []
+        count = episodes * self.args.ptx_batch_multiplier  # 7
+        return [self.texts[i] for i in self.ptx_cursor.take(count * self.world)[self.rank :: self.world]]
+
+    def _chunks(self, rollouts: Rollouts, rows, size: int) -> list[list[int]]:
+        """Cut rows into chunks of like length, so that little padding is computed."""
+        rows = sorted(rows, key=lambda row: len(rollouts.prompt_ids[row]) + len(rollouts.response_ids[row]))
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _all_chunks(self, rollouts: Rollouts) -> list[list[int]]:
+        return self._chunks(rollouts, range(len(rollouts.response_ids)), self.args.local_rollout_forward_batch_size)
+
+    def _join(self, rollouts: Rollouts, rows) -> Batch:
+        prompts, responses = ([ids[row] for row in rows] for ids in (rollouts.prompt_ids, rollouts.response_ids))
+        return join(prompts, responses, self.accelerator.device, steps=self.args.response_length)
+
+    def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over the processes."""
+        return tensor if self.world == 1 else self.accelerator.reduce(tensor.to(self.accelerator.device), "sum")
+
+    def _group(self):
+        return torch.distributed.group.WORLD if self.world > 1 else None
+
+    def _decode(self, response_ids) -> list[str]:
+        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in response_ids]
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        bad = [name for name, value in metrics.items() if math.isnan(value) and name != "val/explained_variance"]
+        if self.metrics_log is not None:
+            self.metrics_log.log(self.step, metrics)
+        for name, value in metrics.items() if self.writer else ():
+            self.writer.add_scalar(name, value, self.step)
+        if bad:
+            raise FloatingPointError(f"iteration {self.step}: {', '.join(bad)} became NaN; no checkpoint holds it")
+
+    def _log_samples(self, rows: list[dict], rollouts: Rollouts, scores: torch.Tensor) -> None:
+        if self.samples_log is not None:
+            count = self.args.num_logged_samples
+            shown = zip(rows[:count], self._decode(rollouts.response_ids[:count]), scores[:count].tolist(), strict=True)
+            self.samples_log.append([
+                {"step": self.step, "prompt": row["prompt"], "completion": completion, "score": score}
+                for row, completion, score in shown
+            ])  # fmt: skip
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-N` for the iteration just done, and remove the oldest beyond `save_total_limit`."""
+        save_checkpoint(self, self.output_dir / f"checkpoint-{self.step}")
+        if self.accelerator.is_main_process:
+            checkpoint.remove_old_checkpoints(self.output_dir, self.args.save_total_limit)
+
+    def save(self, metrics: dict[str, float]) -> None:
+        """Write the final policy (the average, where there is one), the value network, and the summary."""
+        if not self.accelerator.is_main_process:
+            return
+        if self.ema is not None:
+            self.ema.swap(self.policy)  # 9
+        models.save_model(self.policy, self.tokenizer, self.output_dir)
+        if self.ema is not None:
+            self.ema.swap(self.policy)
+        models.save_model(self.value, self.tokenizer, self.output_dir / "value")
+        self._write_run({**metrics, "iterations": self.step, "episode": self.episode, "stopped": self.stopped})

@@ -1,0 +1,188 @@
+"""What a PPO run carries from one iteration to the next besides its networks, and how a checkpoint holds all of it."""
+
+import functools
+import json
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .checkpoint import atomic_directory, rng_state, set_rng_state
+
+
+def timed(phase: str):
+    """Make a method add the seconds that it takes to `self.seconds[phase]`."""
+
+    def wrap(method):
+        @functools.wraps(method)
+        def measured(self, *args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+        return measured
+
+    return wrap
+
+
+class Cursor:
+    """Walks through `size` rows in a fresh permutation each epoch; the permutation depends on seed and epoch alone.
+
+    Example:
+        >>> cursor = Cursor(3, seed=0)
+        >>> sorted(cursor.take(3)), len(cursor.take(4)), cursor.state()
+        ([0, 1, 2], 4, {'epoch': 2, 'position': 1})
+    """
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = size, seed
+        self.load({"epoch": 0, "position": 0})
+
+    def state(self) -> dict:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load(self, state: dict) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        self._shuffle()
+
+    def _shuffle(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        self.order = torch.randperm(self.size, generator=generator).tolist()
+
+    def take(self, count: int) -> list[int]:
+        """Return the next `count` row numbers; an epoch's rows all come before any row of the next epoch."""
+        taken = []
+        while len(taken) < count:
+            if self.position == self.size:
+                self.epoch, self.position = self.epoch + 1, 0
+                self._shuffle()
+            chosen = self.order[self.position : self.position + count - len(taken)]
+            self.position += len(chosen)
+            taken += chosen
+        return taken
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights, in fp32: `average = decay * average + (1 - decay) * weights`."""
+
+    def __init__(self, model, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay: got {decay}, want a number in [0, 1) (paper: 0.992), or None for no average")
+        self.decay = decay
+        self.weights = {name: weight.detach().float().clone() for name, weight in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model) -> None:
+        for name, weight in model.named_parameters():
+            self.weights[name].lerp_(weight.detach().float(), 1 - self.decay)
+
+    @torch.no_grad()
+    def swap(self, model) -> None:
+        """Exchange the model's weights with the average (twice gives them back, in the model's dtype)."""
+        for name, weight in model.named_parameters():
+            held = weight.detach().float().clone()
+            weight.copy_(self.weights[name])
+            self.weights[name] = held
+
+
+def learning_rate_factor(
+    update: int, *, updates_per_iteration: int, iterations: int, warmup_iterations: int, schedule: str
+) -> float:
+    """Return the factor on the peak rate for optimizer step number `update`, counted from 0.
+
+    It rises linearly from 0.1 over the warm-up, then stays ("constant") or falls to 0 ("linear", "cosine") at the end.
+    """
+    warmup, total = warmup_iterations * updates_per_iteration, iterations * updates_per_iteration
+    if update < warmup:
+        return 0.1 + 0.9 * update / warmup
+    progress = min(1.0, (update - warmup) / max(1, total - warmup))
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return 1.0 - progress
+    if schedule == "cosine":
+        return 0.5 * (1.0 + float(torch.cos(torch.tensor(progress * torch.pi, dtype=torch.float64))))
+    raise ValueError(f"lr_scheduler_type: got {schedule!r}, want constant, linear or cosine")
+
+
+class Averages:
+    """Weighted means of device tensors over a loop, read once at the end: no waiting for the device inside."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, metrics: dict, weight) -> None:
+        """Add values that are means over `weight` items. A value that is not finite makes its mean so."""
+        for name, value in metrics.items():
+            total, count = self.sums.get(name, (0.0, 0.0))
+            value = value.detach().double() if isinstance(value, torch.Tensor) else float(value)
+            self.sums[name] = (total + value * weight, count + weight)
+
+    def totals(self) -> dict:
+        """Return the sums of value * weight as they are, on the device and of this process alone."""
+        return {name: total for name, (total, _) in self.sums.items()}
+
+    def read(self, reduce) -> dict[str, float]:
+        """Return the means as floats; `reduce` sums a tensor over the processes."""
+        if not self.sums:
+            return {}
+        device = next((x.device for pair in self.sums.values() for x in pair if isinstance(x, torch.Tensor)), None)
+        pairs = [torch.as_tensor(x, dtype=torch.float64, device=device) for pair in self.sums.values() for x in pair]
+        totals = reduce(torch.stack(pairs)).view(-1, 2)
+        return dict(zip(self.sums, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
+
+
+def whiten(values: torch.Tensor, mask: torch.Tensor, reduce, *, center: bool = True) -> torch.Tensor:
+    """Scale kept entries to variance 1 over all processes, and take off their mean if `center`; 0 under the mask."""
+    kept = torch.where(mask, values, 0).double()
+    count, total = reduce(torch.stack([mask.sum().double(), kept.sum()]))
+    mean = total / count
+    deviation = torch.where(mask, kept - mean, 0)
+    scale = torch.rsqrt(reduce(deviation.square().sum()) / count + 1e-8)
+    return torch.where(mask, deviation * scale + (0 if center else mean), 0).to(values.dtype)
+
+
+def save_checkpoint(trainer, directory: Path) -> None:
+    """Write everything that the next iteration depends on: networks, average, optimizer, schedule, RNG, cursors."""
+    rng = trainer.accelerator.gather_for_metrics([rng_state()], use_gather_object=True)
+    if not trainer.accelerator.is_main_process:
+        return
+    with atomic_directory(directory, replace=True) as folder:
+        trainer.policy.save_pretrained(folder)
+        trainer.tokenizer.save_pretrained(folder)
+        trainer.value.save_pretrained(folder / "value")
+        if trainer.ema is not None:
+            save_file(trainer.ema.weights, folder / "ema.safetensors")
+        torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
+        torch.save(trainer.scheduler.state_dict(), folder / "scheduler.pt")
+        torch.save({"ranks": rng}, folder / "rng_state.pth")
+        state = {
+            "global_step": trainer.step, "episode": trainer.episode, "kl_coef": trainer.kl.value,
+            "prompts": trainer.prompt_cursor.state(), "ptx": trainer.ptx_cursor and trainer.ptx_cursor.state(),
+            "num_processes": trainer.accelerator.num_processes,
+        }  # fmt: skip
+        (folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(trainer, directory: Path) -> None:
+    """Put back what `save_checkpoint` wrote; the networks were loaded from the checkpoint when they were made."""
+    state = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
+    if state["num_processes"] != trainer.accelerator.num_processes:
+        raise ValueError(
+            f"resume_from_checkpoint: {directory} was written by {state['num_processes']} processes, this run has "
+            f"{trainer.accelerator.num_processes}; start it with the same number"
+        )
+    trainer.step, trainer.episode, trainer.kl.value = state["global_step"], state["episode"], state["kl_coef"]
+    trainer.prompt_cursor.load(state["prompts"])
+    if trainer.ptx_cursor and state["ptx"]:
+        trainer.ptx_cursor.load(state["ptx"])
+    if trainer.ema is not None:
+        weights = load_file(directory / "ema.safetensors")
+        trainer.ema.weights = {name: weight.to(trainer.ema.weights[name].device) for name, weight in weights.items()}
+    trainer.optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu"))
+    trainer.scheduler.load_state_dict(torch.load(directory / "scheduler.pt", weights_only=True))
+    ranks = torch.load(directory / "rng_state.pth", weights_only=True)["ranks"]
+    set_rng_state(ranks[trainer.accelerator.process_index])

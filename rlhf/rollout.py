@@ -1,0 +1,213 @@
+"""Sampling from the policy: token ids in, token ids out.
+
+Tokens are drawn from `softmax(logits / temperature)` over the whole vocabulary and nothing else: top_p, top_k,
+min_length and every other processor of a model's generation_config are left out, since a log-prob of the renormalised
+distribution is not the one that the loss differentiates. Each row has its own uniform numbers, drawn before the first
+step from torch's global CPU generator, so that a response depends neither on the batch size nor on the other rows (up
+to the rounding of the logits).
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from .sequences import per_token_log_probs
+
+__all__ = ["Completion", "RolloutError", "Rollouts", "collect", "per_token_log_probs", "sample"]
+
+NEUTRAL_SAMPLING = {
+    "top_k": (None, 0), "top_p": (None, 1.0), "min_p": (None, 0.0), "typical_p": (None, 1.0), "min_length": (None, 0),
+    "min_new_tokens": (None, 0), "repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,), "suppress_tokens": (None,), "begin_suppress_tokens": (None,), "num_beams": (None, 1),
+}  # fmt: skip
+
+
+class RolloutError(RuntimeError):
+    """A rollout engine lost, renamed, repeated or broke a completion."""
+
+
+@dataclass
+class Rollouts:
+    """Samples in the order of the prompts, `samples_per_prompt` after each other; ids include the stop token."""
+
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]
+    ended: list[bool]
+
+
+@dataclass
+class Completion:
+    """What an engine returns for sample number `sample` of prompt number `prompt`."""
+
+    prompt: int
+    sample: int
+    prompt_ids: list[int]
+    response_ids: list[int]
+    error: str | None = None
+
+
+def ignored_sampling_settings(model) -> dict:
+    """Return the settings of the model's generation_config that would change what is sampled, and are not applied."""
+    config = getattr(model, "generation_config", None)
+    settings = {name: getattr(config, name, None) for name in NEUTRAL_SAMPLING}
+    return {name: value for name, value in settings.items() if value not in NEUTRAL_SAMPLING[name]}
+
+
+def collect(prompt_ids, samples_per_prompt: int, completions: Iterable[Completion], stop_token_ids) -> Rollouts:
+    """Put an engine's completions into the order of the prompts; every one must be there exactly once and unharmed.
+
+    Raises:
+        RolloutError: a completion is missing, unknown, repeated, failed, empty, of another prompt, or goes on after a
+            stop token.
+    """
+    found = {}
+    for completion in completions:
+        key = (completion.prompt, completion.sample)
+        if not (0 <= completion.prompt < len(prompt_ids) and 0 <= completion.sample < samples_per_prompt):
+            raise RolloutError(f"the rollout engine returned {key} (prompt, sample), which was not asked for")
+        if key in found:
+            raise RolloutError(f"the rollout engine returned {key} (prompt, sample) twice")
+        if completion.error:
+            raise RolloutError(f"the rollout engine failed on {key} (prompt, sample): {completion.error}")
+        if list(completion.prompt_ids) != list(prompt_ids[completion.prompt]):
+            raise RolloutError(f"the rollout engine returned {key} (prompt, sample) with another prompt's ids")
+        if not completion.response_ids or any(token in stop_token_ids for token in completion.response_ids[:-1]):
+            raise RolloutError(f"the response of {key} (prompt, sample) is empty or goes on after a stop token")
+        found[key] = completion
+    wanted = [(prompt, sample) for prompt in range(len(prompt_ids)) for sample in range(samples_per_prompt)]
+    missing = [key for key in wanted if key not in found]
+    if missing:
+        raise RolloutError(
+            f"the rollout engine returned {len(found)} of {len(wanted)} completions; missing (prompt, sample): "
+            f"{missing[:5]}"
+        )
+    responses = [list(found[key].response_ids) for key in wanted]
+    ended = [response[-1] in stop_token_ids for response in responses]
+    return Rollouts([list(prompt_ids[prompt]) for prompt, _ in wanted], responses, ended)
+
+
+def sample(
+    model, tokenizer, prompt_ids: list[list[int]], *, response_length: int, temperature: float,
+    stop_token_ids: list[int], samples_per_prompt: int = 1, batch_size: int | None = None,
+    engine: Callable[..., Iterable[Completion]] | None = None,
+) -> Rollouts:  # fmt: skip
+    """Sample responses from the whole distribution `softmax(logits / temperature)`.
+
+    Args:
+        model: a causal LM with a KV cache; put into eval mode while sampling.
+        tokenizer: not read by the built-in engine; an engine may need it.
+        prompt_ids: P lists of token ids, none empty.
+        response_length: most tokens of a response, the stop token included.
+        temperature: > 0; the logits are divided by it.
+        stop_token_ids: a response ends with the first of these.
+        samples_per_prompt: K; the prompt is computed once for its K responses.
+        batch_size: most rows at a time; None = all. Prompts of like length go together.
+        engine: another engine, called with `(model, tokenizer, prompt_ids, **settings)`; returns `Completion`s in any
+            order.
+    Returns:
+        `Rollouts` of P * K rows in the order of the prompts. Uses torch's global CPU generator.
+    Raises:
+        ValueError: an argument is out of range, or prompt and response do not fit the model's context.
+        RolloutError: the engine lost or broke a completion.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}, want a number > 0 (greedy decoding is not sampling)")
+    for name, value in (("response_length", response_length), ("samples_per_prompt", samples_per_prompt)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, want at least 1")
+    if not all(prompt_ids):
+        raise ValueError("prompt_ids: a prompt is empty; every prompt needs at least one token")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompt_ids), default=0)
+    if context and longest + response_length > context:
+        raise ValueError(
+            f"prompt_ids: the longest prompt has {longest} tokens; with response_length {response_length} it does not "
+            f"fit the model's context of {context}"
+        )
+    completions = (engine or transformers_engine)(
+        model, tokenizer, prompt_ids, response_length=response_length, temperature=temperature,
+        stop_token_ids=list(stop_token_ids), samples_per_prompt=samples_per_prompt, batch_size=batch_size,
+    )  # fmt: skip
+    return collect(prompt_ids, samples_per_prompt, completions, set(stop_token_ids))
+
+
+@torch.no_grad()
+def transformers_engine(
+    model, tokenizer, prompt_ids, *, response_length, temperature, stop_token_ids, samples_per_prompt, batch_size
+) -> list[Completion]:
+    """The built-in engine: a plain loop over the model with its KV cache."""
+    noise = torch.rand(len(prompt_ids), samples_per_prompt, response_length, dtype=torch.float64)
+    order = sorted(range(len(prompt_ids)), key=lambda prompt: len(prompt_ids[prompt]))
+    step = max(1, (batch_size or len(order) * samples_per_prompt) // samples_per_prompt)
+    stop, completions, training = set(stop_token_ids), [], model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), step):
+            chosen = order[start : start + step]
+            tokens = _decode_loop(
+                model, [prompt_ids[prompt] for prompt in chosen], noise[chosen].flatten(0, 1).to(model.device),
+                temperature, torch.tensor(sorted(stop), dtype=torch.long, device=model.device), samples_per_prompt,
+            ).tolist()  # fmt: skip
+            for row, ids in enumerate(tokens):
+                prompt, number = chosen[row // samples_per_prompt], row % samples_per_prompt
+                end = next((t + 1 for t, token in enumerate(ids) if token in stop), len(ids))
+                completions.append(Completion(prompt, number, list(prompt_ids[prompt]), ids[:end]))
+    finally:
+        model.train(training)
+    return completions
+
+
+def _decode_loop(model, prompts, noise, temperature, stop_ids, samples_per_prompt) -> torch.Tensor:
+    """Decode left-padded prompts in step; rows that have ended are dropped now and then. -> tokens [B, steps]."""
+    device, width, steps = model.device, max(map(len, prompts)), noise.shape[1]
+    padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    mask = (torch.arange(width + steps, device=device) >= width - lengths[:, None]).long()
+    positions = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
+    output = model(
+        input_ids=padded, attention_mask=mask[:, :width], position_ids=positions, use_cache=True, logits_to_keep=1
+    )
+    cache, logits = output.past_key_values, output.logits[:, -1].repeat_interleave(samples_per_prompt, dim=0)
+    cache.batch_repeat_interleave(samples_per_prompt)
+    mask, lengths = (x.repeat_interleave(samples_per_prompt, dim=0) for x in (mask, lengths))
+    rows = torch.arange(len(noise), device=device)  # which response each row of the shrinking batch is
+    tokens = stop_ids.new_zeros(noise.shape) + (stop_ids[0] if len(stop_ids) else 0)
+    ended = torch.zeros(len(noise), dtype=torch.bool, device=device)
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    for t in range(steps):
+        cumulative = torch.softmax(logits.float() / temperature, dim=-1).double().cumsum(-1)  # [B, V]
+        finite &= cumulative[:, -1].isfinite().all()
+        target = torch.minimum(noise[rows, t] * cumulative[:, -1], cumulative[:, -1].nextafter(noise.new_zeros(())))
+        token = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        tokens[rows, t] = token
+        ended |= torch.isin(token, stop_ids)
+        if t == steps - 1:
+            break
+        if t % 4 == 3 or t == 0:
+            alive = (~ended).nonzero().squeeze(-1)
+            if len(alive) == 0:
+                break
+            if len(alive) <= 0.9 * len(ended):
+                cache.batch_select_indices(alive)
+                mask, lengths, rows, ended, token = (x[alive] for x in (mask, lengths, rows, ended, token))
+        output = model(
+            input_ids=token[:, None], attention_mask=mask[:, : width + t + 1], position_ids=(lengths + t)[:, None],
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        cache, logits = output.past_key_values, output.logits[:, -1]
+    if not finite:
+        raise RolloutError("the policy's logits hold NaN or only -inf: the model has diverged")
+    return tokens
+
+
+def warn_ignored_sampling_settings(model) -> None:
+    """Say once which sampling settings of the checkpoint have no effect on training."""
+    ignored = ignored_sampling_settings(model)
+    if ignored:
+        warnings.warn(
+            f"the model's generation_config asks for {ignored}; training samples from the whole distribution instead, "
+            "since log-probs of the cut one would not match the loss",
+            stacklevel=2,
+        )

@@ -1,0 +1,109 @@
+"""Stage 1, supervised fine-tuning: L = - sum_t log p(y_t | x, y_<t), over the response tokens only.
+
+The mean is over all response tokens of an optimizer step, whatever the number of processes and accumulation steps. The
+prompt and the end token: the prompt is read but not learned; the end token (EOS) is learned, or a model never ends.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from rlhf_kernels import linear_cross_entropy
+
+from . import data, models, training
+from .training import StageConfig, StageTrainer, option
+
+
+@dataclass
+class SFTConfig(StageConfig):
+    """Settings of `rlhf sft`."""
+
+    dropout: float = option(0.0, "Dropout on the residual blocks' outputs, a probability (paper: 0.2).")
+    num_samples: int = option(4, "Held-out prompts to write sample completions for, at each evaluation.")
+    sample_length: int = option(64, "Most tokens of a sample completion.")
+
+    stage: ClassVar[str] = "sft"
+    groups: ClassVar[dict] = {**StageConfig.groups, "the method": ("dropout", "num_samples", "sample_length")}
+    paper: ClassVar[dict] = {
+        "learning_rate": "9.65e-6 at 1.3B and 6B, 5.03e-6 at 175B",
+        "per_device_train_batch_size": "32, at 175B 8",
+        "num_train_epochs": "16",
+        "lr_scheduler_type": "cosine to 10 % of the peak",
+    }
+
+    def __post_init__(self):
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: got {self.dropout}, wants a probability in [0, 1)")
+        super().__post_init__()
+
+
+def token_losses(model, batch, **options):
+    """Cross-entropy of the response tokens through the head's weights; `options` go to `linear_cross_entropy`."""
+    try:
+        weight, bias, softcap = models.lm_head(model)
+    except ValueError:  # this head is more than a linear map: take its logits
+        nll = -training.label_log_probs(model, batch).sum()
+        items = options.get("num_items_in_batch")
+        return nll if options.get("reduction") == "sum" else nll / (len(batch["labels"]) if items is None else items)
+    hidden = models.hidden_states(model, batch["input_ids"], batch["attention_mask"], batch["position_ids"])
+    return linear_cross_entropy(
+        hidden.flatten(0, 1), weight, batch["labels"], rows=batch["label_rows"], bias=bias, softcap=softcap, **options
+    )
+
+
+class SFTTrainer(StageTrainer):
+    task_type = "CAUSAL_LM"
+
+    def count_items(self, batch):
+        return len(batch["labels"])
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = token_losses(model, inputs, num_items_in_batch=num_items_in_batch)
+        return self.global_mean(loss) if num_items_in_batch is not None else loss
+
+    def evaluate_rows(self, examples):
+        total = tokens = 0
+        for batch in self.batches(examples):
+            total += float(token_losses(self.model, batch, reduction="sum"))
+            tokens += len(batch["labels"])
+        self.write_samples(examples)
+        return {"loss": total / tokens, "perplexity": training.perplexity(total / tokens)}
+
+    def write_samples(self, examples):
+        """Sample completions of some prompts into samples.jsonl, without touching the run's random numbers."""
+        from .rollout import sample
+
+        examples = [example for example in examples if "prompt" in example["row"]][: self.args.num_samples]
+        if not examples or not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
+            rollouts = sample(
+                model,
+                self.tokenizer,
+                [example["prompt"] for example in examples],
+                response_length=self.args.sample_length,
+                temperature=1.0,
+                stop_token_ids=models.stop_token_ids(self.tokenizer, model),
+            )
+        texts = self.tokenizer.batch_decode(rollouts.response_ids, skip_special_tokens=True)
+        prompts = [data.as_text(example["row"]["prompt"]) for example in examples]
+        rows = [{"prompt": prompt, "completion": text, "score": None} for prompt, text in zip(prompts, texts)]
+        self.samples.append([{"step": self.state.global_step, **row} for row in rows])
+
+
+def train_sft(args: SFTConfig):
+    """Fine-tune a language model on demonstrations; returns the run directory, which holds the model."""
+    tokenizer = training.load_stage_tokenizer(args)
+    train, held_out = training.load_data(args, "sft")
+    model = models.load_policy(args.model_name_or_path, dropout=args.dropout, **training.model_options(args))
+    training.set_max_length(args, model)
+    train = training.encode_rows(tokenizer, train, ("completion",), args, what="training")
+    held_out = training.encode_rows(tokenizer, held_out, ("completion",), args, what="held-out")
+
+    def make_trainer(callbacks):
+        return SFTTrainer(model, args, tokenizer, train, held_out, callbacks)
+
+    return training.run_stage(args, make_trainer, StageTrainer.last_evaluation)

@@ -1,0 +1,92 @@
+"""The contract of a PPO run, checked on a few real samples before the first iteration. A broken one stops the run."""
+
+import torch
+
+from .data import encode_completion, encode_prompt
+from .models import load_tokenizer, sequence_scores, token_scores
+from .rollout import sample
+from .sequences import join, response_log_probs
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+"""Largest difference by dtype; 2e-2 for half precision, where a batch of another shape rounds anew."""
+
+
+class ContractError(RuntimeError):
+    """Something that the algorithm takes for granted does not hold; the message says what, with its number."""
+
+
+def check_contract(trainer) -> dict[str, float]:
+    """Check that policy and reference agree, the value network is the reward model, and ids are ids everywhere.
+
+    Returns:
+        The measured numbers, by name: all 0 but for rounding.
+    Raises:
+        ContractError: names each check that failed.
+    """
+    args, policy, reference = trainer.args, trainer.policy, trainer.reference
+    tolerance = TOLERANCE.get(policy.dtype, 2e-2)
+    prompts = [row["prompt_ids"] for row in trainer.prompts[:4]]
+    with torch.random.fork_rng():
+        rollouts = sample(
+            policy, trainer.tokenizer, prompts, response_length=min(args.response_length, 16),
+            temperature=args.temperature, stop_token_ids=trainer.stop_ids,
+        )  # fmt: skip
+    batch = join(rollouts.prompt_ids, rollouts.response_ids, policy.device)
+    policy.train()
+    numbers, failures = {}, []
+
+    def check(name: str, difference, meaning: str, limit: float = tolerance) -> None:
+        numbers[name] = float(difference)
+        if not numbers[name] <= limit:
+            failures.append(f"{name}: {meaning} (off by {numbers[name]:.3g}, at most {limit:g} is rounding)")
+
+    shared = {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}
+    check("reference_storage", len(shared), "the reference shares tensors with the policy, so it would train too", 0)
+    trainable = sum(weight.requires_grad for weight in reference.parameters())
+    check("reference_frozen", trainable, "the reference has weights that would train", 0)
+    with torch.no_grad():
+        log_probs, _ = response_log_probs(policy, batch, temperature=args.temperature)
+        again, _ = response_log_probs(policy, batch, temperature=args.temperature)
+        ref_log_probs, _ = response_log_probs(reference, batch, temperature=args.temperature)
+        logits = policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    check("dropout", (log_probs - again).abs().max(), "two forwards of the policy in train mode differ", 0.0)
+    check("kl", (log_probs - ref_log_probs).abs().max(), "policy and reference are equal, yet their KL is not 0")
+    full = (logits.flatten(0, 1)[batch.rows].double() / args.temperature).log_softmax(-1)
+    full = full.gather(-1, batch.labels[:, None]).squeeze(-1)
+    check(
+        "full_vocabulary", (log_probs - full).abs().max(),
+        "log-probs are not the full vocabulary's log-softmax of the model's logits / temperature", 10 * tolerance,
+    )  # fmt: skip
+    single = join(rollouts.prompt_ids[:1], rollouts.response_ids[:1], policy.device)
+    alone, _ = response_log_probs(policy, single, temperature=args.temperature)
+    ratio = torch.exp(alone.detach() - log_probs[: len(alone)])
+    check("ratio", (ratio - 1).abs().max(), "the unchanged policy's ratio is not 1 in another batch", 10 * tolerance)
+    _check_ids(trainer, rollouts, check)
+    if trainer.reward_model is not None and args.value_model_path is None:
+        with torch.no_grad():
+            scores = sequence_scores(trainer.reward_model, batch.input_ids, batch.attention_mask, batch.last_index)
+            values = token_scores(trainer.value, batch.input_ids, batch.attention_mask)
+        values = values.gather(1, batch.last_index[:, None]).squeeze(1)
+        off = ((values - scores).abs() / scores.abs().clamp(min=1)).max()
+        check("value_at_end", off, "the value network's output at the last token is not the reward model's score")
+    if failures:
+        raise ContractError("the start-up check failed:\n- " + "\n- ".join(failures))
+    return numbers
+
+
+def _check_ids(trainer, rollouts, check) -> None:
+    """The reward model must read the very ids that it was trained on, and those that were sampled."""
+    tokenizer = trainer.tokenizer
+    wrong = 0
+    for row in trainer.prompts[:4]:
+        wrong += encode_prompt(tokenizer, row["prompt"]) != row["prompt_ids"]
+    check("prompt_ids", wrong, "prompts are not the ids that reward training gives them", 0)
+    if trainer.reward_model is None:
+        return
+    other = load_tokenizer(trainer.args.reward_model_path, trust_remote_code=trainer.args.trust_remote_code)
+    wrong = int(other.eos_token_id != tokenizer.eos_token_id)
+    for row, response in zip(trainer.prompts[:4], rollouts.response_ids, strict=False):
+        text = tokenizer.decode(response, skip_special_tokens=True)
+        wrong += encode_prompt(other, row["prompt"]) != row["prompt_ids"]
+        wrong += encode_completion(other, text) != encode_completion(tokenizer, text)
+    check("reward_ids", wrong, "the reward model's tokenizer gives other ids than the policy's", 0)

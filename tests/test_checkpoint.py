@@ -1,0 +1,150 @@
+"""Files of a run: whole or absent, and logs that continue where the checkpoint stands."""
+
+import errno
+import json
+import os
+import random
+
+import numpy
+import pytest
+import torch
+
+from rlhf import checkpoint
+from rlhf.checkpoint import MetricsLog, atomic_directory, last_checkpoint, prepare_output_dir
+
+
+def make_checkpoint(home, step, complete=True):
+    folder = home / f"checkpoint-{step}"
+    folder.mkdir()
+    if complete:
+        (folder / "trainer_state.json").write_text("{}")
+    return folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_atomic_directory_appears_whole(tmp_path):
+    with atomic_directory(tmp_path / "a" / "model") as folder:
+        (folder / "config.json").write_text("new")
+        assert not (tmp_path / "a" / "model").exists()
+    assert names(tmp_path / "a") == ["model"] and (tmp_path / "a" / "model" / "config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("killed"), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_failure_leaves_nothing(tmp_path, error):
+    with pytest.raises(type(error)), atomic_directory(tmp_path / "checkpoint-1") as folder:
+        (folder / "trainer_state.json").write_text("{}")
+        raise error
+    assert names(tmp_path) == [] and last_checkpoint(tmp_path) is None
+
+
+def test_a_full_disk_at_fsync_leaves_the_old_content(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"), atomic_directory(tmp_path / "model") as folder:
+        (folder / "config.json").write_text("new")
+    assert names(tmp_path) == ["model"] and (tmp_path / "model" / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_an_existing_directory(tmp_path, replace):
+    (tmp_path / "run" / "value").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("kept")
+    (tmp_path / "run" / "value" / "old").write_text("kept")
+    with atomic_directory(tmp_path / "run", replace=replace) as folder:
+        (folder / "value").mkdir()
+        (folder / "value" / "new").write_text("")
+        (folder / "config.json").write_text("new")
+    assert names(tmp_path) == ["run"]
+    others = [] if replace else ["metrics.jsonl"]
+    assert names(tmp_path / "run") == ["config.json", *others, "value"]
+    assert names(tmp_path / "run" / "value") == (["new"] if replace else ["new", "old"])
+
+
+def test_last_checkpoint_is_the_newest_complete_one(tmp_path):
+    assert last_checkpoint(tmp_path / "absent") is None
+    make_checkpoint(tmp_path, 9)
+    newest = make_checkpoint(tmp_path, 10)
+    make_checkpoint(tmp_path, 11, complete=False)
+    (tmp_path / ".checkpoint-12.tmp-1").mkdir()
+    assert last_checkpoint(tmp_path) == newest
+    checkpoint.remove_old_checkpoints(tmp_path, 1)
+    assert not (tmp_path / "checkpoint-9").exists() and newest.exists()
+
+
+@pytest.mark.parametrize("wanted", [None, False, "false", "no"])
+def test_resolve_checkpoint_off(tmp_path, wanted):
+    make_checkpoint(tmp_path, 3)
+    assert checkpoint.resolve_checkpoint(tmp_path, wanted) is None
+
+
+def test_resolve_checkpoint(tmp_path):
+    assert checkpoint.resolve_checkpoint(tmp_path, "true") is None
+    folder = make_checkpoint(tmp_path, 3)
+    assert checkpoint.resolve_checkpoint(tmp_path, True) == folder
+    assert checkpoint.resolve_checkpoint(tmp_path, str(folder)) == folder
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*not a complete checkpoint"):
+        checkpoint.resolve_checkpoint(tmp_path, str(make_checkpoint(tmp_path, 4, complete=False)))
+
+
+@pytest.mark.parametrize("marker", ["metrics.jsonl", "run.json", "config.json", "checkpoint-5"])
+def test_an_output_dir_with_another_run_is_refused(tmp_path, marker):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert prepare_output_dir(tmp_path, resume=False) == tmp_path
+    (tmp_path / marker).mkdir() if marker.startswith("checkpoint") else (tmp_path / marker).write_text("{}")
+    with pytest.raises(ValueError, match=rf"output_dir: .*already holds a run \({marker}"):
+        prepare_output_dir(tmp_path, resume=False)
+    prepare_output_dir(tmp_path, resume=True)
+
+
+def test_prepare_output_dir(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file; give a directory"):
+        prepare_output_dir(tmp_path / "file", resume=False)
+    run = prepare_output_dir(tmp_path / "new" / "run", resume=False)
+    (run / ".checkpoint-3.tmp-77").mkdir()
+    (run / ".checkpoint-3.tmp-77-old").mkdir()
+    (run / ".run.json.tmp-77").write_text("half")
+    (run / ".hidden").write_text("mine")
+    prepare_output_dir(run, resume=True)
+    assert names(run) == [".hidden"]
+
+
+def test_metrics_log_continues_at_the_checkpoint(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.log(step, {"loss": step / 2, "count": torch.tensor(step)})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "torn')
+    log = MetricsLog(tmp_path, resume_step=2)
+    log.log(3, {"loss": float("nan"), "x": float("inf")})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] and all("time" in row for row in rows)
+    assert rows[1]["loss"] == 1.0 and rows[1]["count"] == 2 and rows[2]["loss"] is None and rows[2]["x"] is None
+
+
+def test_rng_state_round_trip(tmp_path):
+    def draw():
+        return random.random(), random.gauss(0, 1), numpy.random.randn(), torch.rand(2).tolist()
+
+    random.seed(3), numpy.random.seed(3), torch.manual_seed(3)
+    draw()
+    torch.save(checkpoint.rng_state(), tmp_path / "rng.pth")
+    expected = draw()
+    draw()
+    checkpoint.set_rng_state(torch.load(tmp_path / "rng.pth", weights_only=True))
+    assert draw() == expected
+
+
+def test_write_json_replaces_at_once(tmp_path):
+    checkpoint.write_json(tmp_path / "run.json", {"stage": "ppo"})
+    with pytest.raises(TypeError):
+        checkpoint.write_json(tmp_path / "run.json", {"bad": object()})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"stage": "ppo"} and names(tmp_path) == ["run.json"]

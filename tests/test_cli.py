@@ -1,0 +1,255 @@
+"""The command line: help that reads well, YAML and flags checked alike, one clear line when something is wrong."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf import cli
+from tests.test_train_reward import rankings
+from tests.test_train_sft import demonstrations
+from tests.tiny import model_folder, word_tokenizer, write_jsonl
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Paths of a tiny model, demonstrations and rankings, and a folder for runs."""
+    return {
+        "model": model_folder(tmp_path / "model"),
+        "sft": write_jsonl(tmp_path / "sft.jsonl", demonstrations(12)),
+        "ranked": write_jsonl(tmp_path / "ranked.jsonl", rankings(12)),
+        "run": str(tmp_path / "run"),
+        "tmp": tmp_path,
+    }
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(*argv) -> what the command prints after `rlhf: error: `; it must return 2 and print no traceback."""
+
+    def run(*argv):
+        assert cli.main(list(argv)) == 2
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        lines = [line for line in err.splitlines() if line.startswith("rlhf: error: ")]
+        assert len(lines) == 1
+        return err[err.index("rlhf: error: ") + len("rlhf: error: ") :]
+
+    return run
+
+
+def sft_flags(files, **changes):
+    flags = {"model_name_or_path": files["model"], "dataset_name": files["sft"], "output_dir": files["run"]}
+    flags |= {"max_steps": 1, "disable_tqdm": "true", "use_cpu": "true", "sample_length": 4, **changes}
+    return ["sft", *(f"--{name}={value}" for name, value in flags.items() if value is not None)]
+
+
+def test_overview_names_every_command(capsys):
+    assert cli.main([]) == 0 and cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for command in ("sft", "reward", "ppo", "dpo", "best-of-n", "pipeline", "report", "demo"):
+        assert f"  {command} " in out
+
+
+def test_version(capsys):
+    import rlhf_kernels
+
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rlhf {rlhf_kernels.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["sft", "reward", "ppo", "dpo"])
+def test_help_reads_well(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert len(lines) < 170 and max(map(len, lines)) <= 100
+    assert "aper" in out and "--output_dir" in out and "--learning_rate" in out
+    assert "==SUPPRESS==" not in out and "%%" not in out
+    for flag in re.findall(r"^  (--\S+) *(.*)$", out, flags=re.MULTILINE):
+        assert flag
+
+
+def test_help_puts_own_flags_first_and_keeps_the_rest_for_help_all(capsys):
+    cli.main(["sft", "--help"])
+    short = capsys.readouterr().out
+    assert short.index("--dataset_name") < short.index("--dropout") < short.index("--learning_rate")
+    assert "--dataloader_num_workers" not in short and "--help-all" in short
+    assert "paper: 0.2" in short and "paper: 16" in short
+    cli.main(["sft", "--help-all"])
+    long = capsys.readouterr().out
+    assert "--dataloader_num_workers" in long and long.startswith(short[: short.index("model and data")])
+
+
+def test_unknown_command_and_flag_name_the_nearest(fails, files):
+    assert "there is no command 'rewards'; did you mean reward" in fails("rewards")
+    assert "there is no flag --learning_rat; did you mean learning_rate" in fails(*sft_flags(files), "--learning_rat=1")
+    assert "there is no flag --modle-name-or-path" in fails(*sft_flags(files), "--modle-name-or-path=x")
+    assert "does not know what to do with 'stray'" in fails(*sft_flags(files), "stray")
+    assert not Path(files["run"]).exists()
+
+
+def test_values_of_the_wrong_type(fails, files):
+    assert "--learning_rate" in fails(*sft_flags(files, learning_rate="fast"))
+    assert "invalid choice: 'shorten'" in fails(*sft_flags(files, long_prompts="shorten"))
+    assert "--config needs a file" in fails("sft", "--config")
+
+
+def test_no_data_is_an_error(fails, files):
+    assert "dataset_name: got none" in fails(*sft_flags(files, dataset_name=None))
+    assert "missing.jsonl:1: no such file" in fails(*sft_flags(files, dataset_name="missing.jsonl"))
+
+
+def test_bad_line_is_an_error_before_training(fails, files):
+    path = write_jsonl(files["tmp"] / "bad.jsonl", [*demonstrations(3), "{", *demonstrations(2)])
+    assert fails(*sft_flags(files, dataset_name=path)).startswith(f"{path}:4: is not JSON")
+    assert not Path(files["run"]).exists()
+
+
+def test_bad_models_are_errors(fails, files):
+    assert "does not exist" in fails(*sft_flags(files, model_name_or_path="nowhere"))
+    word_tokenizer(pad=None).save_pretrained(files["model"])
+    assert "has no pad_token; name one of its tokens with --pad_token" in fails(*sft_flags(files))
+
+
+def test_prompt_longer_than_the_context(fails, files):
+    rows = [*demonstrations(3), {"prompt": " ".join(["dog"] * 70), "completion": "ran"}]
+    path = write_jsonl(files["tmp"] / "long.jsonl", rows)
+    message = fails(*sft_flags(files, dataset_name=path, long_prompts="error", eval_fraction=0))
+    assert message.startswith(f"{path}:4: the prompt has 70 tokens, longer than the 62 that fit")
+    assert not Path(files["run"]).exists()
+
+
+def test_output_directory_of_another_run(fails, files):
+    assert cli.main(sft_flags(files)) == 0
+    metrics = (Path(files["run"]) / "metrics.jsonl").read_text()
+    assert "already holds a run" in fails(*sft_flags(files))
+    assert (Path(files["run"]) / "metrics.jsonl").read_text() == metrics
+
+
+def test_full_disk_is_one_line(fails, files, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    assert "No space left on device" in fails(*sft_flags(files))
+    assert not list(Path(files["run"]).glob("**/*.safetensors"))
+
+
+def test_debug_shows_the_traceback(files, monkeypatch):
+    monkeypatch.setenv("RLHF_DEBUG", "1")
+    with pytest.raises(ValueError, match="does not exist"):
+        cli.main(sft_flags(files, model_name_or_path="nowhere"))
+
+
+def parse(command, *argv):
+    import importlib
+
+    module, name, _, _ = cli.STAGES[command]
+    return cli.parse_stage(command, getattr(importlib.import_module(module), name), list(argv))
+
+
+def test_yaml_is_overridden_by_flags(tmp_path):
+    config = tmp_path / "x.yaml"
+    config.write_text(
+        "dataset_name: here.jsonl\nseed: 7\neval_strategy: no\n"
+        "sft:\n  learning_rate: 1e-3\n  seed: 8\n  packing: false\n"
+        "  lora_target_modules: [q_proj, v_proj]\n  lr_scheduler_kwargs: {min_lr_rate: 0.1}\nreward:\n  ties: half\n"
+    )
+    args = parse("sft", "--config", str(config), "--learning_rate", "0.5")
+    assert (args.dataset_name, args.seed, args.learning_rate, args.packing) == ("here.jsonl", 8, 0.5, "false")
+    assert args.eval_strategy.value == "no"  # YAML reads a bare no as false
+    assert args.lora_target_modules == ["q_proj", "v_proj"] and args.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert parse("sft", f"--config={config}").learning_rate == 1e-3  # YAML reads 1e-3 as text
+    assert parse("reward", "--config", str(config)).ties == "half"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "there is no setting 'learning_rat' in rlhf sft; did you mean learning_rate"),
+        ("sft:\n  droput: 1", "there is no setting 'droput' in rlhf sft; did you mean dropout"),
+        ("sft: 3", "the section sft holds a int"),
+        ("[1]", "holds a list, wants a mapping"),
+        ("a: [", "is not YAML"),
+        ("learning_rate: [1, 2]", "there is no flag"),
+        ("dropout: much", "--dropout"),
+    ],
+)
+def test_bad_yaml(fails, files, text, message):
+    config = files["tmp"] / "x.yaml"
+    config.write_text(text)
+    if text.startswith("learning_rate: ["):
+        message = "does not know what to do with '2'"
+    assert message in fails(*sft_flags(files), "--config", str(config))
+    assert "cannot read" in fails(*sft_flags(files), "--config", str(files["tmp"] / "none.yaml"))
+
+
+def test_preset_holds_the_papers_recipe():
+    args = parse("sft", "--preset", "instructgpt", "--dataset_name", "x")
+    assert (args.num_train_epochs, args.learning_rate, args.dropout) == (16, 9.65e-6, 0.2)
+    assert args.per_device_train_batch_size == 32 and args.warmup_steps == 0
+    assert args.lr_scheduler_type.value == "cosine_with_min_lr" and args.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    args = parse("reward", "--preset=instructgpt", "--dataset_name", "x", "--seed", "1")
+    assert (args.num_train_epochs, args.learning_rate, args.per_device_train_batch_size) == (1, 9e-6, 64)
+    assert args.ties == "drop" and args.lr_scheduler_kwargs == {"min_lr_rate": 0.1} and args.seed == 1
+    args = parse("ppo", "--preset", "instructgpt", "--ptx_dataset_name", "x")
+    assert (args.total_episodes, args.rollout_batch_size, args.num_mini_batches) == (256_000, 512, 8)
+    assert (args.num_ppo_epochs, args.cliprange, args.kl_coef, args.gamma, args.lam) == (1, 0.2, 0.02, 1.0, 0.95)
+    assert (args.ptx_coef, args.ptx_batch_multiplier, args.ema_decay, args.temperature) == (27.8, 8, 0.992, 1.0)
+    assert (args.learning_rate, args.value_learning_rate, args.warmup_iterations) == (9.6e-6, 9e-6, 10)
+
+
+def test_presets_hold_only_differences():
+    import dataclasses
+    import importlib
+
+    preset = yaml.safe_load((cli.PRESETS / "instructgpt.yaml").read_text())
+    for command, section in preset.items():
+        module, name, _, _ = cli.STAGES[command]
+        config_class = getattr(importlib.import_module(module), name)
+        fields = {item.name: item.default for item in dataclasses.fields(config_class)}
+        for key, value in section.items():
+            assert key in fields and fields[key] != value, (command, key)
+
+
+def test_unknown_preset(fails):
+    assert "there is no preset 'instructgtp'; did you mean instructgpt" in fails("sft", "--preset", "instructgtp")
+
+
+def test_reward_from_the_command_line(files, capsys):
+    flags = ["--model_name_or_path", files["model"], "--dataset_name", files["ranked"], "--output_dir", files["run"]]
+    assert cli.main(["reward", *flags, "--max_steps", "2", "--use_cpu", "--disable_tqdm", "--eval_fraction=0.3"]) == 0
+    out = capsys.readouterr().out
+    assert "longer wins" in out and f"rlhf report {files['run']}" in out
+
+
+IN_A_PROCESS = """
+import os, sys
+from rlhf import cli
+assert "torch" not in sys.modules, "importing rlhf.cli must not import torch"
+seen = {}
+def tool(argv):
+    seen["value"] = os.environ.get("THP_MEM_ALLOC_ENABLE")
+sys.modules["rlhf.report"] = type(sys)("rlhf.report")
+sys.modules["rlhf.report"].main = tool
+cli.main(["report"])
+assert "torch" not in sys.modules
+print(seen["value"])
+"""
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+def test_huge_pages_are_asked_for_before_torch(given, expected):
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    environment |= {"PYTHONPATH": str(ROOT), **({"THP_MEM_ALLOC_ENABLE": given} if given else {})}
+    result = subprocess.run([sys.executable, "-c", IN_A_PROCESS], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == expected

@@ -1,0 +1,274 @@
+"""Reading rows and making ids: every bad line is named, and all stages see the same ids."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from rlhf import data
+from tests.tiny import WORDS, word_tokenizer, write_jsonl
+
+RANKED = {"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1]}
+SFT = {"prompt": "a", "completion": "b"}
+GOOD = {
+    "sft": SFT,
+    "ranked": RANKED,
+    "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "unpaired": {"prompt": "a", "completion": "b", "label": True},
+    "prompts": {"prompt": "a"},
+    "text": {"text": "a"},
+}
+BAD = [
+    ("sft", '{"prompt": "a", ', "is not JSON"),
+    ("sft", "[1]", "must be a JSON object"),
+    ("sft", {"prompt": "a"}, "lacks the field `completion`"),
+    ("sft", {"completion": "a"}, "lacks the field `prompt`"),
+    ("sft", {"prompt": "", "completion": "b"}, "`prompt` is empty"),
+    ("sft", {"prompt": " \n", "completion": "b"}, "`prompt` is empty"),
+    ("sft", {"prompt": "a", "completion": ""}, "`completion` is empty"),
+    ("sft", {"prompt": 3, "completion": "b"}, "`prompt` must be a string, got int"),
+    ("sft", {"prompt": "a", "completion": ["b"]}, "must hold messages"),
+    ("sft", {"prompt": "a", "completion": "b", "context": 3}, "`context` must be a string"),
+    ("sft", {"messages": [{"role": "user", "content": "a"}]}, "at least two messages"),
+    ("sft", {"messages": [{"role": "user", "content": "a"}] * 2}, "of the role 'assistant'"),
+    ("sft", {"prompt": [], "completion": "b"}, "`prompt` is empty"),
+    ("ranked", {**RANKED, "ranks": [0]}, "as long as `completions` (2), got 1"),
+    ("ranked", {**RANKED, "ranks": [0, 1, 2]}, "as long as `completions` (2), got 3"),
+    ("ranked", {**RANKED, "ranks": 0}, "as long as `completions` (2), got int"),
+    ("ranked", {**RANKED, "ranks": [0, None]}, "must hold finite numbers, got None"),
+    ("ranked", {**RANKED, "ranks": [0, True]}, "must hold finite numbers, got True"),
+    ("ranked", '{"prompt": "a", "completions": ["b", "c"], "scores": [1, NaN]}', "must hold finite numbers, got nan"),
+    ("ranked", {"prompt": "a", "completions": ["b", "c"]}, "lacks the field `ranks`"),
+    ("ranked", {**RANKED, "completions": ["b"], "ranks": [0]}, "at least two completions to rank, got 1"),
+    ("ranked", {**RANKED, "completions": [], "ranks": []}, "at least two completions to rank, got 0"),
+    ("ranked", {**RANKED, "completions": "bc"}, "`completions` must be a list, got str"),
+    ("ranked", {**RANKED, "completions": ["b", " "]}, "`completions[1]` is empty"),
+    ("ranked", {**RANKED, "prompt": ""}, "`prompt` is empty"),
+    ("preference", {"prompt": "a", "chosen": "b"}, "lacks the field `rejected`"),
+    ("unpaired", {**SFT, "label": "yes"}, "`label` must be true"),
+    ("prompts", {"text": "a"}, "lacks the field `prompt`"),
+    ("text", {"text": ""}, "`text` is empty"),
+]
+
+
+@pytest.mark.parametrize(("kind", "line", "reason"), BAD)
+def test_bad_line_is_named(tmp_path, kind, line, reason):
+    path = write_jsonl(tmp_path / "rows.jsonl", [GOOD[kind], line, GOOD[kind]])
+    with pytest.raises(data.DataError) as caught:
+        data.load_rows(path, kind)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:2: ") and reason in message
+    assert "\n" not in message
+
+
+def test_every_bad_line_is_reported(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [SFT, "{", SFT, {"prompt": "a"}, *["{"] * 20])
+    with pytest.raises(data.DataError) as caught:
+        data.load_rows(path, "sft")
+    lines = str(caught.value).split("\n")
+    assert [line.split(": ")[0] for line in lines[:2]] == [f"{path}:2", f"{path}:4"]
+    assert len(lines) == 11 and lines[-1] == "... and 12 more bad rows"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("rows.jsonl", b"", "rows.jsonl:1: holds no rows"),
+        ("rows.jsonl", b"\n\n", "rows.jsonl:1: holds no rows"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "rows.jsonl:2: is not UTF-8"),
+        ("rows.json", b'[{"text": "a"},\n{]', "rows.json:2: is not JSON"),
+        ("rows.json", b"[]", "rows.json:1: holds no rows"),
+        ("rows.csv", b"text\na\n", "comes as .jsonl"),
+    ],
+)
+def test_bad_file(tmp_path, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(data.DataError, match=reason.replace(".", r"\.")):
+        data.load_rows(tmp_path / name, "text")
+
+
+def test_missing_file_and_folder_without_the_split(tmp_path):
+    with pytest.raises(data.DataError, match="no such file"):
+        data.load_rows(tmp_path / "missing.jsonl", "sft")
+    with pytest.raises(data.DataError, match=r"holds no train\.jsonl"):
+        data.load_rows(tmp_path, "sft")
+    with pytest.raises(ValueError, match="kind: got 'sftt'"):
+        data.load_rows(tmp_path, "sftt")
+
+
+def test_plain_text_needs_the_kind_text(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(data.DataError, match="sft data comes as"):
+        data.load_rows(tmp_path / "a.txt", "sft")
+
+
+def test_kinds_are_normalised(tmp_path):
+    def load(kind, *rows):
+        return [{k: v for k, v in row.items() if k != "at"} for row in data.load_rows(write(rows), kind)]
+
+    def write(rows):
+        return write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+    assert load("sft", {**SFT, "extra": 1}) == [SFT]
+    assert load("sft", {**SFT, "context": "c"}) == [{"prompt": "c\n\na", "completion": "b"}]
+    assert load("sft", {"messages": [user, answer]}) == [{"prompt": [user], "completion": [answer]}]
+    assert load("sft", {"text": "a b"}) == [{"text": "a b"}]
+    assert load("ranked", RANKED) == [RANKED]
+    scored = {"prompt": "a", "completions": ["b", "c", "d"], "scores": [0.5, 2.5, 0.5]}
+    assert load("ranked", scored)[0]["ranks"] == [1, 0, 1]
+    assert load("ranked", {**RANKED, "ranks": [7, 3]})[0]["ranks"] == [1, 0]
+    assert load("ranked", GOOD["preference"]) == [RANKED]
+    assert load("preference", GOOD["preference"]) == [GOOD["preference"]]
+    assert load("unpaired", {**SFT, "label": 0}) == [{**SFT, "label": False}]
+    assert load("prompts", SFT, {"messages": [user, answer]}) == [{"prompt": "a"}, {"prompt": [user]}]
+
+
+def test_file_forms_agree(tmp_path):
+    rows = [{"text": "a b"}, {"text": "c"}]
+    write_jsonl(tmp_path / "train.jsonl", ["", json.dumps(rows[0]), "", json.dumps(rows[1])])
+    (tmp_path / "rows.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
+    (tmp_path / "rows.txt").write_text("a b\n<|endoftext|>\n\nc\n", encoding="utf-8")
+    (tmp_path / "blank.txt").write_text("a b\n\nc\n", encoding="utf-8")
+    for name in ("train.jsonl", "rows.json", "rows.txt", "blank.txt", "."):
+        assert [row["text"] for row in data.load_rows(tmp_path / name, "text")] == ["a b", "c"]
+    assert [row["at"] for row in data.load_rows(tmp_path / "rows.txt", "text")] == [
+        f"{tmp_path}/rows.txt:1",
+        f"{tmp_path}/rows.txt:4",
+    ]
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs the optional package pyarrow")
+    import pyarrow
+
+    parquet.write_table(pyarrow.Table.from_pylist([RANKED, GOOD["preference"]]), tmp_path / "rows.parquet")
+    assert [row["ranks"] for row in data.load_rows(tmp_path / "rows.parquet", "ranked")] == [[0, 1], [0, 1]]
+    (tmp_path / "bad.parquet").write_bytes(b"no")
+    with pytest.raises(data.DataError, match="is not a parquet file"):
+        data.load_rows(tmp_path / "bad.parquet", "ranked")
+
+
+def test_split_is_by_prompt_and_repeats():
+    generator = random.Random(0)
+    rows = [{"prompt": generator.choice(WORDS[:20]), "n": n} for n in range(200)]
+    train, held_out = data.split_rows(rows, 0.25, seed=3)
+    assert {row["prompt"] for row in train}.isdisjoint({row["prompt"] for row in held_out})
+    assert len({row["prompt"] for row in held_out}) == 5
+    assert sorted(row["n"] for row in train + held_out) == list(range(200))
+    assert data.split_rows(rows, 0.25, seed=3) == (train, held_out)
+    assert data.split_rows(rows, 0.25, seed=4) != (train, held_out)
+    assert data.split_rows(rows, 0, seed=3) == (rows, [])
+    assert len(data.split_rows(rows[:2], 0.001, seed=0)[1]) == 1
+    with pytest.raises(ValueError, match="at least 2"):
+        data.split_rows([rows[0]], 0.5, seed=0)
+    with pytest.raises(ValueError, match="fraction"):
+        data.split_rows(rows, 1.0, seed=0)
+
+
+def test_bos_comes_only_from_the_tokenizer():
+    plain, with_bos = word_tokenizer(), word_tokenizer(bos="<s>")
+    assert plain.convert_ids_to_tokens(data.encode_prompt(plain, "the dog")) == ["the", "dog"]
+    assert with_bos.convert_ids_to_tokens(data.encode_prompt(with_bos, "the dog")) == ["<s>", "the", "dog"]
+    assert with_bos.convert_ids_to_tokens(data.encode_completion(with_bos, "ran up")) == ["ran", "up", "</s>"]
+
+
+def test_end_token_comes_once():
+    tokenizer = word_tokenizer()
+    assert data.encode_completion(tokenizer, "ran </s>") == data.encode_completion(tokenizer, "ran")
+    assert data.encode_completion(tokenizer, "ran", eos=False) == [tokenizer.convert_tokens_to_ids("ran")]
+
+
+def test_chat_needs_a_template():
+    with pytest.raises(ValueError, match="no chat template"):
+        data.encode_prompt(word_tokenizer(), [{"role": "user", "content": "a"}])
+
+
+CHAT = (
+    "{% for m in messages %}<|user|> {{ m.content }} <|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|bot|>{% endif %}"
+)
+
+
+def test_trap_34_chat_ends_with_the_end_of_turn():
+    tokenizer = word_tokenizer(extra=("<|user|>", "<|bot|>", "<|end|>"), chat_template=CHAT)
+    prompt, answer = [{"role": "user", "content": "the dog"}], [{"role": "assistant", "content": "ran"}]
+    tokens = tokenizer.convert_ids_to_tokens(data.encode_prompt(tokenizer, prompt))
+    assert tokens == ["<|user|>", "the", "dog", "<|end|>", "<|bot|>"]
+    assert tokenizer.convert_ids_to_tokens(data.encode_completion(tokenizer, answer)) == ["ran", "<|end|>"]
+    assert tokenizer.convert_ids_to_tokens(data.encode_completion(tokenizer, "ran")) == ["ran", "</s>"]
+
+
+def test_trap_24_loss_mask_golden():
+    tokenizer = word_tokenizer()
+    the, dog, ran, up, eos = tokenizer.convert_tokens_to_ids(["the", "dog", "ran", "up", "</s>"])
+    example = data.encode_example(tokenizer, {"prompt": "the dog", "completion": "ran up"}, max_length=8)
+    assert example == {"input_ids": [the, dog, ran, up, eos], "labels": [-100, -100, ran, up, eos]}
+
+
+@pytest.mark.parametrize("bos", [None, "<s>"])
+def test_trap_24_truncation_keeps_the_end_token(bos):
+    tokenizer = word_tokenizer(bos=bos)
+    row = {"prompt": " ".join("abcdefgh"), "completion": "ran up", "at": "rows.jsonl:3"}
+    kept = ["<s>", "g", "h"] if bos else ["f", "g", "h"]
+    example = data.encode_example(tokenizer, row, max_length=6)
+    assert tokenizer.convert_ids_to_tokens(example["input_ids"]) == [*kept, "ran", "up", "</s>"]
+    assert example["labels"][-1] == tokenizer.eos_token_id and example["labels"][:3] == [-100] * 3
+    with pytest.raises(ValueError, match=r"rows\.jsonl:3: the text to learn fills 3 tokens, too many for max_length 3"):
+        data.encode_example(tokenizer, row, max_length=3)
+
+
+def test_prompt_longer_than_the_context_is_an_error_when_asked():
+    row = {"prompt": " ".join("abcdefgh"), "completion": "ran up", "at": "rows.jsonl:3"}
+    with pytest.raises(ValueError, match=r"rows\.jsonl:3: the prompt has 8 tokens, longer than the 3 that fit"):
+        data.encode_example(word_tokenizer(), row, max_length=6, long_prompts="error")
+
+
+def test_text_is_learned_whole():
+    tokenizer = word_tokenizer()
+    example = data.encode_example(tokenizer, {"text": "the dog"}, max_length=3)
+    assert example["input_ids"] == example["labels"] and example["labels"][-1] == tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="too many for max_length 2"):
+        data.encode_example(tokenizer, {"text": "the dog"}, max_length=2)
+
+
+@pytest.mark.parametrize("text", [" there was a dog.", "there was", "\n\nThe end", " a  b ", "né ☃"])
+def test_completion_goes_on_without_an_extra_space(shared_data, text):
+    """A tokenizer that puts a space before every string would make ' there' two spaces and 'there' one."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "stories260K-hf")
+    ids = data.encode_prompt(tokenizer, "Once upon a time") + data.encode_completion(tokenizer, text, eos=False)
+    assert tokenizer.decode(ids) == "Once upon a time" + text
+
+
+def test_trap_22_sampled_ids_survive_text(shared_data):
+    """Ids sampled from a model, decoded and encoded again as a completion, decode to the same text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "stories260K-hf")
+    model = AutoModelForCausalLM.from_pretrained(shared_data / "stories260K-hf")
+    prompt = data.encode_prompt(tokenizer, "Once upon a time")
+    torch.manual_seed(0)
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=True)[0].tolist()
+    ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+    text = tokenizer.decode(ids)[len("Once upon a time") :]
+    assert tokenizer.decode(prompt + data.encode_completion(tokenizer, text, eos=False)) == tokenizer.decode(ids)
+
+
+def test_pad_batch():
+    ids, mask = data.pad_batch([[5, 6, 7], [8]], 0)
+    assert ids.tolist() == [[5, 6, 7], [8, 0, 0]] and mask.tolist() == [[True] * 3, [True, False, False]]
+    ids, mask = data.pad_batch([[5, 6, 7], [8]], 0, "left")
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8]] and mask.tolist() == [[True] * 3, [False, False, True]]
+    assert data.pad_batch([], 0)[0].shape == (0, 0)
+    with pytest.raises(ValueError, match="side: got 'both'"):
+        data.pad_batch([[1]], 0, "both")
+
+
+def test_real_data_loads(shared_data):
+    rankings = data.load_rows(shared_data / "rankings.jsonl", "ranked")
+    assert len(rankings) == 562 and {len(row["ranks"]) for row in rankings} >= {2, 4, 9}
+    assert len(data.load_rows(shared_data / "demonstrations.jsonl", "sft")) == 779
+    assert len(data.load_rows(shared_data / "tinystories_sample.txt", "text")) > 2000

@@ -1,0 +1,123 @@
+"""The preference stage: the reference is the model at the start, and the loss is that of the closed form."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from rlhf import data, models, training
+from rlhf.preference import DPOConfig, DPOTrainer, pair_log_probs, train_dpo
+from tests.tiny import model_folder, words, write_jsonl
+
+
+def preferences(count, seed=0):
+    """The chosen response ends with `good`, the rejected one with `bad`."""
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        answer = words(generator, 1, 6)
+        rows.append({"prompt": words(generator, 1, 6), "chosen": f"{answer} good", "rejected": f"{answer} bad"})
+    return rows
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """settings(**changes) -> DPOConfig on a tiny policy and small preferences."""
+    policy = model_folder(tmp_path / "policy")
+    rows = write_jsonl(tmp_path / "preferences.jsonl", preferences(24))
+
+    def make(**changes):
+        options = {
+            "model_name_or_path": policy,
+            "dataset_name": rows,
+            "output_dir": str(tmp_path / "run"),
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+        }
+        return DPOConfig(**{**options, **changes})
+
+    return make
+
+
+def make_trainer(args):
+    tokenizer = training.load_stage_tokenizer(args)
+    model = models.load_policy(args.model_name_or_path)
+    training.set_max_length(args, model)
+    rows = data.load_rows(args.dataset_name, "preference")
+    encoded = training.encode_rows(tokenizer, rows, ("chosen", "rejected"), args, what="training")
+    trainer = DPOTrainer(model, args, tokenizer, encoded, [])
+    trainer.add_reference(trainer.train_dataset)
+    return trainer
+
+
+def summed_log_prob(model, prompt, response):
+    log_probs = model(torch.tensor([prompt + response])).logits[0].double().log_softmax(-1)
+    return sum(log_probs[len(prompt) + t - 1, token] for t, token in enumerate(response))
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_log_probs_of_pairs(settings, packing):
+    trainer = make_trainer(settings(packing=packing))
+    examples = trainer.train_dataset[:5]
+    log_probs, lengths = pair_log_probs(trainer.model, trainer.collate(examples))
+    for example, row, length in zip(examples, log_probs, lengths, strict=True):
+        expected = [summed_log_prob(trainer.model, example["prompt"], ids).item() for ids in example["responses"]]
+        assert row.tolist() == pytest.approx(expected, rel=1e-5)
+        assert length.tolist() == [len(ids) for ids in example["responses"]]
+        assert example["ref_log_probs"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_is_log_two_at_the_start_and_dpo_after(settings):
+    trainer = make_trainer(settings(beta=0.5))
+    examples = trainer.train_dataset[:4]
+    batch = trainer.collate(examples)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(math.log(2), abs=1e-6)
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    losses = []
+    for example in examples:
+        chosen, rejected = (summed_log_prob(trainer.model, example["prompt"], ids) for ids in example["responses"])
+        ref = example["ref_log_probs"]
+        losses.append(-logsigmoid(0.5 * ((chosen - ref[0]) - (rejected - ref[1]))).item())
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(sum(losses) / 4, rel=1e-4)
+
+
+def test_trap_10_accumulation_equals_one_batch(settings, tmp_path):
+    found = []
+    for batch, steps in ((8, 1), (1, 8)):
+        args = settings(
+            per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=2, optim="sgd",
+            learning_rate=0.1, output_dir=str(tmp_path / f"run-{batch}"), eval_strategy="no", save_strategy="no",
+        )  # fmt: skip
+        trainer = make_trainer(args)
+        trainer.train()
+        found.append(torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "orpo", "simpo"])
+def test_training_learns_the_preference(settings, loss_type):
+    run = train_dpo(settings(loss_type=loss_type, num_train_epochs=4, learning_rate=1e-2, eval_fraction=0.25))
+    summary = json.loads((run / "run.json").read_text())["summary"]
+    assert summary["eval/rewards/accuracies"] > 0.9
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "lr"}
+    assert names <= set(next(row for row in metrics if "loss" in row))
+    models.load_policy(run)
+
+
+def test_reference_is_the_start_after_a_resume(settings, tmp_path):
+    options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    whole = train_dpo(settings(output_dir=str(tmp_path / "whole"), **options))
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    (whole / "checkpoint-2").rename(stopped / "checkpoint-2")
+    train_dpo(settings(output_dir=str(stopped), resume_from_checkpoint="true", **options))
+    ours, theirs = models.load_policy(whole), models.load_policy(stopped)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
