@@ -23,7 +23,8 @@ Departures and details (each number stands again at its line, here or in ppo_run
  8. The learning rate rises from a tenth over the first iterations, linearly by optimizer step.
  9. The average of the policy's weights moves once an iteration, and is the model that the run hands on (paper: 0.992).
 10. beta is fixed (paper: 0.02), or steered to `kl_target`, with the sampled KL of the iteration just done.
-11. `max_kl` ends the run before a step is made from samples that lie farther than that from the SFT model.
+11. `max_kl` ends the run at the first iteration whose samples lie farther than that from the SFT model, without a step,
+    and hands on the policy of the iteration before, the last one that was measured to be near enough.
 """
 
 import contextlib
@@ -188,9 +189,16 @@ class PPOTrainer(PPORun):
         }, episodes)  # fmt: skip
 
     def beyond_kl_budget(self, averages: Averages) -> bool:
-        if self.args.max_kl is not None and averages.read(self._sum)["objective/kl"] > self.args.max_kl:
-            self.stopped = f"max_kl: the KL per response exceeded {self.args.max_kl} nats"
-        return self.stopped is not None
+        """Tell whether the samples lie beyond `max_kl`; then go back to the last weights that did not."""
+        if self.args.max_kl is None:
+            return False
+        if averages.read(self._sum)["objective/kl"] <= self.args.max_kl:
+            self.within_budget = {name: x.detach().clone() for name, x in self.policy.named_parameters()}
+            return False
+        self.stopped = f"max_kl: the KL per response exceeded {self.args.max_kl} nats"
+        if self.within_budget is not None:
+            self.policy.load_state_dict(self.within_budget, strict=False)
+        return True
 
     @timed("update")
     def update(self, experience: Experience, chosen: list[int], averages: Averages) -> None:

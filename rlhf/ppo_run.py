@@ -1,6 +1,7 @@
 """What a PPO run needs around the algorithm: data, networks and optimizer at the start, logs and files on the way."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class PPORun:
         self.prompt_cursor = Cursor(len(self.prompts), args.seed)
         self.ptx_cursor = Cursor(len(self.texts), args.seed + 1) if self.texts else None
         self.step, self.episode, self.seconds, self.stopped = 0, 0, {}, None
-        self.contract = None
+        self.contract = self.within_budget = None
         if resume is not None:
             load_checkpoint(self, resume)
         else:
@@ -147,6 +148,8 @@ class PPORun:
         if self.accelerator.is_main_process:
             self.metrics_log = checkpoint.MetricsLog(self.output_dir, resume_step=resumed)
             self.samples_log = checkpoint.JsonLines(self.output_dir / "samples.jsonl", resume_step=resumed)
+            if resumed and (self.output_dir / "run.json").exists():
+                self.contract = json.loads((self.output_dir / "run.json").read_text(encoding="utf-8")).get("contract")
             self._write_run({})
             if self.args.report_to == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
@@ -215,15 +218,16 @@ class PPORun:
         save_checkpoint(self, self.output_dir / f"checkpoint-{self.step}")
         if self.accelerator.is_main_process:
             checkpoint.remove_old_checkpoints(self.output_dir, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
 
     def save(self, metrics: dict[str, float]) -> None:
         """Write the final policy (the average, where there is one), the value network, and the summary."""
-        if not self.accelerator.is_main_process:
-            return
-        if self.ema is not None:
-            self.ema.swap(self.policy)  # 9
-        models.save_model(self.policy, self.tokenizer, self.output_dir)
-        if self.ema is not None:
-            self.ema.swap(self.policy)
-        models.save_model(self.value, self.tokenizer, self.output_dir / "value")
-        self._write_run({**metrics, "iterations": self.step, "episode": self.episode, "stopped": self.stopped})
+        if self.accelerator.is_main_process:
+            if self.ema is not None:
+                self.ema.swap(self.policy)  # 9
+            models.save_model(self.policy, self.tokenizer, self.output_dir)
+            if self.ema is not None:
+                self.ema.swap(self.policy)
+            models.save_model(self.value, self.tokenizer, self.output_dir / "value")
+            self._write_run({**metrics, "iterations": self.step, "episode": self.episode, "stopped": self.stopped})
+        self.accelerator.wait_for_everyone()

@@ -156,6 +156,8 @@ def save_checkpoint(trainer, directory: Path) -> None:
         trainer.value.save_pretrained(folder / "value")
         if trainer.ema is not None:
             save_file(trainer.ema.weights, folder / "ema.safetensors")
+        if trainer.within_budget is not None:
+            save_file(trainer.within_budget, folder / "within_budget.safetensors")
         torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
         torch.save(trainer.scheduler.state_dict(), folder / "scheduler.pt")
         torch.save({"ranks": rng}, folder / "rng_state.pth")
@@ -182,6 +184,8 @@ def load_checkpoint(trainer, directory: Path) -> None:
     if trainer.ema is not None:
         weights = load_file(directory / "ema.safetensors")
         trainer.ema.weights = {name: weight.to(trainer.ema.weights[name].device) for name, weight in weights.items()}
+    if (directory / "within_budget.safetensors").exists():
+        trainer.within_budget = load_file(directory / "within_budget.safetensors")
     trainer.optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu"))
     trainer.scheduler.load_state_dict(torch.load(directory / "scheduler.pt", weights_only=True))
     ranks = torch.load(directory / "rng_state.pth", weights_only=True)["ranks"]

@@ -1,0 +1,116 @@
+"""Policies and reward models of a few thousand parameters with their data, for the tests of PPO."""
+
+import json
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
+
+from rlhf import models
+from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.ppo_state import Averages
+from rlhf.rollout import Rollouts
+
+WORDS = ["<pad>", "<unk>", "</s>", ".", "banana", "the", "cat", "dog"]
+WORDS += ["sat", "ran", "on", "a", "mat", "and", "saw", "it"]
+PAD, EOS, STOP, BANANA = 0, 2, 3, 4
+
+
+def make_tokenizer(words=WORDS):
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def make_config(kind):
+    ids = {"pad_token_id": PAD, "bos_token_id": None, "eos_token_id": EOS}
+    if kind == "gpt2":  # every dropout on, as in the checkpoints that people have
+        return GPT2Config(vocab_size=16, n_embd=16, n_layer=2, n_head=2, n_positions=48, initializer_range=0.3, **ids)
+    return LlamaConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=48, initializer_range=0.3, **ids,
+    )  # fmt: skip
+
+
+@dataclass
+class Home:
+    path: object
+
+    def config(self, out="run", kind="llama", **options) -> PPOConfig:
+        settings = {
+            "sft_model_path": str(self.path / kind), "reward_model_path": str(self.path / f"{kind}-rm"),
+            "dataset_name": str(self.path / "prompts.jsonl"), "output_dir": str(self.path / out), "response_length": 8,
+            "rollout_batch_size": 8, "per_device_train_batch_size": 4, "num_ppo_epochs": 1, "learning_rate": 1e-2,
+            "max_steps": 2, "disable_tqdm": True, "save_steps": 0, "seed": 7,
+        }  # fmt: skip
+        return PPOConfig(**(settings | options))
+
+    def trainer(self, out="run", reward_fn=None, callbacks=(), **options) -> PPOTrainer:
+        if reward_fn is not None:
+            options["reward_model_path"] = None
+        return PPOTrainer(self.config(out, **options), reward_fn=reward_fn, callbacks=callbacks)
+
+    def rows(self, out="run", file="metrics.jsonl") -> list[dict]:
+        return [json.loads(line) for line in (self.path / out / file).read_text().splitlines()]
+
+
+def write_files(path):
+    """Policies, reward models, prompts and pretraining text."""
+    tokenizer = make_tokenizer()
+    for kind in ("llama", "gpt2"):
+        torch.manual_seed(0)
+        models.save_model(AutoModelForCausalLM.from_config(make_config(kind)), tokenizer, path / kind)
+        reward_model = models.reward_model_from_policy(path / kind, 1, pad_token_id=PAD)
+        reward_model.config.reward_bias = 0.75
+        models.save_model(reward_model, tokenizer, path / f"{kind}-rm")
+    prompts = ["the cat", "a dog sat on", "it", "the dog and the cat ran", "the mat", "a cat saw it"]
+    (path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    texts = ["the cat sat on the mat .", "a dog ran .", "it saw a cat and a dog ."]
+    (path / "text.txt").write_text("\n\n".join(texts * 3))
+    return path
+
+
+def own_home(files, tmp_path):
+    """A folder of its own for one test, with links to the shared models and data."""
+    for entry in files.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    return Home(tmp_path)
+
+
+def perturb(model, size=0.05):
+    """Move the weights, so that the policy is no longer the reference."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(size * torch.randn(weight.shape, generator=generator))
+
+
+def weights(model):
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def bananas(prompts, completions, completion_ids, **columns):
+    return [float(ids.count(BANANA)) for ids in completion_ids]
+
+
+def experience_of(trainer, averages=None):
+    """Roll out, score and evaluate once."""
+    rows = trainer.next_prompts()
+    rollouts = trainer.sample(rows)
+    scores = trainer.shape_scores(trainer.score(rows, rollouts), rollouts)
+    experience = trainer.evaluate(rollouts)
+    trainer.estimate_advantages(experience, scores, Averages() if averages is None else averages)
+    return experience, scores
+
+
+HAND_MADE = Rollouts(
+    prompt_ids=[[5, 6], [11, 7, 8, 10], [15], [5, 7]],
+    response_ids=[[4, 5, EOS], [6] * 8, [EOS], [4, 4, 9, 10, 5]],
+    ended=[True, False, True, False],
+)
