@@ -1,0 +1,1 @@
+"""The demo: the whole method on a small story model, with a simulated labeler."""

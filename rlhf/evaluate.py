@@ -1,0 +1,393 @@
+"""Measuring policies on held-out prompts, and `rlhf best-of-n`.
+
+One rollout per policy serves every number: true (gold) score where there is a judge, the reward model's score, win rate
+over SFT, KL from SFT, share of responses that end properly, length. The loss on held-out text shows the alignment tax.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import models
+from .checkpoint import write_json
+from .data import encode_prompt, load_rows, pad_batch
+from .rollout import Rollouts, per_token_log_probs, sample
+
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Share of comparisons won, ties counting half, with its 95 % Wilson interval.
+
+    `n_effective` <= n is what the interval is computed with (see `win_rate`).
+    """
+
+    rate: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    n: int
+    n_effective: float
+
+
+def wilson_interval(rate: float, n: float, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion: the p at which |rate - p| = z sqrt(p (1 - p) / n).
+
+    Args:
+        rate: observed share, in [0, 1]; may stem from half wins.
+        n: number of (effective) comparisons, > 0.
+        z: quantile of the normal; 1.96 for 95 %.
+    Returns:
+        (low, high), within [0, 1].
+    """
+    if not 0 <= rate <= 1 or not n > 0:
+        raise ValueError(f"rate must lie in [0, 1] and n be > 0, got rate {rate} and n {n}")
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def win_rate(scores: Sequence[float], rivals: Sequence[float], *, per_prompt: int = 1) -> WinRate:
+    """Win rate of `scores` over `rivals`, compared one by one, with a 95 % interval.
+
+    Comparisons on one prompt are not independent news about other prompts. So where their means vary between prompts
+    more than chance explains, the interval counts fewer comparisons (variance ratio, as in Kish's design effect).
+
+    Args:
+        scores, rivals: N judgements each, `per_prompt` after each other for every prompt, higher is better.
+        per_prompt: comparisons per prompt.
+    Raises:
+        ValueError: lengths differ, are 0, or are no multiple of per_prompt.
+    """
+    if len(scores) != len(rivals) or not len(scores) or len(scores) % per_prompt:
+        raise ValueError(
+            f"scores and rivals must have one length, a multiple of per_prompt = {per_prompt} above 0, "
+            f"got {len(scores)} and {len(rivals)}"
+        )
+    a, b = np.asarray(scores, dtype=np.float64), np.asarray(rivals, dtype=np.float64)
+    won = np.where(a > b, 1.0, np.where(a == b, 0.5, 0.0))
+    rate, n = float(won.mean()), float(len(won))
+    prompts = won.reshape(-1, per_prompt).mean(axis=1)
+    if per_prompt > 1 and len(prompts) > 1 and 0 < rate < 1:
+        n = float(min(n, rate * (1 - rate) / max(prompts.var(ddof=1) / len(prompts), 1e-12)))
+    low, high = wilson_interval(rate, n)
+    return WinRate(rate, low, high, int((a > b).sum()), int((a == b).sum()), len(won), n)
+
+
+def best_of_n_kl(n: int) -> float:
+    """Upper bound on KL(best-of-n || base) in nats: log n - (n - 1) / n; exact where no two responses tie.
+
+    Example:
+        >>> round(best_of_n_kl(16), 3)
+        1.835
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    return math.log(n) - (n - 1) / n
+
+
+def best_of(scores: Sequence[float], n: int, ended: Sequence[bool] | None = None) -> list[int]:
+    """Index of the best of each successive group of n scores; the first wins a tie.
+
+    Args:
+        scores: G * n rewards.
+        ended: G * n flags; a response that was cut at the length limit wins only where none of its group ended, since
+            the reward model was trained on whole texts and its score of a torso means little.
+    Returns:
+        G indices into `scores`.
+    """
+    if n < 1 or len(scores) % n:
+        raise ValueError(f"scores must come in whole groups of n = {n}, got {len(scores)}")
+    whole = [True] * len(scores) if ended is None else ended
+    groups = (range(start, start + n) for start in range(0, len(scores), n))
+    return [max(group, key=lambda i: (bool(whole[i]), scores[i], -i)) for group in groups]
+
+
+def texts_of(tokenizer, rollouts: Rollouts, stop_token_ids: Sequence[int]) -> list[str]:
+    """Responses as text, without the stop token."""
+    stop = set(stop_token_ids)
+    kept = ([token for token in ids if token not in stop] for ids in rollouts.response_ids)
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
+
+
+def _by_length(rollouts: Rollouts, batch_size: int):
+    """Indices in batches of like length, so that little is spent on padding."""
+    order = sorted(
+        range(len(rollouts.prompt_ids)), key=lambda i: len(rollouts.prompt_ids[i]) + len(rollouts.response_ids[i])
+    )
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+@torch.no_grad()
+def reward_scores(model, rollouts: Rollouts, *, batch_size: int = 64) -> list[float]:
+    """The reward model's score of every prompt + response, on the very ids that were sampled, read at the last token.
+
+    Raises:
+        ValueError: a text is longer than the reward model's context. Nothing is cut: half a text has no score.
+    """
+    rows = [p + r for p, r in zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)]
+    context = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, rows), default=0)
+    if context and longest > context:
+        raise ValueError(f"the longest prompt + response has {longest} tokens, the reward model's context is {context}")
+    scores = [0.0] * len(rows)
+    model.eval()
+    for batch in _by_length(rollouts, batch_size):
+        ids, mask = pad_batch([rows[i] for i in batch], 0, "right")
+        last = torch.tensor([len(rows[i]) - 1 for i in batch])
+        ids, mask, last = (x.to(model.device) for x in (ids, mask, last))
+        for i, score in zip(batch, models.sequence_scores(model, ids, mask, last).tolist(), strict=True):
+            scores[i] = score
+    return scores
+
+
+@torch.no_grad()
+def response_log_probs(model, rollouts: Rollouts, *, batch_size: int = 64) -> list[float]:
+    """log p(response | prompt) of every row in nats, summed over its tokens, at temperature 1."""
+    sums = [0.0] * len(rollouts.prompt_ids)
+    model.eval()
+    for batch in _by_length(rollouts, batch_size):
+        log_probs, mask, _ = per_token_log_probs(
+            model, [rollouts.prompt_ids[i] for i in batch], [rollouts.response_ids[i] for i in batch], temperature=1.0
+        )
+        for i, total in zip(batch, log_probs.double().where(mask, 0.0).sum(1).tolist(), strict=True):
+            sums[i] = total
+    return sums
+
+
+def held_out_loss(model, tokenizer, texts: Sequence[str], *, max_length: int = 256, batch_size: int = 16) -> float:
+    """Mean -log p per token of `texts`, nats: each with its EOS, cut after `max_length` tokens, first token given."""
+    context = getattr(model.config, "max_position_embeddings", None) or max_length
+    rows = [[*encode_prompt(tokenizer, text), tokenizer.eos_token_id][: min(max_length, context)] for text in texts]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise ValueError("texts must hold at least one text of two tokens or more")
+    rollouts = Rollouts([row[:1] for row in rows], [row[1:] for row in rows], [True] * len(rows))
+    return -sum(response_log_probs(model, rollouts, batch_size=batch_size)) / sum(len(row) - 1 for row in rows)
+
+
+def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    v = np.asarray(values, dtype=np.float64)
+    return float(v.mean()), float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else math.nan
+
+
+def evaluate_policies(
+    policies: dict[str, str | Path],
+    prompts: Sequence,
+    *,
+    reward_model: str | Path | None = None,
+    gold: Callable[[str, str, bool], float] | None = None,
+    ends_properly: Callable[[str, bool], bool] = lambda text, ended: ended,
+    texts: Sequence[str] = (),
+    reference: str = "SFT",
+    response_length: int = 48,
+    temperature: float = 1.0,
+    samples_per_prompt: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+    on_policy: Callable[[str], None] = lambda name: None,
+) -> dict:
+    """Sample every policy on the same held-out prompts and measure it; the content of evaluation.json.
+
+    Args:
+        policies: name -> model directory; `reference` must be one of them. They share one tokenizer (the reference's).
+        prompts: held-out prompts, strings or message lists.
+        reward_model: directory; the judge of win rates where there is no `gold`.
+        gold: (prompt, completion, ended) -> true score, higher is better.
+        ends_properly: (completion, ended) -> bool.
+        texts: held-out text for the language-model loss; empty = not measured.
+        samples_per_prompt: independent responses to each prompt.
+        seed: each policy draws from its own stream, seed + its place.
+        on_policy: called with each name before its turn (for progress).
+    Returns:
+        {"policies": [row], "responses": {name: [row]}, "judge", "prompts", "comparisons", "note"}. A policy's row holds
+        name, gold, reward, win_rate, kl (nats per response), ends_properly, mean_length (tokens, stop token included),
+        lm_loss (nats a token), and *_error, the standard errors.
+    Raises:
+        ValueError: `reference` is not among the policies, or no prompts.
+    """
+    if reference not in policies:
+        raise ValueError(f"reference must be one of the policies {list(policies)}, got {reference!r}")
+    if not prompts:
+        raise ValueError("prompts must hold at least one held-out prompt")
+    tokenizer = models.load_tokenizer(policies[reference])
+    reference_model = models.load_policy(policies[reference], dtype=dtype)
+    scorer = models.load_reward_model(reward_model, dtype=dtype) if reward_model else None
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    rows, responses = [], {}
+    for place, (name, path) in enumerate(policies.items()):
+        on_policy(name)
+        model = reference_model if name == reference else models.load_policy(path, dtype=dtype)
+        stop = models.stop_token_ids(tokenizer, model)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed + place)
+            rollouts = sample(
+                model,
+                tokenizer,
+                prompt_ids,
+                response_length=response_length,
+                temperature=temperature,
+                stop_token_ids=stop,
+                samples_per_prompt=samples_per_prompt,
+                batch_size=batch_size,
+            )
+        found = texts_of(tokenizer, rollouts, stop)
+        asked = [prompts[i // samples_per_prompt] for i in range(len(found))]
+        columns = {"length": [len(ids) for ids in rollouts.response_ids]}
+        own = response_log_probs(model, rollouts, batch_size=batch_size)
+        theirs = own
+        if model is not reference_model:
+            theirs = response_log_probs(reference_model, rollouts, batch_size=batch_size)
+        columns["kl"] = [p - q for p, q in zip(own, theirs)]
+        if scorer is not None:
+            columns["reward"] = reward_scores(scorer, rollouts, batch_size=batch_size)
+        if gold is not None:
+            columns["gold"] = [gold(p, text, e) for p, text, e in zip(asked, found, rollouts.ended)]
+        row = {"name": name}
+        for key, values in columns.items():
+            key = "mean_length" if key == "length" else key
+            row[key], row[f"{key}_error"] = _mean_and_error(values)
+        row["ends_properly"] = float(np.mean([ends_properly(t, e) for t, e in zip(found, rollouts.ended)]))
+        row["lm_loss"] = held_out_loss(model, tokenizer, texts, batch_size=batch_size) if texts else None
+        rows.append(row)
+        responses[name] = [
+            {"prompt": p if isinstance(p, str) else p[-1]["content"], "completion": text, "ended": e}
+            | {key: values[i] for key, values in columns.items()}
+            for i, (p, text, e) in enumerate(zip(asked, found, rollouts.ended))
+        ]
+    judge = "gold" if gold is not None else "reward" if scorer is not None else None
+    for row in rows:
+        row["win_rate"] = None
+        if judge and row["name"] != reference:
+            mine, rival = ([r[judge] for r in responses[n]] for n in (row["name"], reference))
+            row["win_rate"] = asdict(win_rate(mine, rival, per_prompt=samples_per_prompt))
+    count = len(prompts) * samples_per_prompt
+    named = {"gold": "the gold score", "reward": "the reward model (the very model that PPO trained against)"}
+    note = f"{len(prompts)} held-out prompts, {count} comparisons; ties count half; brackets: 95 % interval."
+    return {
+        "policies": rows,
+        "responses": responses,
+        "judge": judge,
+        "prompts": len(prompts),
+        "comparisons": count,
+        "note": f"Judge: {named[judge]}. {note}" if judge else note,
+    }
+
+
+def best_of_n(
+    model_path,
+    reward_model_path,
+    prompts: Sequence,
+    *,
+    n_values: Sequence[int] = (1, 2, 4, 8, 16),
+    response_length: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    gold: Callable[[str, str, bool], float] | None = None,
+) -> tuple[list[dict], list[dict]]:
+    """Sample max(n_values) responses a prompt once; for each n keep the one that the reward model likes best.
+
+    For n below the maximum all whole groups of n are used, so small n are measured as precisely as large ones.
+
+    Returns:
+        (table, choices): per n a row {n, kl (nats, upper bound), reward, gold or None, clipped_ratio, mean_length}; and
+        per prompt the choice at the largest n {prompt, completion, score, ended}.
+    """
+    if not n_values or min(n_values) < 1:
+        raise ValueError(f"n must hold integers >= 1, got {list(n_values)}")
+    tokenizer = models.load_tokenizer(model_path)
+    model, scorer = models.load_policy(model_path), models.load_reward_model(reward_model_path)
+    stop, most = models.stop_token_ids(tokenizer, model), max(n_values)
+    torch.manual_seed(seed)
+    rollouts = sample(
+        model,
+        tokenizer,
+        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        response_length=response_length,
+        temperature=temperature,
+        stop_token_ids=stop,
+        samples_per_prompt=most,
+        batch_size=max(batch_size, most),
+    )
+    scores, found = reward_scores(scorer, rollouts, batch_size=batch_size), texts_of(tokenizer, rollouts, stop)
+    true = [gold(prompts[i // most], text, rollouts.ended[i]) if gold else None for i, text in enumerate(found)]
+    table = []
+    for n in sorted(set(n_values)):
+        whole = [i for start in range(0, len(scores), most) for i in range(start, start + most // n * n)]
+        chosen = [whole[j] for j in best_of([scores[i] for i in whole], n, [rollouts.ended[i] for i in whole])]
+        table.append(
+            {
+                "n": n,
+                "kl": best_of_n_kl(n),
+                "reward": float(np.mean([scores[i] for i in chosen])),
+                "gold": float(np.mean([true[i] for i in chosen])) if gold else None,
+                "clipped_ratio": float(np.mean([not rollouts.ended[i] for i in chosen])),
+                "mean_length": float(np.mean([len(rollouts.response_ids[i]) for i in chosen])),
+            }
+        )
+    choices = [
+        {"prompt": prompts[i // most], "completion": found[i], "score": scores[i], "ended": rollouts.ended[i]}
+        for i in best_of(scores, most, rollouts.ended)
+    ]
+    return table, choices
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`rlhf best-of-n`: prints the table and, with --output_file, writes the chosen completions."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf best-of-n",
+        description="Sample n responses a prompt and keep the one that the reward model scores highest.",
+    )
+    parser.add_argument("--model_name_or_path", required=True, help="policy: a model directory, or 'demo'")
+    parser.add_argument("--reward_model_path", required=True, help="reward model directory")
+    parser.add_argument("--dataset_name", required=True, help="prompts: jsonl, json or parquet file with `prompt`")
+    parser.add_argument("--n", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="responses a prompt, one or several")
+    parser.add_argument("--response_length", type=int, default=64, help="tokens, stop token included")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--max_prompts", type=int, default=None, help="use only the first so many prompts")
+    parser.add_argument("--batch_size", type=int, default=64, help="rows sampled and scored at once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_file", default=None, help="jsonl file for the choices at the largest n")
+    args = parser.parse_args(argv)
+    try:
+        prompts = [row["prompt"] for row in load_rows(args.dataset_name, "prompts")][: args.max_prompts]
+        table, choices = best_of_n(
+            args.model_name_or_path,
+            args.reward_model_path,
+            prompts,
+            n_values=args.n,
+            response_length=args.response_length,
+            temperature=args.temperature,
+            seed=args.seed,
+            batch_size=args.batch_size,
+        )
+    except ValueError as error:
+        parser.exit(2, f"rlhf best-of-n: {error}\n")
+    print(f"{'n':>4}  {'KL bound, nats':>14}  {'RM score':>8}  {'cut':>5}  {'length':>6}")
+    for row in table:
+        print(
+            f"{row['n']:>4}  {row['kl']:>14.3f}  {row['reward']:>8.3f}  {100 * row['clipped_ratio']:>3.0f} %  "
+            f"{row['mean_length']:>6.1f}"
+        )
+    if args.output_file:
+        lines = "".join(json.dumps(choice, ensure_ascii=False) + "\n" for choice in choices)
+        Path(args.output_file).write_text(lines, encoding="utf-8")
+        print(args.output_file)
+    return 0
+
+
+def write_evaluation(directory: str | Path, evaluation: dict) -> Path:
+    """Write evaluation.json, from which the report is made."""
+    path = Path(directory) / "evaluation.json"
+    write_json(path, evaluation)
+    return path

@@ -1,0 +1,148 @@
+"""What the stages left on disk, read: one `Run` per stage directory, one `Report` for all that is told together."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .plots import Series
+
+STAGES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "dpo": "DPO"}
+"""Subdirectories of a pipeline in the order in which they run, and how the report calls them."""
+COLUMNS = (
+    ("gold", "Gold score", "{:z.2f}"),
+    ("reward", "Reward model’s score", "{:z.2f}"),
+    ("win_rate", "Win rate over SFT", "{:.0f} %"),
+    ("kl", "KL from SFT, nats", "{:z.2f}"),
+    ("ends_properly", "Ends properly", "{:.0f} %"),
+    ("mean_length", "Mean length, tokens", "{:.1f}"),
+    ("lm_loss", "Held-out text, nats a token", "{:z.3f}"),
+)
+
+
+@dataclass
+class Run:
+    """One stage's directory, read."""
+
+    name: str
+    stage: str
+    config: dict
+    summary: dict
+    metrics: list[dict]
+    samples: list[dict]
+
+    def series(self, *keys: str) -> Series:
+        """(steps, values) of the first of `keys` that was ever logged, without the rows where it is not finite."""
+        for key in keys:
+            rows = [(row["step"], row[key]) for row in self.metrics if finite(row.get(key))]
+            if rows:
+                return [float(step) for step, _ in rows], [float(value) for _, value in rows]
+        return [], []
+
+
+@dataclass
+class Report:
+    """Everything that the report of one directory is made of."""
+
+    title: str
+    runs: dict[str, Run]
+    evaluation: dict = field(default_factory=dict)
+
+    @property
+    def policies(self) -> dict[str, Run]:
+        return {name: run for name, run in self.runs.items() if run.stage == "ppo"}
+
+    @property
+    def table(self) -> list[dict]:
+        return self.evaluation.get("policies", [])
+
+    @property
+    def kl_budget(self) -> float:
+        return float(self.evaluation.get("kl_budget", 10.0))
+
+    @property
+    def reward_summary(self) -> dict:
+        run = next((run for run in self.runs.values() if run.stage == "reward"), None)
+        return run.summary if run else {}
+
+    def responses(self, name: str) -> list[dict]:
+        """Rows {prompt, completion, length, score} of a policy: held-out if evaluated, else sampled in training."""
+        rows = self.evaluation.get("responses", {}).get(name)
+        if rows:
+            return [{**row, "score": row["reward"]} for row in rows if finite(row.get("reward"))]
+        rows = self.runs[name].samples if name in self.runs else []
+        rows = [row for row in rows if finite(row.get("score"))]
+        last = max((row["step"] for row in rows), default=0)
+        return [{**row, "length": len(row["completion"].split())} for row in rows if row["step"] >= 0.5 * last]
+
+
+def finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _json_lines(path: Path) -> list[dict]:
+    """Rows of a log; a last line that is still being written is left out."""
+    rows = []
+    if path.exists():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if line.endswith("\n"):
+                    raise ValueError(f"{path}:{number}: not a line of JSON: {error}") from None
+    return rows
+
+
+def read_run(directory: Path, name: str) -> Run:
+    try:
+        meta = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{directory / 'run.json'}: not JSON: {error}") from None
+    return Run(
+        name,
+        meta.get("stage", "?"),
+        meta.get("config", {}),
+        meta.get("summary", {}),
+        _json_lines(directory / "metrics.jsonl"),
+        _json_lines(directory / "samples.jsonl"),
+    )
+
+
+def read_report(run_dir: str | Path) -> Report:
+    """Read a stage's directory, or a pipeline's with stage directories in it.
+
+    Raises:
+        ValueError: the directory does not exist or holds no run.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ValueError(f"run_dir must be the directory of a run, got {str(run_dir)!r}, which does not exist")
+    known = list(STAGES)
+    found = [run_dir] if (run_dir / "run.json").exists() else [path.parent for path in run_dir.glob("*/run.json")]
+    if not found:
+        raise ValueError(
+            f"run_dir holds no run: neither {run_dir / 'run.json'} nor a stage's folder with a run.json was found"
+        )
+    found.sort(key=lambda path: (known.index(path.name) if path.name in known else len(known), path.name))
+    runs = {}
+    for path in found:
+        run = read_run(path, path.name)
+        run.name = STAGES.get(path.name) or (STAGES.get(run.stage) if len(found) == 1 else None) or path.name
+        runs[run.name] = run
+    evaluation = run_dir / "evaluation.json"
+    return Report(
+        run_dir.resolve().name,
+        runs,
+        json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.exists() else {},
+    )
+
+
+def cell(key: str, form: str, value) -> str:
+    """One entry of the table as text: '–' when it was not measured, the interval after a win rate."""
+    if value is None:
+        return "–"
+    if key == "win_rate":
+        return f"{form.format(100 * value['rate'])} ({100 * value['low']:.0f}–{100 * value['high']:.0f})"
+    if key == "ends_properly":
+        value = 100 * value
+    return form.format(value)
