@@ -160,7 +160,11 @@ def test_install_without_a_compiler_succeeds_and_says_why(tmp_path):
     assert note.startswith("the C++ build failed when the package was installed:")
     assert "/no/such/c" in note
     assert not list(out.rglob("*.so"))
-    script = "import rlhf_kernels as r; print(r.__file__); print(r.backends())"
+    # The finder of an editable install of this very package would add its _cpu to the copy.
+    script = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in getattr(f, '__name__', '')]; "
+        "import rlhf_kernels as r; print(r.__file__); print(r.backends())"
+    )
     environment = {**os.environ, "PYTHONPATH": str(out)}
     printed = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
