@@ -76,7 +76,9 @@ def run_command(argv):
     log_to_stderr()
     output = getattr(module, function)(parse_stage(command, config_class, rest, parser))
     if os.environ.get("RANK", "0") == "0":
-        print(f"the run is in {output}; `rlhf report {output}` writes a page about it")
+        from .report import write_report
+
+        print(f"the run is in {output}; its report: {write_report(output)}")
     return 0
 
 
@@ -129,7 +131,7 @@ def parse_stage(command, config_class, argv, parser=None):
         name = unknown[0].partition("=")[0]
         if not name.startswith("-"):
             raise UsageError(f"{command}: does not know what to do with {name!r}")
-        hint = nearest(name.strip("-").replace("-", "_"), ["config", "preset", "help", "help_all", *known])
+        hint = nearest(name.strip("-").replace("-", "_"), ["config", "preset", "help", "help_all", *known], "--")
         raise UsageError(f"{command}: there is no flag {name}{hint}")
     return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[0]
 
@@ -184,11 +186,11 @@ def as_argument(value):
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def nearest(name, known):
+def nearest(name, known, dashes=""):
     """A closing hint: the names most like `name`, or all if they are few."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
-        return f"; did you mean {' or '.join(close)}?"
+        return f"; did you mean {' or '.join(dashes + other for other in close)}?"
     return f"; known are {', '.join(known)}" if len(known) <= 12 else "; see --help"
 
 

@@ -133,8 +133,10 @@ def _read_named(name, split, config):
     try:
         import datasets
     except ImportError:
+        if Path(name).suffix or "/" not in name:
+            raise DataError(f"{name}: no such file") from None
         hint = "and the package `datasets`, which could know the name, is not installed"
-        raise DataError(f"{name}:1: no such file ({hint})") from None
+        raise DataError(f"{name}: no such file ({hint})") from None
     try:
         rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:

@@ -37,7 +37,7 @@ def resolve_model_path(path, *, trust_remote_code=False):
     if folder is None:
         raise ValueError(
             f"model path {name!r} does not exist: no such folder, and no such model in the Hugging Face cache "
-            f"(nothing is downloaded here; `hf download {name}` fetches a model by its name)"
+            "(nothing is downloaded here; `hf download NAME` fetches a model by its name)"
         )
     if not (folder / "config.json").is_file():
         raise ValueError(f"model path {name!r} holds no config.json, so it is not a Hugging Face model folder")

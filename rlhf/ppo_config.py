@@ -1,6 +1,7 @@
 """The options of PPO. Names follow TRL 1.12; a default that changes the mathematics is neutral, not the paper's."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 
 def _option(default, help: str):
@@ -18,7 +19,7 @@ class PPOConfig:
     dataset_name: str | None = _option(None, "Prompts: a jsonl, json or parquet file, or a data set's name.")
     dataset_config: str | None = _option(None, "Configuration of a named data set.")
     dataset_train_split: str = _option("train", "Split of a named data set.")
-    output_dir: str = _option("ppo-output", "Folder of the run.")
+    output_dir: str = _option("runs/ppo", "Folder of the run.")
     dtype: str = _option("float32", "Weights' type: float32, bfloat16 or float16.")
     attn_implementation: str = _option("sdpa", "Attention of transformers: sdpa, eager, flash_attention_2, ...")
     trust_remote_code: bool = _option(False, "Run code that comes with a model.")
@@ -89,6 +90,8 @@ class PPOConfig:
     num_logged_samples: int = _option(4, "Responses an iteration that go to samples.jsonl.")
     disable_tqdm: bool = _option(False, "No progress bar.")
 
+    groups: ClassVar[dict[str, tuple[str, ...]]]  # of `rlhf ppo --help`; filled in below from the first name of each
+
     def __post_init__(self):
         at_least_one = (
             "num_responses", "response_length", "num_ppo_epochs", "num_mini_batches", "per_device_train_batch_size",
@@ -134,3 +137,18 @@ class PPOConfig:
         if local % self.num_responses:
             raise ValueError(f"num_responses: got {self.num_responses}, want a divisor of {local} responses")
         return local, mini
+
+
+def _groups(**first: str) -> dict[str, tuple[str, ...]]:
+    names = [item.name for item in fields(PPOConfig)]
+    starts = [names.index(name) for name in first.values()] + [len(names)]
+    return {title.replace("_", " "): tuple(names[a:b]) for title, a, b in zip(first, starts, starts[1:], strict=False)}
+
+
+PPOConfig.groups = _groups(
+    models_and_data="sft_model_path",
+    rollouts="total_episodes",
+    rewards="kl_coef",
+    loss_and_optimizer="num_ppo_epochs",
+    run_and_output="seed",
+)

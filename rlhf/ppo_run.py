@@ -39,7 +39,8 @@ class PPORun:
 
     def __init__(self, args: PPOConfig, *, reward_fn=None, callbacks=()):
         if (args.reward_model_path is None) == (reward_fn is None):
-            raise ValueError("reward_model_path: give a reward model or a Python reward function, and not both")
+            got = "none" if reward_fn is None else "one and a reward_fn"
+            raise ValueError(f"reward_model_path: got {got}, want a reward model's folder (in Python, or reward_fn)")
         if args.dataset_name is None:
             raise ValueError("dataset_name: got none, want a file of prompts")
         self.args, self.reward_fn, self.callbacks = args, reward_fn, callbacks

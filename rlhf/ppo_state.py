@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from . import models
 from .checkpoint import atomic_directory, rng_state, set_rng_state
 
 
@@ -150,7 +151,7 @@ def save_checkpoint(trainer, directory: Path) -> None:
     rng = trainer.accelerator.gather_for_metrics([rng_state()], use_gather_object=True)
     if not trainer.accelerator.is_main_process:
         return
-    with atomic_directory(directory, replace=True) as folder:
+    with atomic_directory(directory, replace=True) as folder, models.quiet():
         trainer.policy.save_pretrained(folder)
         trainer.tokenizer.save_pretrained(folder)
         trainer.value.save_pretrained(folder / "value")

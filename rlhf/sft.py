@@ -71,20 +71,26 @@ class SFTTrainer(StageTrainer):
         return {"loss": total / tokens, "perplexity": training.perplexity(total / tokens)}
 
     def write_samples(self, examples):
-        """Sample completions of some prompts into samples.jsonl, without touching the run's random numbers."""
+        """Sample completions of some prompts into samples.jsonl, without touching the run's random numbers.
+
+        A prompt that leaves no room in the model's context loses its left end, as in training.
+        """
         from .rollout import sample
 
         examples = [example for example in examples if "prompt" in example["row"]][: self.args.num_samples]
         if not examples or not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model)
+        context = training.context_length(model)
+        length = min(self.args.sample_length, context // 2) if context else self.args.sample_length
+        room = context - length if context else 0  # [-0:] keeps all
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
             rollouts = sample(
                 model,
                 self.tokenizer,
-                [example["prompt"] for example in examples],
-                response_length=self.args.sample_length,
+                [example["prompt"][-room:] for example in examples],
+                response_length=length,
                 temperature=1.0,
                 stop_token_ids=models.stop_token_ids(self.tokenizer, model),
             )

@@ -90,7 +90,9 @@ def test_help_puts_own_flags_first_and_keeps_the_rest_for_help_all(capsys):
 
 def test_unknown_command_and_flag_name_the_nearest(fails, files):
     assert "there is no command 'rewards'; did you mean reward" in fails("rewards")
-    assert "there is no flag --learning_rat; did you mean learning_rate" in fails(*sft_flags(files), "--learning_rat=1")
+    assert "there is no flag --learning_rat; did you mean --learning_rate" in fails(
+        *sft_flags(files), "--learning_rat=1"
+    )
     assert "there is no flag --modle-name-or-path" in fails(*sft_flags(files), "--modle-name-or-path=x")
     assert "does not know what to do with 'stray'" in fails(*sft_flags(files), "stray")
     assert not Path(files["run"]).exists()
@@ -104,7 +106,7 @@ def test_values_of_the_wrong_type(fails, files):
 
 def test_no_data_is_an_error(fails, files):
     assert "dataset_name: got none" in fails(*sft_flags(files, dataset_name=None))
-    assert "missing.jsonl:1: no such file" in fails(*sft_flags(files, dataset_name="missing.jsonl"))
+    assert "missing.jsonl: no such file" in fails(*sft_flags(files, dataset_name="missing.jsonl"))
 
 
 def test_bad_line_is_an_error_before_training(fails, files):
@@ -228,7 +230,8 @@ def test_reward_from_the_command_line(files, capsys):
     flags = ["--model_name_or_path", files["model"], "--dataset_name", files["ranked"], "--output_dir", files["run"]]
     assert cli.main(["reward", *flags, "--max_steps", "2", "--use_cpu", "--disable_tqdm", "--eval_fraction=0.3"]) == 0
     out = capsys.readouterr().out
-    assert "longer wins" in out and f"rlhf report {files['run']}" in out
+    assert "longer wins" in out and f"{files['run']}/report.html" in out
+    assert (Path(files["run"]) / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 IN_A_PROCESS = """

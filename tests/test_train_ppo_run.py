@@ -202,7 +202,7 @@ def test_nan_stops_the_run(home):
     [
         ({"rollout_batch_size": 10}, "rollout_batch_size: got 10, want a multiple of"),
         ({"num_responses": 3}, "num_responses: got 3, want a divisor of 8"),
-        ({"reward_model_path": None}, "reward_model_path: give a reward model or a Python reward function"),
+        ({"reward_model_path": None}, "reward_model_path: got none, want a reward model"),
         ({"dataset_name": None}, "dataset_name: got none"),
         ({"response_length": 43}, "the prompt has 6 tokens; with response_length 43 .*policy's context of 48"),
         ({"temperature": 0.0}, "temperature: got 0.0"),

@@ -167,6 +167,17 @@ def test_run_directory(settings):
     assert list(run.glob("*.safetensors")) and not list(run.glob("*.bin"))
 
 
+def test_samples_of_prompts_that_fill_the_context(settings, tmp_path):
+    """Prompt and completion fit, the prompt and a sample do not: the sample's prompt is cut, the run goes on."""
+    context = models.load_policy(settings().model_name_or_path).config.max_position_embeddings
+    rows = [{"prompt": " ".join(WORDS[:1] * (context - 4)), "completion": WORDS[1]} for _ in range(2)]
+    args = settings(
+        eval_dataset_name=write_jsonl(tmp_path / "long.jsonl", rows), sample_length=context // 2 + 1, max_steps=1
+    )
+    samples = [json.loads(line) for line in (train_sft(args) / "samples.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in samples[:2]] == [row["prompt"] for row in rows]
+
+
 def test_held_out_loss_is_the_mean_over_tokens(settings):
     args = settings(max_steps=1, learning_rate=0.0, eval_fraction=0.25, per_device_eval_batch_size=3)
     run = train_sft(args)
