@@ -5,12 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-OUT ?= runs/demo
 NATIVE := $(wildcard csrc/*/*)
 
 .PHONY: demo test lint
 demo: $(VENV)/ready $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2)
-	$(BIN)/rlhf demo --output_dir $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(if $(SEED),--seed $(SEED))
+	$(BIN)/rlhf demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--output_dir $(OUT)) $(if $(SEED),--seed $(SEED))
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(if $(OP),tests/test_$(OP).py,tests) $(ARGS)
