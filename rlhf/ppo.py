@@ -36,11 +36,12 @@ import torch
 from tqdm.auto import tqdm
 
 from rlhf_kernels import gae, ppo_loss, rlhf_advantages
+from rlhf_kernels.advantages import masked_whiten
 
 from . import models
 from .ppo_config import PPOConfig
 from .ppo_run import PPORun
-from .ppo_state import Averages, timed, whiten
+from .ppo_state import Averages, timed
 from .rollout import Rollouts, sample
 from .sequences import response_log_probs, response_values
 
@@ -168,9 +169,10 @@ class PPOTrainer(PPORun):
         )  # fmt: skip
         advantages, returns = result.advantages, result.returns
         if args.whiten_rewards:
-            rewards = whiten(result.rewards, mask, self._sum, center=False)
+            rewards = masked_whiten(result.rewards, mask, center=False, process_group=self._group())
             advantages, returns = gae(rewards, experience.values, mask, gamma=args.gamma, lam=args.lam)
-            advantages = whiten(advantages, mask, self._sum) if args.whiten_advantages else advantages  # 5
+            if args.whiten_advantages:
+                advantages = masked_whiten(advantages, mask, process_group=self._group())  # 5
         experience.advantages, experience.returns = advantages, returns
         self._describe(experience, scores, result.kl.sum(-1), averages)
 

@@ -136,16 +136,6 @@ class Averages:
         return dict(zip(self.sums, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor, reduce, *, center: bool = True) -> torch.Tensor:
-    """Scale kept entries to variance 1 over all processes, and take off their mean if `center`; 0 under the mask."""
-    kept = torch.where(mask, values, 0).double()
-    count, total = reduce(torch.stack([mask.sum().double(), kept.sum()]))
-    mean = total / count
-    deviation = torch.where(mask, kept - mean, 0)
-    scale = torch.rsqrt(reduce(deviation.square().sum()) / count + 1e-8)
-    return torch.where(mask, deviation * scale + (0 if center else mean), 0).to(values.dtype)
-
-
 def save_checkpoint(trainer, directory: Path) -> None:
     """Write everything that the next iteration depends on: networks, average, optimizer, schedule, RNG, cursors."""
     rng = trainer.accelerator.gather_for_metrics([rng_state()], use_gather_object=True)

@@ -118,8 +118,7 @@ def source_text():
 
 def need_page(name):
     page = ROOT / name
-    if not page.is_file():
-        pytest.skip(f"{name} is not written yet")
+    assert page.is_file(), f"{name} is missing"
     return page
 
 

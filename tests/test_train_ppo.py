@@ -350,7 +350,7 @@ def test_whitened_rewards(home):
     for row, response in enumerate(HAND_MADE.response_ids):
         rewards[row, len(response) - 1] += scores[row]
     kept = rewards[experience.mask]
-    rewards = (rewards - kept.mean()) / kept.var(correction=0).sqrt() + kept.mean()
+    rewards = (rewards - kept.mean()) / kept.var().sqrt() + kept.mean()
     advantages = torch.zeros_like(rewards)
     for row, response in enumerate(HAND_MADE.response_ids):
         values = [*experience.values[row, : len(response)].double(), torch.zeros(())]
@@ -359,5 +359,5 @@ def test_whitened_rewards(home):
                 0.95 ** (s - t) * (rewards[row, s] + values[s + 1] - values[s]) for s in range(t, len(response))
             )
     kept = advantages[experience.mask]
-    expected = (kept - kept.mean()) / kept.var(correction=0).sqrt()
+    expected = (kept - kept.mean()) / kept.var().sqrt()
     torch.testing.assert_close(experience.advantages[experience.mask].double(), expected, rtol=1e-4, atol=1e-4)
