@@ -3,7 +3,7 @@
 An op's first row that applies to the tensor and whose backend is present serves it. `with backend(name)` or the
 environment variable RLHF_KERNELS_BACKEND names one backend instead; that choice is obeyed or raises, it never falls
 back.
-A backend is a module with functions `<name>_fwd` and `<name>_bwd`; the reference module defines what they mean.
+A backend has a module for each op, whose functions `<name>_fwd` and `<name>_bwd` the op's reference module defines.
 """
 
 from __future__ import annotations
@@ -27,16 +27,19 @@ def _any(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bo
     return True
 
 
-_NATIVE = "rlhf_kernels._native"
+_CPU = "rlhf_kernels.cpu."
 _REFERENCE = "rlhf_kernels.reference."
 
 TABLE: dict[str, list[tuple[str, Applies, str]]] = {
     "logprobs": [("reference", _any, _REFERENCE + "logprobs")],
     "linear": [("reference", _any, _REFERENCE + "linear")],
     "kl": [("reference", _any, _REFERENCE + "kl")],
-    "advantages": [("cpu", _cpu_up_to_fp32, _NATIVE), ("reference", _any, _REFERENCE + "advantages")],
+    "advantages": [("cpu", _cpu_up_to_fp32, _CPU + "advantages"), ("reference", _any, _REFERENCE + "advantages")],
     "ppo": [("reference", _any, _REFERENCE + "ppo")],
-    "bradley_terry": [("cpu", _cpu_up_to_fp32, _NATIVE), ("reference", _any, _REFERENCE + "bradley_terry")],
+    "bradley_terry": [
+        ("cpu", _cpu_up_to_fp32, _CPU + "bradley_terry"),
+        ("reference", _any, _REFERENCE + "bradley_terry"),
+    ],
     "preference": [("reference", _any, _REFERENCE + "preference")],
     "packing": [("reference", _any, _REFERENCE + "packing")],
 }
@@ -49,7 +52,7 @@ _chosen: str | None = None
 def _missing(name: str) -> str | None:
     """Why the backend cannot run on this machine, or None if it can."""
     if name == "cpu":
-        return importlib.import_module(_NATIVE).missing()
+        return importlib.import_module("rlhf_kernels._native").missing()
     return None
 
 

@@ -39,6 +39,7 @@ def test_every_op_has_its_room(op):
     files.append(ROOT / "docs" / "ops" / f"{op}.md")
     if op in ops_with("cpu"):
         files += [ROOT / "csrc" / "cpu" / f"{op}.cpp", ROOT / "csrc" / "include" / f"{op}.h"]
+        files.append(PACKAGE / "cpu" / f"{op}.py")
     missing = [str(path.relative_to(ROOT)) for path in files if not path.exists()]
     assert not missing, f"the op {op} lacks {', '.join(missing)}"
 
@@ -48,6 +49,7 @@ def test_no_orphans():
     assert stems(ROOT / "csrc" / "cpu", "*.cpp") == ops_with("cpu") | {"isa"}
     assert stems(ROOT / "csrc" / "include", "*.h") == ops_with("cpu") | {"rk"}
     assert stems(PACKAGE / "reference", "*.py") == ops | {"__init__"}
+    assert stems(PACKAGE / "cpu", "*.py") == ops_with("cpu") | {"__init__"}
     assert stems(ROOT / "docs" / "ops", "*.md") == ops
     public = {name for name in stems(PACKAGE, "*.py") if not name.startswith("_")}
     assert public == ops | {"dispatch"}

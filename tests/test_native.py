@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rlhf_kernels import _native, bradley_terry_loss, plackett_luce_loss
+from rlhf_kernels import bradley_terry_loss, plackett_luce_loss
+from rlhf_kernels.cpu import bradley_terry as native
 from rlhf_kernels.reference import bradley_terry as reference
 
 
@@ -15,10 +16,10 @@ def in_fp64(inputs):
 def test_values(isa, case, assert_close_to_fp64):
     inputs = reference.example_inputs(case, dtype=torch.float32)
     exact = in_fp64(inputs)
-    for actual, expected in zip(_native.bradley_terry_fwd(**inputs), reference.bradley_terry_fwd(**exact)):
+    for actual, expected in zip(native.bradley_terry_fwd(**inputs), reference.bradley_terry_fwd(**exact)):
         assert_close_to_fp64(actual, expected, torch.float32)
     order = ("scores", "ranks", "cu_groups")
-    plackett_luce = _native.plackett_luce_fwd(*(inputs[name] for name in order))
+    plackett_luce = native.plackett_luce_fwd(*(inputs[name] for name in order))
     for actual, expected in zip(plackett_luce, reference.plackett_luce_fwd(*(exact[name] for name in order))):
         assert_close_to_fp64(actual, expected, torch.float32)
 
@@ -34,7 +35,7 @@ def test_values_every_block_size(isa, K, assert_close_to_fp64):
         "margins": torch.rand(3 * K, K + 1, generator=generator),
         "ties_half": True,
     }
-    for actual, expected in zip(_native.bradley_terry_fwd(**inputs), reference.bradley_terry_fwd(**in_fp64(inputs))):
+    for actual, expected in zip(native.bradley_terry_fwd(**inputs), reference.bradley_terry_fwd(**in_fp64(inputs))):
         assert_close_to_fp64(actual, expected, torch.float32, scale=2)
 
 
@@ -44,8 +45,8 @@ def test_values_wide_ranks(isa):
     scores = torch.linspace(-1, 1, 8)
     small = ranks.argsort().argsort()
     cu_groups = torch.tensor([0, 8])
-    wide = _native.bradley_terry_fwd(scores, ranks, cu_groups, None, False)
-    dense = _native.bradley_terry_fwd(scores, small, cu_groups, None, False)
+    wide = native.bradley_terry_fwd(scores, ranks, cu_groups, None, False)
+    dense = native.bradley_terry_fwd(scores, small, cu_groups, None, False)
     assert all(torch.equal(a, b) for a, b in zip(wide, dense))
 
 
@@ -54,7 +55,7 @@ def test_pair_loss_accuracy(isa):
     gap = torch.linspace(-87, 87, 8001)
     scores = torch.stack([gap, torch.zeros_like(gap)], 1).flatten()
     ranks = torch.tensor([0, 1]).repeat(len(gap))
-    loss, grad, _ = _native.bradley_terry_fwd(scores, ranks, torch.arange(len(gap) + 1) * 2, None, False)
+    loss, grad, _ = native.bradley_terry_fwd(scores, ranks, torch.arange(len(gap) + 1) * 2, None, False)
     exact = torch.nn.functional.softplus(-gap.double(), threshold=1e9)
     slope = -torch.sigmoid(-gap.double())
     limit = 4 * torch.finfo(torch.float32).eps
@@ -83,12 +84,12 @@ def test_row_independent_and_same_bits_on_any_number_of_threads(isa):
         results = []
         for count in (1, 2):
             torch.set_num_threads(count)
-            results.append(_native.bradley_terry_fwd(scores, ranks, cu_groups, None, True))
+            results.append(native.bradley_terry_fwd(scores, ranks, cu_groups, None, True))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results))
     begin, end = cu_groups[77], cu_groups[78]
-    alone = _native.bradley_terry_fwd(scores[begin:end], ranks[begin:end], torch.tensor([0, end - begin]), None, True)
+    alone = native.bradley_terry_fwd(scores[begin:end], ranks[begin:end], torch.tensor([0, end - begin]), None, True)
     loss, grad, stats = results[0]
     assert all(torch.equal(a, b) for a, b in zip(alone, (loss[77:78], grad[begin:end], stats[77:78])))
 
