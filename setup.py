@@ -23,7 +23,7 @@ STRICT = os.environ.get("RLHF_KERNELS_WERROR") == "1"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {"base": []}
 if X86:
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [
         *ISA_FLAGS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),

@@ -11,7 +11,7 @@ import torch  # before _cpu: the extension then shares torch's OpenMP threads
 from torch import Tensor
 
 HUGE_BYTES = 4 << 20
-SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/include/rk.h
 
 
 @functools.cache

@@ -31,7 +31,7 @@ _CPU = "rlhf_kernels.cpu."
 _REFERENCE = "rlhf_kernels.reference."
 
 TABLE: dict[str, list[tuple[str, Applies, str]]] = {
-    "logprobs": [("reference", _any, _REFERENCE + "logprobs")],
+    "logprobs": [("cpu", _cpu_up_to_fp32, _CPU + "logprobs"), ("reference", _any, _REFERENCE + "logprobs")],
     "linear": [("reference", _any, _REFERENCE + "linear")],
     "kl": [("reference", _any, _REFERENCE + "kl")],
     "advantages": [("cpu", _cpu_up_to_fp32, _CPU + "advantages"), ("reference", _any, _REFERENCE + "advantages")],
@@ -40,7 +40,7 @@ TABLE: dict[str, list[tuple[str, Applies, str]]] = {
         ("cpu", _cpu_up_to_fp32, _CPU + "bradley_terry"),
         ("reference", _any, _REFERENCE + "bradley_terry"),
     ],
-    "preference": [("reference", _any, _REFERENCE + "preference")],
+    "preference": [("cpu", _cpu_up_to_fp32, _CPU + "preference"), ("reference", _any, _REFERENCE + "preference")],
     "packing": [("reference", _any, _REFERENCE + "packing")],
 }
 

@@ -26,11 +26,14 @@ def machine_isas() -> list[str]:
     return [] if _native.missing() else _native.isas()
 
 
+def _op_of(module) -> str:
+    return getattr(module, "OP", module.__name__.rpartition(".")[2].removeprefix("test_"))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend_name` takes each backend of the op that the file is named after; `isa` each instruction set."""
     if "backend_name" in metafunc.fixturenames:
-        op = getattr(metafunc.module, "OP", metafunc.module.__name__.rpartition(".")[2].removeprefix("test_"))
-        states = rlhf_kernels.backends()[op]
+        states = rlhf_kernels.backends()[_op_of(metafunc.module)]
         values = [
             pytest.param(name, marks=() if state == "available" else pytest.mark.skip(reason=f"{name} {state}"))
             for name, state in states.items()
@@ -46,6 +49,20 @@ def backend_name(request: pytest.FixtureRequest):
     """The test runs once per backend, inside `with rlhf_kernels.backend(name)`."""
     with dispatch.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def served(request: pytest.FixtureRequest, backend_name: str):
+    """served(dtype) skips the test where the chosen backend says that it does not take this dtype."""
+    op = _op_of(request.module)
+
+    def check(dtype: torch.dtype) -> None:
+        try:
+            dispatch.pick(op, torch.zeros(1, dtype=dtype))
+        except RuntimeError as error:
+            pytest.skip(str(error))
+
+    return check
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "rlhf_kernels"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISA_FLAGS = {"base": []}
 if X86:
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
-    ISA_FLAGS["avx512"] = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
 

@@ -25,7 +25,8 @@ def exact(inputs):
 
 @pytest.mark.parametrize("case", reference.CASES)
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
-def test_values(backend_name, dtype, case, assert_close_to_fp64):
+def test_values(backend_name, served, dtype, case, assert_close_to_fp64):
+    served(dtype)
     inputs = reference.example_inputs(case, dtype=dtype)
     _, logprobs, entropy = exact(inputs)
     out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -55,16 +56,18 @@ def test_reference_by_hand(backend_name):
     assert capped.item() == pytest.approx(-math.log1p(math.exp(2.0)))
 
 
-def test_reference_independent(backend_name):
+@pytest.mark.parametrize(("dtype", "digits"), ((torch.float64, 12), (torch.float32, 5)), ids=str)
+def test_reference_independent(backend_name, served, dtype, digits):
     """Against numpy written as probabilities, and torch.distributions."""
+    served(dtype)
     generator = torch.Generator().manual_seed(3)
-    logits = torch.randn(20, 31, generator=generator, dtype=torch.float64) * 2
+    logits = torch.randn(20, 31, generator=generator, dtype=dtype) * 2
     labels = torch.randint(0, 31, (20,), generator=generator)
-    p = np.exp(logits.numpy() / 0.8)
+    p = np.exp(logits.double().numpy() / 0.8)
     p /= p.sum(-1, keepdims=True)
     logprobs, entropy = rk.logprobs_and_entropy_from_logits(logits, labels, temperature=0.8)
-    np.testing.assert_allclose(logprobs.numpy(), np.log(p[np.arange(20), labels.numpy()]), atol=1e-12)
-    np.testing.assert_allclose(entropy.numpy(), -(p * np.log(p)).sum(-1), atol=1e-12)
+    np.testing.assert_allclose(logprobs.numpy(), np.log(p[np.arange(20), labels.numpy()]), atol=10**-digits)
+    np.testing.assert_allclose(entropy.numpy(), -(p * np.log(p)).sum(-1), atol=10**-digits)
     categorical = torch.distributions.Categorical(logits=logits)
     torch.testing.assert_close(rk.entropy_from_logits(logits), categorical.entropy())
     torch.testing.assert_close(rk.logprobs_from_logits(logits, labels), categorical.log_prob(labels))
@@ -91,7 +94,8 @@ def test_gradients(backend_name, dtype, case, through, assert_close_to_fp64):
 
 
 @pytest.mark.parametrize("options", ({}, {"temperature": 0.6, "softcap": 3.0}), ids=("plain", "capped"))
-def test_gradcheck(backend_name, options):
+def test_gradcheck(backend_name, served, options):
+    served(torch.float64)
     logits = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, -100, 5])
     assert torch.autograd.gradcheck(lambda x: rk.logprobs_and_entropy_from_logits(x, labels, **options), logits)
@@ -324,3 +328,54 @@ def test_trap_25_bf16_log_softmax(backend_name):
     assert naive.mean().item() == pytest.approx(0.017, rel=0.25) and naive.max().item() == pytest.approx(0.057, rel=0.1)
     assert (ours - truth).abs().mean() < 0.012 and (ours - truth).abs().max() < 0.033
     assert (ours - of_rounded).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("vocab", (1, 3, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 4160, 5000))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_width(isa, dtype, vocab, assert_close_to_fp64):
+    """Rows that fill a vector or a block exactly, by one too few and by one too many; rows start at any address."""
+    generator = torch.Generator().manual_seed(vocab)
+    wide = (4.0 * torch.randn(5, vocab + 3, generator=generator)).to(dtype)
+    logits = wide[:, 2 : vocab + 2].detach()
+    logits[1, vocab // 2] = -math.inf
+    logits[2, -1] = 60.0  # the maximum stands in the last block
+    labels = torch.randint(0, vocab, (5,), generator=generator)
+    labels[2] = vocab - 1
+    for options in ({"temperature": 0.8, "softcap": None}, {"temperature": 1.0, "softcap": 20.0}):
+        leaf, logprobs, entropy = exact({"logits": logits, "labels": labels, **options})
+        actual = logits.clone().requires_grad_()
+        rows = rk.logprobs_and_entropy_from_logits(actual, labels, **options)
+        for got, expected in zip(rows, (logprobs, entropy)):
+            assert_close_to_fp64(got, expected.masked_fill(expected == -math.inf, -math.inf), torch.float32)
+        (rows[1].sum() - rows[0][rows[0].isfinite()].sum()).backward()
+        (entropy.sum() - logprobs[logprobs.isfinite()].sum()).backward()
+        assert_close_to_fp64(actual.grad, leaf.grad, dtype)
+
+
+def test_nan_is_told_from_banned(isa):
+    """A NaN or +inf anywhere makes its row NaN, also among entries that are all banned; other rows do not notice."""
+    logits = torch.full((4, 5000), -math.inf)
+    logits[0, 4999] = logits[1, 10] = math.nan
+    logits[2, 3000] = math.inf
+    logits[3, 100] = 2.0
+    logprobs, entropy = rk.logprobs_and_entropy_from_logits(logits, torch.tensor([0, 10, 3000, 100]))
+    assert logprobs[:3].isnan().all() and entropy[:3].isnan().all()
+    assert logprobs[3].item() == 0.0 and entropy[3].item() == 0.0
+
+
+def test_same_bits_on_any_number_of_threads(isa):
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(300, 3001, generator=generator), torch.randint(0, 3001, (300,), generator=generator)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            leaf = logits.clone().requires_grad_()
+            rows = rk.logprobs_and_entropy_from_logits(leaf, labels)
+            (rows[0] + rows[1]).sum().backward()
+            results.append((*rows, leaf.grad))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    alone = rk.logprobs_and_entropy_from_logits(logits[77:78], labels[77:78])
+    assert torch.equal(alone[0], results[0][0][77:78]) and torch.equal(alone[1], results[0][1][77:78])

@@ -10,6 +10,10 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#define RK_FORKS 1
+#endif
 
 #define RK_ISA base
 #include "rk.h"
@@ -29,7 +33,7 @@ struct Isa {
 
 bool always() { return true; }
 #if defined(RK_X86)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -91,6 +95,23 @@ void huge_pages(int64_t address, int64_t bytes) {
 #endif
 }
 
+// fork() copies one thread. In the child libgomp still counts on its pool and would wait for it for ever.
+bool forked = false;
+
+void serial_after_fork() {
+#ifdef RK_FORKS
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+}
+
+constexpr bool sanitized() {
+#ifdef __SANITIZE_ADDRESS__
+    return true;
+#else
+    return false;
+#endif
+}
+
 }  // namespace
 
 int add(Entry* entry) {
@@ -101,25 +122,27 @@ int add(Entry* entry) {
 
 void parallel_for(int64_t count, int64_t grain, int64_t threads, void (*body)(void*, int64_t, int64_t), void* context) {
     const int64_t pieces = (count + grain - 1) / grain;
+    const auto one = [=](int64_t piece) {
+        const int64_t begin = piece * grain;
+        body(context, begin, count - begin > grain ? begin + grain : count);
+    };
 #ifdef _OPENMP
-    if (pieces > 1 && threads > 1 && !omp_in_parallel()) {
+    if (pieces > 1 && threads > 1 && !forked && !omp_in_parallel()) {
 #pragma omp parallel for num_threads((int)threads) schedule(dynamic)
-        for (int64_t piece = 0; piece < pieces; ++piece) {
-            const int64_t begin = piece * grain;
-            body(context, begin, begin + grain < count ? begin + grain : count);
-        }
+        for (int64_t piece = 0; piece < pieces; ++piece) one(piece);
         return;
     }
 #endif
-    (void)pieces;
     (void)threads;
-    if (count > 0) body(context, 0, count);
+    for (int64_t piece = 0; piece < pieces; ++piece) one(piece);
 }
 
 }  // namespace rk
 
 PYBIND11_MODULE(_cpu, module) {
     module.doc() = "Native CPU kernels: functions take addresses, strides, counts and a thread count.";
+    rk::serial_after_fork();
+    module.attr("sanitized") = rk::sanitized();
     module.def("isas", &rk::isas, "Instruction sets that were built and that this CPU has, plainest first.");
     module.def("huge_pages", &rk::huge_pages, "Ask for huge pages under a fresh buffer (address, bytes).");
     module.def("functions", &rk::functions, "{name: function} of one instruction set.");

@@ -7,6 +7,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>  // only for the conversions and stores that vector types cannot express
+#endif
+
 #ifdef __CUDACC__
 #define RK_HD __host__ __device__ __forceinline__
 #define RK_ISA device
@@ -42,7 +46,16 @@ int add(Entry* entry);  // isa.cpp
 // body(context, begin, end) over [0, count) in pieces of `grain`, on `threads` threads; each piece runs exactly once.
 void parallel_for(int64_t count, int64_t grain, int64_t threads, void (*body)(void*, int64_t, int64_t), void* context);
 
+enum DType { F32 = 0, BF16 = 1, F16 = 2 };  // as in _native.py
+
 namespace RK_ISA {
+
+struct Bf16 {
+    uint16_t bits;
+};
+struct Half {
+    uint16_t bits;
+};
 
 // The arithmetic is written once for T = float and, on a CPU, T = Lanes: one vector register. A comparison of Lanes gives
 // an integer lane of all ones for true, and `condition ? a : b` chooses lane by lane.
@@ -75,6 +88,124 @@ RK_HD Ints load_mask(const uint8_t* keep) {
     Bytes bytes;
     __builtin_memcpy(&bytes, keep, sizeof(bytes));
     return __builtin_convertvector(bytes, Ints) != Ints{};
+}
+
+typedef uint16_t Shorts __attribute__((vector_size(2 * RK_LANES)));
+
+RK_HD Lanes load(const Bf16* from) {
+    Shorts bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    const Ints wide = __builtin_convertvector(bits, Ints) << 16;
+    Lanes lanes;
+    __builtin_memcpy(&lanes, &wide, sizeof(lanes));
+    return lanes;
+}
+
+RK_HD Shorts to_bf16(Lanes lanes) {  // to nearest, ties to even
+    Ints bits;
+    __builtin_memcpy(&bits, &lanes, sizeof(bits));
+    const Ints odd = (bits >> 16) & 1;
+    const Ints rounded = lanes == lanes ? bits + 0x7fff + odd : bits | 0x400000;
+    return __builtin_convertvector(rounded >> 16, Shorts);
+}
+
+#if defined(__AVX512F__)
+RK_HD Lanes load(const Half* from) {
+    __m256i bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    return (Lanes)_mm512_maskz_cvtph_ps(0xffff, bits);
+}
+RK_HD Shorts to_half(Lanes lanes) {
+    return (Shorts)_mm512_maskz_cvtps_ph(0xffff, (__m512)lanes, _MM_FROUND_TO_NEAREST_INT);
+}
+#elif defined(__F16C__)
+RK_HD Lanes load(const Half* from) {
+    __m128i bits;
+    __builtin_memcpy(&bits, from, sizeof(bits));
+    return (Lanes)_mm256_cvtph_ps(bits);
+}
+RK_HD Shorts to_half(Lanes lanes) { return (Shorts)_mm256_cvtps_ph((__m256)lanes, _MM_FROUND_TO_NEAREST_INT); }
+#else
+RK_HD Lanes load(const Half* from) {
+    Shorts half;
+    __builtin_memcpy(&half, from, sizeof(half));
+    const Ints bits = __builtin_convertvector(half, Ints);
+    const Ints magnitude = (bits & 0x7fff) << 13;
+    // As a float these bits are the value times 2^-112, subnormals included; inf and NaN keep the largest exponent.
+    Lanes value;
+    __builtin_memcpy(&value, &magnitude, sizeof(value));
+    value = value * 5.192296858534828e33f;
+    Ints out;
+    __builtin_memcpy(&out, &value, sizeof(out));
+    out = magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : out;
+    out |= (bits & 0x8000) << 16;
+    Lanes lanes;
+    __builtin_memcpy(&lanes, &out, sizeof(lanes));
+    return lanes;
+}
+RK_HD Shorts to_half(Lanes lanes) {
+    Ints bits;
+    __builtin_memcpy(&bits, &lanes, sizeof(bits));
+    const Ints sign = (bits >> 16) & 0x8000;
+    const Ints magnitude = bits & 0x7fffffff;
+    // Normal results: move the exponent's bias, round the 13 bits that fall off to even; a carry may reach infinity.
+    const Ints normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // Subnormal results: adding 0.5 puts the half's last bit at the float's last bit and rounds to even.
+    Lanes size;
+    __builtin_memcpy(&size, &magnitude, sizeof(size));
+    const Lanes moved = size + 0.5f;
+    Ints small;
+    __builtin_memcpy(&small, &moved, sizeof(small));
+    small -= 0x3f000000;
+    Ints out = magnitude < 0x38800000 ? small : normal;
+    out = magnitude >= 0x47800000 ? Ints{} + 0x7c00 : out;
+    out = magnitude > 0x7f800000 ? Ints{} + 0x7e00 : out;
+    return __builtin_convertvector(out | sign, Shorts);
+}
+#endif
+
+RK_HD void store(Bf16* to, Lanes lanes) {
+    const Shorts bits = to_bf16(lanes);
+    __builtin_memcpy(to, &bits, sizeof(bits));
+}
+
+RK_HD void store(Half* to, Lanes lanes) {
+    const Shorts bits = to_half(lanes);
+    __builtin_memcpy(to, &bits, sizeof(bits));
+}
+
+// stream() is a store that does not read the line first and leaves the cache alone; `to` is aligned to W entries.
+#if defined(__AVX512F__)
+RK_HD void stream(float* to, Lanes lanes) { _mm512_stream_ps(to, (__m512)lanes); }
+RK_HD void stream(Bf16* to, Lanes lanes) { _mm256_stream_si256((__m256i*)to, (__m256i)to_bf16(lanes)); }
+RK_HD void stream(Half* to, Lanes lanes) { _mm256_stream_si256((__m256i*)to, (__m256i)to_half(lanes)); }
+#elif defined(__AVX2__)
+RK_HD void stream(float* to, Lanes lanes) { _mm256_stream_ps(to, (__m256)lanes); }
+RK_HD void stream(Bf16* to, Lanes lanes) { _mm_stream_si128((__m128i*)to, (__m128i)to_bf16(lanes)); }
+RK_HD void stream(Half* to, Lanes lanes) { _mm_stream_si128((__m128i*)to, (__m128i)to_half(lanes)); }
+#else
+template <class S>
+RK_HD void stream(S* to, Lanes lanes) {
+    store(to, lanes);
+}
+#endif
+
+RK_HD float max_lanes(Lanes lanes) {
+    float out = lanes[0];
+    for (int i = 1; i < RK_LANES; ++i) out = lanes[i] > out ? lanes[i] : out;
+    return out;
+}
+
+RK_HD double sum_lanes(Lanes lanes) {
+    double out = 0.0;
+    for (int i = 0; i < RK_LANES; ++i) out += (double)lanes[i];
+    return out;
+}
+
+RK_HD bool any_lane(Ints lanes) {
+    int32_t out = 0;
+    for (int i = 0; i < RK_LANES; ++i) out |= lanes[i];
+    return out != 0;
 }
 
 // out[i] = lanes[i + By], and 0 where there is no such lane.
@@ -136,6 +267,42 @@ RK_HD T exp_f32(T x) {
     p = p * r * r + r + 1.0f;
     const auto half = k >> 1;  // 2^k in two factors, so that neither overflows
     return p * from_bits<T>((half + 127) << 23) * from_bits<T>((k - half + 127) << 23);
+}
+
+// e^x for x <= 0, cheaper than exp_f32. At most 1 ulp on [-87, 0]; 0 below -87, where e^x < 1.7e-38; NaN stays NaN.
+template <class T>
+RK_HD T exp_nonpositive_f32(T x) {
+    const float shift = 12582912.0f;
+    const auto nothing = x < splat<T>(-87.0f);
+    x = nothing ? splat<T>(-87.0f) : x;
+    const T shifted = x * 1.44269504f + shift;
+    const T n = shifted - shift;
+    T r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    T p = r * 1.3814538e-3f + 8.3687454e-3f;  // minimax on |r| <= ln(2)/2: remainder 3e-9
+    p = p * r + 4.1668389e-2f;
+    p = p * r + 0.16666522f;
+    p = p * r + 0.49999994f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const T value = from_bits<T>(to_bits(p) + (to_bits(shifted) << 23));  // n >= -126 is added to the exponent
+    return nothing ? T{} : value;
+}
+
+// tanh x. At most 3 ulp: an odd minimax polynomial up to 0.625, 1 - 2 / (e^2x + 1) beyond; NaN stays NaN.
+template <class T>
+RK_HD T tanh_f32(T x) {
+    const T size = absolute(x);
+    const T q = x * x;
+    T p = 2.0639090e-2f - q * 5.7049906e-3f;
+    p = p * q - 5.3739715e-2f;
+    p = p * q + 0.13331442f;
+    p = p * q - 0.33333281f;
+    const T near = x + x * q * p;
+    const T u = exp_nonpositive_f32(-2.0f * size);
+    const T far = 1.0f - 2.0f * u / (1.0f + u);
+    const T beyond = x < T{} ? -far : far;
+    return size < splat<T>(0.625f) ? near : beyond;
 }
 
 // log(1 + u) for 0 <= u <= 1. At most 2 ulp: 2 atanh(u / (2 + u)) as a series in s^2 <= 1/9, remainder 2e-9 relative.

@@ -1,0 +1,115 @@
+// Log-probs and entropy of rows of logits, and the gradient of both, rows shared among the threads.
+#include "rows.h"
+
+namespace rk {
+namespace RK_ISA {
+namespace {
+
+constexpr int64_t PIECE = 1 << 16;     // entries that a thread takes at once
+constexpr int64_t CACHED = 16 << 20;   // bytes; a larger fresh gradient is streamed past the cache
+
+int64_t rows_per_piece(int64_t V) { return V >= PIECE ? 1 : PIECE / V; }
+
+struct Forward {
+    const void* logits;
+    const int64_t* labels;  // null: entropy alone
+    int64_t stride, V, ignore_index;
+    Scale scale;
+    float *logprobs, *entropy, *max, *log_sum;  // entropy null: not asked for
+};
+
+template <bool Entropy, bool Cap, class S>
+void forward_row(const Forward& f, int64_t n) {
+    const S* x = (const S*)f.logits + n * f.stride;
+    const int64_t label = f.labels ? f.labels[n] : 0;
+    const bool ignored = f.labels && label == f.ignore_index;
+    const bool outside = f.labels && !ignored && (label < 0 || label >= f.V);
+    RowResult result = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (outside) {
+        const float nan = __builtin_nanf("");
+        result = {nan, nan, nan, nan};
+    } else if (!ignored) {
+        RowStats stats = no_stats();
+        add_stretch<Entropy, Cap>(x, f.V, f.scale, stats);
+        result = finish_stats(stats, f.labels ? scaled_entry(entry(x + label), f.scale) : 0.0);
+    }
+    if (f.labels) f.logprobs[n] = result.logprob;
+    if (Entropy) f.entropy[n] = result.entropy;
+    f.max[n] = result.max;
+    f.log_sum[n] = result.log_sum;
+}
+
+template <class S>
+void forward_rows(void* context, int64_t begin, int64_t end) {
+    const Forward& f = *(const Forward*)context;
+    const bool capped = f.scale.softcap > 0.0f;
+    const auto row = f.entropy ? (capped ? forward_row<true, true, S> : forward_row<true, false, S>)
+                               : (capped ? forward_row<false, true, S> : forward_row<false, false, S>);
+    for (int64_t n = begin; n < end; ++n) row(f, n);
+}
+
+struct Backward {
+    const float *grad_logprobs, *grad_entropy;  // null: no gradient from it
+    const void* logits;
+    const int64_t* labels;
+    const float *logprobs, *entropy, *max, *log_sum;
+    int64_t stride, V, ignore_index;
+    Scale scale;
+    void* out;
+    int64_t out_stride;
+    bool streaming;
+};
+
+template <bool Cap, class S>
+void backward_row(const Backward& b, int64_t n) {
+    const S* x = (const S*)b.logits + n * b.stride;
+    S* out = (S*)b.out + n * b.out_stride;
+    const int64_t label = b.labels ? b.labels[n] : 0;
+    if (b.labels && label == b.ignore_index) return fill_row(out, b.V, 0.0f);
+    if (b.labels && (label < 0 || label >= b.V)) return fill_row(out, b.V, __builtin_nanf(""));
+    const float g = b.grad_logprobs ? b.grad_logprobs[n] : 0.0f;
+    const float h = b.grad_entropy ? b.grad_entropy[n] : 0.0f;
+    const float entropy = b.grad_entropy ? b.entropy[n] : 0.0f;
+    const float at_label = b.labels ? entry(x + label) : 0.0f;  // before the row is written over
+    gradient_stretch<Cap>(x, b.V, b.scale, b.max[n], b.log_sum[n], RowSlope{g + h * entropy, h}, b.streaming, out);
+    if (!b.grad_logprobs || at_label == -__builtin_inff()) return;
+    const float slope = Cap ? cap(at_label, b.scale.inverse_softcap, b.scale.softcap, b.scale.scale).slope : b.scale.scale;
+    store_some(out + label, splat<Lanes>(label_gradient(b.logprobs[n], entropy, g, h) * slope), 1);
+}
+
+template <class S>
+void backward_rows(void* context, int64_t begin, int64_t end) {
+    const Backward& b = *(const Backward*)context;
+    const auto row = b.scale.softcap > 0.0f ? backward_row<true, S> : backward_row<false, S>;
+    for (int64_t n = begin; n < end; ++n) row(b, n);
+}
+
+}  // namespace
+
+// `stride` counts entries between rows. softcap 0: none.
+void logprobs_fwd(const void* logits, int64_t dtype, int64_t stride, const int64_t* labels, int64_t N, int64_t V,
+                  double temperature, double softcap, int64_t ignore_index, float* logprobs, float* entropy,
+                  float* row_max, float* log_sum, int64_t threads) {
+    Forward f = {logits, labels, stride, V, ignore_index, make_scale(temperature, softcap), logprobs, entropy, row_max,
+                 log_sum};
+    const auto rows = dtype == F32 ? forward_rows<float> : dtype == BF16 ? forward_rows<Bf16> : forward_rows<Half>;
+    parallel_for(N, rows_per_piece(V), threads, rows, &f);
+}
+
+// `out` may be the logits themselves.
+void logprobs_bwd(const float* grad_logprobs, const float* grad_entropy, const void* logits, int64_t dtype,
+                  int64_t stride, const int64_t* labels, const float* logprobs, const float* entropy,
+                  const float* row_max, const float* log_sum, int64_t N, int64_t V, double temperature, double softcap,
+                  int64_t ignore_index, void* out, int64_t out_stride, int64_t threads) {
+    const bool streaming = out != logits && N * V * (dtype == F32 ? 4 : 2) > CACHED;
+    Backward b = {grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, stride, V,
+                  ignore_index, make_scale(temperature, softcap), out, out_stride, streaming};
+    const auto rows = dtype == F32 ? backward_rows<float> : dtype == BF16 ? backward_rows<Bf16> : backward_rows<Half>;
+    parallel_for(N, rows_per_piece(V), threads, rows, &b);
+}
+
+}  // namespace RK_ISA
+}  // namespace rk
+
+RK_REGISTER(logprobs_fwd);
+RK_REGISTER(logprobs_bwd);

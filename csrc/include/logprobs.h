@@ -1,0 +1,76 @@
+// Arithmetic of log-probs and entropy: a row's statistics, their merge, and one entry of the gradient.
+#pragma once
+#include "rk.h"
+
+namespace rk {
+namespace RK_ISA {
+
+// Statistics of some of a row's entries z: max, sum exp(z - max), sum exp(z - max) (z - max). Nothing but -inf: {-inf, 0, 0}.
+struct RowStats {
+    float max;
+    double sum;
+    double weighted;
+};
+
+RK_HD RowStats no_stats() { return {-__builtin_inff(), 0.0, 0.0}; }
+
+// The same statistics told from another, higher maximum.
+RK_HD RowStats raise_max(RowStats s, float max) {
+    if (s.max == max || s.sum == 0.0) return {max, s.sum, s.weighted};
+    const double gap = (double)s.max - (double)max;
+    const double factor = __builtin_exp(gap);
+    return {max, s.sum * factor, factor * (s.weighted + s.sum * gap)};
+}
+
+RK_HD RowStats merge_stats(RowStats a, RowStats b) {
+    const float max = a.max > b.max ? a.max : b.max;
+    const RowStats left = raise_max(a, max), right = raise_max(b, max);
+    return {max, left.sum + right.sum, left.weighted + right.weighted};
+}
+
+struct RowResult {
+    float logprob, entropy, max, log_sum;
+};
+
+// log p = (z_label - max) - log(sum),  entropy = log(sum) - weighted / sum; a row of nothing but -inf has -inf and 0.
+RK_HD RowResult finish_stats(RowStats s, double label_logit) {
+    if (s.sum == 0.0) return {-__builtin_inff(), 0.0f, -__builtin_inff(), 0.0f};
+    const double log_sum = __builtin_log(s.sum);
+    return {(float)(label_logit - (double)s.max - log_sum), (float)(log_sum - s.weighted / s.sum), s.max,
+            (float)log_sum};
+}
+
+// softcap * tanh(x / softcap) * scale, and what the gradient of x carries from it: (1 - tanh^2) * scale.
+template <class T>
+struct Capped {
+    T z, slope;
+};
+
+template <class T>
+RK_HD Capped<T> cap(T x, float inverse_softcap, float softcap, float scale) {
+    const T t = tanh_f32(x * inverse_softcap);
+    const T z = t * softcap * scale;
+    return {x == splat<T>(-__builtin_inff()) ? x : z, (1.0f - t * t) * scale};
+}
+
+// How a row's upstream gradients g (log-prob) and h (entropy) reach an entry with log-prob l and probability p:
+// -p (g + h (l + entropy)) = -p (base + h l).
+struct RowSlope {
+    float base, entropy_grad;
+};
+
+template <class T>
+RK_HD T entry_gradient(T log_p, RowSlope s) {
+    const T finite = log_p < splat<T>(-87.0f) ? splat<T>(-87.0f) : log_p;  // p = 0 there, and 0 * inf is NaN
+    return -exp_nonpositive_f32(log_p) * (s.base + s.entropy_grad * finite);
+}
+
+// The label's entry: g (1 - p) - h p (l + entropy), where 1 - p does not cancel.
+RK_HD float label_gradient(float logprob, float entropy, float g, float h) {
+    const double p = __builtin_exp((double)logprob);
+    const double through_entropy = p == 0.0 ? 0.0 : (double)h * p * ((double)logprob + (double)entropy);
+    return (float)(-(double)g * __builtin_expm1((double)logprob) - through_entropy);
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

@@ -1,0 +1,48 @@
+"""Calls of csrc/cpu/logprobs.cpp; what the functions mean stands in reference/logprobs.py."""
+
+import torch
+
+from .._native import DTYPES, dense_rows, fresh, run
+
+
+def _float_row(tensor):
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entropy):
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    rows = dense_rows(logits.reshape(-1, vocab))
+    count = rows.shape[0]
+    flat_labels = None if labels is None else labels.reshape(-1).contiguous()
+    logprobs = torch.empty(0 if labels is None else count)
+    entropy = torch.empty(count if with_entropy else 0)
+    row_max, log_sum = torch.empty(count), torch.empty(count)
+    run(
+        "logprobs_fwd", rows, DTYPES[rows.dtype], rows.stride(0), flat_labels, count, vocab, temperature,
+        softcap or 0.0, ignore_index, logprobs, entropy if with_entropy else None, row_max, log_sum,
+    )  # fmt: skip
+    return (
+        logprobs if labels is None else logprobs.view(shape),
+        entropy.view(shape) if with_entropy else entropy,
+        row_max.view(shape),
+        log_sum.view(shape),
+    )
+
+
+def logprobs_bwd(
+    grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, temperature, softcap,
+    ignore_index, inplace=False,
+):  # fmt: skip
+    vocab = logits.shape[-1]
+    rows = dense_rows(logits.reshape(-1, vocab))
+    over = inplace and rows.data_ptr() == logits.data_ptr()
+    out = rows if over else fresh(*rows.shape, dtype=rows.dtype)
+    flat_labels = None if labels is None else labels.reshape(-1).contiguous()
+    run(
+        "logprobs_bwd", _float_row(grad_logprobs), _float_row(grad_entropy), rows, DTYPES[rows.dtype], rows.stride(0),
+        flat_labels, logprobs, entropy, row_max, log_sum, *rows.shape, temperature, softcap or 0.0, ignore_index, out,
+        out.stride(0),
+    )  # fmt: skip
+    if inplace and not over:
+        logits.copy_(out.view(logits.shape))
+    return out.view(logits.shape)
