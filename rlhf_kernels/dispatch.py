@@ -32,10 +32,10 @@ _REFERENCE = "rlhf_kernels.reference."
 
 TABLE: dict[str, list[tuple[str, Applies, str]]] = {
     "logprobs": [("cpu", _cpu_up_to_fp32, _CPU + "logprobs"), ("reference", _any, _REFERENCE + "logprobs")],
-    "linear": [("reference", _any, _REFERENCE + "linear")],
-    "kl": [("reference", _any, _REFERENCE + "kl")],
+    "linear": [("cpu", _cpu_up_to_fp32, _CPU + "linear"), ("reference", _any, _REFERENCE + "linear")],
+    "kl": [("cpu", _cpu_up_to_fp32, _CPU + "kl"), ("reference", _any, _REFERENCE + "kl")],
     "advantages": [("cpu", _cpu_up_to_fp32, _CPU + "advantages"), ("reference", _any, _REFERENCE + "advantages")],
-    "ppo": [("reference", _any, _REFERENCE + "ppo")],
+    "ppo": [("cpu", _cpu_up_to_fp32, _CPU + "ppo"), ("reference", _any, _REFERENCE + "ppo")],
     "bradley_terry": [
         ("cpu", _cpu_up_to_fp32, _CPU + "bradley_terry"),
         ("reference", _any, _REFERENCE + "bradley_terry"),

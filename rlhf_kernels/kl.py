@@ -16,40 +16,56 @@ def _wider(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
 
 
+def _backend(a: torch.Tensor, b: torch.Tensor):
+    """What serves a call whose inputs may differ in dtype: the wider one decides."""
+    return dispatch.pick("kl", b if b.dtype == torch.float64 else a)
+
+
 @torch.library.custom_op("rlhf_kernels::kl_fwd", mutates_args=())
-def kl_fwd(logits: torch.Tensor, ref_logits: torch.Tensor, temperature: float, reverse: bool) -> torch.Tensor:
-    return dispatch.pick("kl", logits).kl_fwd(logits, ref_logits, temperature, reverse)
+def kl_fwd(
+    logits: torch.Tensor, ref_logits: torch.Tensor, temperature: float, reverse: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _backend(logits, ref_logits).kl_fwd(logits, ref_logits, temperature, reverse)
 
 
 @kl_fwd.register_fake
 def _(logits, ref_logits, temperature, reverse):
-    return logits.new_empty(logits.shape[:-1], dtype=_wider(logits, ref_logits))
+    dtype = _wider(logits, ref_logits)
+    return tuple(logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(5))
 
 
 @torch.library.custom_op("rlhf_kernels::kl_bwd", mutates_args=())
 def kl_bwd(
-    grad: torch.Tensor, logits: torch.Tensor, ref_logits: torch.Tensor, temperature: float, reverse: bool,
+    grad: torch.Tensor, logits: torch.Tensor, ref_logits: torch.Tensor, kl: torch.Tensor, row_max: torch.Tensor,
+    log_sum: torch.Tensor, ref_row_max: torch.Tensor, ref_log_sum: torch.Tensor, temperature: float, reverse: bool,
     need_logits: bool, need_ref: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    backend = dispatch.pick("kl", logits)
-    return backend.kl_bwd(grad, logits, ref_logits, temperature, reverse, need_logits, need_ref)
+    return _backend(logits, ref_logits).kl_bwd(
+        grad, logits, ref_logits, kl, row_max, log_sum, ref_row_max, ref_log_sum, temperature, reverse, need_logits,
+        need_ref,
+    )  # fmt: skip
+
+
+def _gradients_like(a, b, need_a, need_b):
+    return a.new_empty(a.shape if need_a else 0), b.new_empty(b.shape if need_b else 0)
 
 
 @kl_bwd.register_fake
-def _(grad, logits, ref_logits, temperature, reverse, need_logits, need_ref):
-    return (
-        logits.new_empty(logits.shape if need_logits else 0),
-        ref_logits.new_empty(ref_logits.shape if need_ref else 0),
-    )
+def _(grad, logits, ref_logits, *rest):
+    return _gradients_like(logits, ref_logits, *rest[-2:])
 
 
 def _kl_setup(ctx, inputs, output):
     logits, ref_logits, *ctx.options = inputs
-    ctx.save_for_backward(logits, ref_logits)
+    ctx.save_for_backward(logits, ref_logits, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
-def _kl_backward(ctx, grad):
+def _kl_backward(ctx, grad, *_):
     need = ctx.needs_input_grad[:2]
+    if grad is None:
+        return None, None, None, None
     grads = kl_bwd(grad, *ctx.saved_tensors, *ctx.options, *need)
     return *(g if wanted else None for g, wanted in zip(grads, need)), None, None
 
@@ -59,7 +75,7 @@ kl_fwd.register_autograd(_kl_backward, setup_context=_kl_setup)
 
 @torch.library.custom_op("rlhf_kernels::approx_kl_fwd", mutates_args=())
 def approx_kl_fwd(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str) -> torch.Tensor:
-    return dispatch.pick("kl", log_probs).approx_kl_fwd(log_probs, ref_log_probs, estimator)
+    return _backend(log_probs, ref_log_probs).approx_kl_fwd(log_probs, ref_log_probs, estimator)
 
 
 @approx_kl_fwd.register_fake
@@ -69,14 +85,16 @@ def _(log_probs, ref_log_probs, estimator):
 
 @torch.library.custom_op("rlhf_kernels::approx_kl_bwd", mutates_args=())
 def approx_kl_bwd(
-    grad: torch.Tensor, log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return dispatch.pick("kl", log_probs).approx_kl_bwd(grad, log_probs, ref_log_probs, estimator)
+    grad: torch.Tensor, log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str, need_log_probs: bool,
+    need_ref: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    backend = _backend(log_probs, ref_log_probs)
+    return backend.approx_kl_bwd(grad, log_probs, ref_log_probs, estimator, need_log_probs, need_ref)
 
 
 @approx_kl_bwd.register_fake
-def _(grad, log_probs, ref_log_probs, estimator):
-    return log_probs.new_empty(log_probs.shape), ref_log_probs.new_empty(ref_log_probs.shape)
+def _(grad, log_probs, ref_log_probs, estimator, need_log_probs, need_ref):
+    return _gradients_like(log_probs, ref_log_probs, need_log_probs, need_ref)
 
 
 def _approx_setup(ctx, inputs, output):
@@ -85,8 +103,9 @@ def _approx_setup(ctx, inputs, output):
 
 
 def _approx_backward(ctx, grad):
-    grads = approx_kl_bwd(grad, *ctx.saved_tensors, ctx.estimator)
-    return *(g if wanted else None for g, wanted in zip(grads, ctx.needs_input_grad)), None
+    need = ctx.needs_input_grad[:2]
+    grads = approx_kl_bwd(grad, *ctx.saved_tensors, ctx.estimator, *need)
+    return *(g if wanted else None for g, wanted in zip(grads, need)), None
 
 
 approx_kl_fwd.register_autograd(_approx_backward, setup_context=_approx_setup)
@@ -128,7 +147,7 @@ def kl_from_logits(
     check_same_device(logits=logits, ref_logits=ref_logits)
     check_range("temperature", temperature, 0.0, float("inf"), low_open=True, high_open=True)
     check_in("direction", direction, DIRECTIONS)
-    return kl_fwd(logits, ref_logits, float(temperature), direction == "reverse")
+    return kl_fwd(logits, ref_logits, float(temperature), direction == "reverse")[0]
 
 
 def approx_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, *, estimator: str = "k1") -> torch.Tensor:

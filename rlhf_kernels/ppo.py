@@ -1,12 +1,22 @@
 """The PPO loss: clipped policy loss, clipped value loss and entropy bonus, with their gradients made in the forward."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dispatch
-from ._checks import FLOATS, check_dtype, check_in, check_mask, check_range, check_same_device, check_shape
+from ._checks import (
+    FLOATS,
+    check_dtype,
+    check_in,
+    check_mask,
+    check_range,
+    check_same_device,
+    check_shape,
+    reads_values,
+)
 from .reference.ppo import AGG_MODES, STATS, accumulator_dtype
 
 _VALUE_STATS = ("value_clip_fraction", "explained_variance", "value_mean", "return_mean")
@@ -94,24 +104,31 @@ def ppo_loss(
     _check_values(log_probs, values, old_values, returns, cliprange_value)
     _check_entropy(log_probs, entropy, entropy_coef)
     _check_numbers(cliprange, cliprange_high, dual_clip, cliprange_value, vf_coef)
+    tensors = {
+        "log_probs": log_probs,
+        "old_log_probs": old_log_probs,
+        "advantages": advantages,
+        "response_mask": mask,
+        "values": values,
+        "old_values": old_values,
+        "returns": returns,
+        "entropy": entropy,
+    }
+    check_same_device(**tensors)
     normalizer = _normalizer(num_items_in_batch, loss_agg_mode, log_probs)
-    losses, *_, stats = torch.ops.rlhf_kernels.ppo_fwd(
-        *(None if x is None else x.contiguous() for x in (log_probs, old_log_probs, advantages, mask)),
-        *(None if x is None else x.contiguous() for x in (values, old_values, returns, entropy)),
-        normalizer,
+    numbers = [
         float(cliprange),
         float(cliprange if cliprange_high is None else cliprange_high),
-        None if dual_clip is None else float(dual_clip),
-        None if cliprange_value is None or values is None else float(cliprange_value),
-        loss_agg_mode,
+        math.inf if dual_clip is None else float(dual_clip),
+        math.inf if cliprange_value is None or values is None else float(cliprange_value),
+        float(vf_coef),
+        float(entropy_coef),
+    ]
+    loss, policy_loss, value_loss, *_, stats = torch.ops.rlhf_kernels.ppo_fwd(
+        *(None if x is None else x.contiguous() for x in tensors.values()), normalizer, numbers, loss_agg_mode
     )
-    loss, value_loss = losses[0], None
-    if values is not None:
-        value_loss = losses[1]
-        loss = loss + vf_coef * value_loss
-    if entropy is not None and entropy_coef:
-        loss = loss - entropy_coef * losses[2]
-    return PPOLoss(loss, losses[0], value_loss, _metrics(stats.detach(), values, entropy, dual_clip))
+    metrics = _metrics(stats, values, entropy, dual_clip)
+    return PPOLoss(loss, policy_loss, None if values is None else value_loss, metrics)
 
 
 def _check_policy(log_probs, old_log_probs, advantages, response_mask):
@@ -119,15 +136,12 @@ def _check_policy(log_probs, old_log_probs, advantages, response_mask):
     check_shape("log_probs", log_probs, (None, None), "[B, T]")
     for name, x in (("old_log_probs", old_log_probs), ("advantages", advantages)):
         _check_like(name, x, log_probs)
-    mask = check_mask("response_mask", response_mask, log_probs.shape)
-    check_same_device(log_probs=log_probs, response_mask=mask)
-    return mask
+    return check_mask("response_mask", response_mask, log_probs.shape)
 
 
 def _check_like(name, x, log_probs):
     check_dtype(name, x, FLOATS)
     check_shape(name, x, log_probs.shape, "[B, T], like log_probs")
-    check_same_device(**{"log_probs": log_probs, name: x})
 
 
 def _check_values(log_probs, values, old_values, returns, cliprange_value):
@@ -203,14 +217,19 @@ def ppo_fwd(
     returns: Tensor | None,
     entropy: Tensor | None,
     normalizer: Tensor | None,
-    cliprange: float,
-    cliprange_high: float,
-    dual_clip: float | None,
-    cliprange_value: float | None,
+    numbers: list[float],
     loss_agg_mode: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses [3], gradients of log_probs, values and entropy, stats; the contract is in reference/ppo.py."""
-    return dispatch.pick("ppo", log_probs).ppo_fwd(
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Total, policy and value loss, gradients of the total in log_probs, values and entropy, stats.
+
+    With vf_coef = 0 the gradient in values is that of the value loss.
+
+    numbers: cliprange, cliprange_high, dual_clip, cliprange_value (inf = off), vf_coef, entropy_coef. They come as one
+    argument because PyTorch's time for a call grows with the square of their count.
+    """
+    *limits, vf_coef, entropy_coef = numbers
+    limits = (None if x == math.inf else x for x in limits)
+    losses, *grads, stats = dispatch.pick("ppo", log_probs).ppo_fwd(
         log_probs,
         old_log_probs,
         advantages,
@@ -220,48 +239,74 @@ def ppo_fwd(
         returns,
         entropy,
         normalizer,
-        cliprange,
-        cliprange_high,
-        dual_clip,
-        cliprange_value,
+        *limits,
         loss_agg_mode,
+        vf_coef or 1.0,
+        -entropy_coef,
     )
+    policy_loss, value_loss, entropy_loss = losses.unbind()
+    loss = policy_loss.add(value_loss, alpha=vf_coef)
+    if entropy_coef:
+        loss = loss.sub_(entropy_loss, alpha=entropy_coef)
+    return loss, policy_loss.clone(), value_loss.clone(), *grads, stats
 
 
 @torch.library.custom_op("rlhf_kernels::ppo_bwd", mutates_args=())
 def ppo_bwd(
-    grad_losses: Tensor, grad_log_probs: Tensor, grad_values: Tensor, grad_entropy: Tensor
+    grad_loss: Tensor | None,
+    grad_policy_loss: Tensor | None,
+    grad_value_loss: Tensor | None,
+    grad_log_probs: Tensor,
+    grad_values: Tensor,
+    grad_entropy: Tensor,
+    vf_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The saved gradients times the upstream gradient [3] of their loss."""
-    return dispatch.pick("ppo", grad_log_probs).ppo_bwd(grad_losses, grad_log_probs, grad_values, grad_entropy)
+    """The saved gradients times the upstream gradients of the losses that they are part of."""
+    return dispatch.pick("ppo", grad_log_probs).ppo_bwd(
+        grad_loss,
+        grad_policy_loss,
+        grad_value_loss,
+        grad_log_probs,
+        grad_values,
+        grad_entropy,
+        vf_coef,
+    )
 
 
 @ppo_fwd.register_fake
-def _(log_probs, old_log_probs, advantages, mask, values, old_values, returns, entropy, *numbers):
+def _(log_probs, old_log_probs, advantages, mask, values, old_values, returns, entropy, *_):
     dtype = accumulator_dtype(log_probs.dtype)
-
-    def gradient(x):
-        return log_probs.new_empty((0,) if x is None else x.shape, dtype=dtype)
-
-    losses, stats = log_probs.new_empty(3, dtype=dtype), log_probs.new_empty(len(STATS), dtype=dtype)
-    return losses, gradient(log_probs), gradient(values), gradient(entropy), stats
+    losses = (log_probs.new_empty((), dtype=dtype) for _ in range(3))
+    grads = (log_probs.new_empty((0,) if x is None else x.shape, dtype=dtype) for x in (log_probs, values, entropy))
+    return *losses, *grads, log_probs.new_empty(len(STATS), dtype=dtype)
 
 
 @ppo_bwd.register_fake
-def _(grad_losses, grad_log_probs, grad_values, grad_entropy):
-    return torch.empty_like(grad_log_probs), torch.empty_like(grad_values), torch.empty_like(grad_entropy)
+def _(grad_loss, grad_policy_loss, grad_value_loss, *grads_and_numbers):
+    return tuple(torch.empty_like(x) for x in grads_and_numbers[:3])
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:4])
+    ctx.save_for_backward(*output[3:6])
     ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in (0, 4, 7)]
+    ctx.vf_coef = inputs[9][4]
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_losses, *_):
-    grads = [None] * 14
-    if grad_losses is not None:
-        products = torch.ops.rlhf_kernels.ppo_bwd(grad_losses.contiguous(), *ctx.saved_tensors)
+def _is_one(grad_loss, grad_policy_loss, grad_value_loss):
+    """Whether the total is all that is differentiated, and by 1, as far as that can be known without waiting."""
+    return grad_policy_loss is None and grad_value_loss is None and reads_values(grad_loss) and grad_loss.item() == 1
+
+
+def _backward(ctx, grad_loss, grad_policy_loss, grad_value_loss, *_):
+    grads = [None] * 11
+    upstream = grad_loss, grad_policy_loss, grad_value_loss
+    if any(x is not None for x in upstream):
+        if _is_one(*upstream) and ctx.vf_coef != 0:
+            products = ctx.saved_tensors
+        else:
+            products = torch.ops.rlhf_kernels.ppo_bwd(*upstream, *ctx.saved_tensors, ctx.vf_coef)
         for position, dtype, product in zip((0, 4, 7), ctx.dtypes, products, strict=True):
             grads[position] = None if dtype is None else product.to(dtype)
     return tuple(grads)

@@ -8,12 +8,16 @@ import torch
 
 import rlhf_kernels as rk
 from rlhf_kernels import kl as module
+from rlhf_kernels.cpu import kl as native
 from rlhf_kernels.reference import kl as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIRECTIONS = ("reverse", "forward")
 POLICY = torch.tensor([-0.15, -0.30, -0.05, -0.10, -0.08, -0.20, -0.03])
 SFT = torch.tensor([-0.20, -0.45, -0.06, -0.12, -0.10, -0.80, -0.04])
+
+
+BOTH = pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 
 
 def leaves(inputs, dtype):
@@ -40,7 +44,8 @@ def test_values_and_gradients(backend_name, dtype, case, direction, assert_close
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_gradcheck(backend_name, direction):
+def test_gradcheck(backend_name, served, direction):
+    served(torch.float64)
     logits, ref = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True).unbind()
     options = {"temperature": 0.7, "direction": direction}
     assert torch.autograd.gradcheck(lambda p, q: rk.kl_from_logits(p, q, **options), (logits, ref))
@@ -57,23 +62,28 @@ def test_reference_spec_2_penalty(backend_name):
     assert 2.1 - 0.02 * total + 0.1 * -3.2 == pytest.approx(1.763, abs=5e-4)
 
 
-def test_reference_independent(backend_name):
+@BOTH
+def test_reference_independent(backend_name, served, dtype):
     """Against numpy with probabilities, and torch.distributions."""
+    served(dtype)
     generator = np.random.default_rng(0)
-    logits, ref = generator.normal(size=(2, 7, 13))
-    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (logits, ref))
-    a, b = torch.tensor(logits), torch.tensor(ref)
-    np.testing.assert_allclose(rk.kl_from_logits(a, b), (p * np.log(p / q)).sum(-1), atol=1e-12)
-    np.testing.assert_allclose(rk.kl_from_logits(a, b, direction="forward"), (q * np.log(q / p)).sum(-1), atol=1e-12)
+    a, b = (torch.tensor(x).to(dtype) for x in generator.normal(size=(2, 7, 13)))
+    p, q = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (a.double().numpy(), b.double().numpy()))
+    atol = 16 * torch.finfo(dtype).eps
+    np.testing.assert_allclose(rk.kl_from_logits(a, b), (p * np.log(p / q)).sum(-1), rtol=atol, atol=atol)
+    forward = rk.kl_from_logits(a, b, direction="forward")
+    np.testing.assert_allclose(forward, (q * np.log(q / p)).sum(-1), rtol=atol, atol=atol)
     categorical = torch.distributions.Categorical
     wanted = torch.distributions.kl_divergence(categorical(logits=a / 2), categorical(logits=b / 2))
     torch.testing.assert_close(rk.kl_from_logits(a, b, temperature=2), wanted)
 
 
-def test_trap_14_estimators_by_enumeration(backend_name):
+@BOTH
+def test_trap_14_estimators_by_enumeration(backend_name, served, dtype):
     """On 5 tokens: the means of k1 and k3 under the policy are the exact KL; k2's is near; k1 alone can be negative."""
-    logits = torch.randn(200, 5, dtype=torch.float64)
-    ref = logits + 0.3 * torch.randn(200, 5, dtype=torch.float64)
+    served(dtype)
+    logits = torch.randn(200, 5, dtype=dtype)
+    ref = logits + 0.3 * torch.randn(200, 5, dtype=dtype)
     log_p, log_q = logits.log_softmax(-1), ref.log_softmax(-1)
     exact = rk.kl_from_logits(logits, ref)
     means = {e: (log_p.exp() * rk.approx_kl(log_p, log_q, estimator=e)).sum(-1) for e in module.ESTIMATORS}
@@ -82,7 +92,7 @@ def test_trap_14_estimators_by_enumeration(backend_name):
     assert ((means["k2"] - exact).abs() / exact).mean() < 0.2
     assert (rk.approx_kl(log_p, log_q) < 0).any()
     assert (rk.approx_kl(log_p, log_q, estimator="k3") >= 0).all()
-    assert (exact > 0).all() and torch.equal(rk.kl_from_logits(logits, logits), torch.zeros(200, dtype=torch.float64))
+    assert (exact > 0).all() and torch.equal(rk.kl_from_logits(logits, logits), torch.zeros(200, dtype=dtype))
 
 
 def test_trap_14_k3_is_never_negative(backend_name):
@@ -95,10 +105,12 @@ def test_trap_14_k3_is_never_negative(backend_name):
         assert ((k3 - (torch.expm1(-d64) + d64)).abs() <= 2e-7 * torch.maximum(d64.abs(), torch.exp(-d64))).all()
 
 
-def test_trap_14_gradients_of_estimators(backend_name):
+@BOTH
+def test_trap_14_gradients_of_estimators(backend_name, served, dtype):
     """As losses on samples: k1's mean gradient is 0, k2's is that of KL(p || q), k3's that of KL(q || p)."""
-    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    ref = torch.randn(6, 5, dtype=torch.float64)
+    served(dtype)
+    logits = torch.randn(6, 5, dtype=dtype, requires_grad=True)
+    ref = torch.randn(6, 5, dtype=dtype)
     p = logits.softmax(-1).detach()
 
     def gradient(value):
@@ -176,7 +188,18 @@ def test_mixed_dtypes(backend_name):
     kl.sum().backward()
     torch.testing.assert_close(kl, rk.kl_from_logits(logits, ref.float()))
     assert (kl.dtype, logits.grad.dtype, ref.grad.dtype) == (torch.float32, torch.float32, torch.bfloat16)
-    assert rk.approx_kl(logits, ref.double()).dtype == torch.float64
+
+
+def test_mixed_with_fp64(backend_name, served):
+    """The wider dtype decides who serves the call, and in which precision."""
+    logits, ref = torch.randn(3, 5), torch.randn(3, 5, dtype=torch.float64)
+    if backend_name == "cpu":
+        with pytest.raises(RuntimeError, match=r"does not take a torch\.float64 tensor"):
+            rk.approx_kl(logits, ref)
+    served(torch.float64)
+    for a, b in ((logits, ref), (ref, logits)):
+        assert rk.approx_kl(a, b).dtype == rk.kl_from_logits(a, b).dtype == torch.float64
+        torch.testing.assert_close(rk.kl_from_logits(a, b), rk.kl_from_logits(a.double(), b.double()))
 
 
 def test_bad_input(backend_name):
@@ -201,8 +224,15 @@ def test_contract(backend_name):
     logits, ref = torch.randn(2, 3, 5).unbind()
     logits.requires_grad_()
     ref.requires_grad_()
-    torch.library.opcheck(module.kl_fwd, (logits, ref, 0.7, True))
+    for reverse in (True, False):
+        torch.library.opcheck(module.kl_fwd, (logits, ref, 0.7, reverse))
+        rows = module.kl_fwd(logits, ref, 0.7, reverse)
+        assert [x.requires_grad for x in rows] == [True] + 4 * [False]
+        for needs in ((True, True), (False, True), (False, False)):
+            saved = (torch.rand(3), *(x.detach() for x in (logits, ref, *rows)))
+            torch.library.opcheck(module.kl_bwd, (*saved, 0.7, reverse, *needs))
     torch.library.opcheck(module.approx_kl_fwd, (logits, ref, "k3"))
+    torch.library.opcheck(module.approx_kl_bwd, (torch.rand(3, 5), logits.detach(), ref.detach(), "k2", True, False))
 
     def loss(p, q):
         exact = rk.kl_from_logits(p, q, direction="forward").sum()
@@ -218,3 +248,217 @@ def test_contract(backend_name):
     assert torch.equal(kl[1:2], rk.kl_from_logits(logits[1:2], ref[1:2]))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(rk.kl_from_logits(logits, ref), kl)
+
+
+PAIRS = [(a, b) for a in DTYPES for b in DTYPES]
+
+
+def check_rows(policy, ref, assert_close_to_fp64, temperature=1.0):
+    """Both directions of the native functions, with gradients, against the reference in float64."""
+    upstream = torch.linspace(-1.5, 2.5, len(policy))
+    for reverse in (True, False):
+        out = native.kl_fwd(policy, ref, temperature, reverse)
+        exact = reference.kl_fwd(policy.double(), ref.double(), temperature, reverse)
+        for actual, expected in zip(out, exact, strict=True):
+            assert_close_to_fp64(actual, expected, torch.float32)
+        grads = native.kl_bwd(upstream, policy, ref, *out, temperature, reverse, True, True)
+        inputs = (upstream.double(), policy.double(), ref.double())
+        expected = reference.kl_bwd(*inputs, *exact, temperature, reverse, True, True)
+        for grad, exact_grad, x in zip(grads, expected, (policy, ref), strict=True):
+            assert grad.dtype == x.dtype
+            assert_close_to_fp64(grad, exact_grad, x.dtype)
+
+
+@pytest.mark.parametrize("case", reference.CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_every_isa(isa, dtype, case, assert_close_to_fp64):
+    inputs = reference.example_inputs(case, dtype=dtype)
+    vocab = inputs["logits"].shape[-1]
+    policy, ref = (inputs[name].reshape(-1, vocab) for name in ("logits", "ref_logits"))
+    check_rows(policy, ref, assert_close_to_fp64, inputs["temperature"])
+
+
+WIDTHS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 1023, 1024, 1025, 2047, 2048, 2049, 4129]
+
+
+@pytest.mark.parametrize("vocab", WIDTHS)
+def test_values_every_width(isa, vocab, assert_close_to_fp64):
+    """Rows around the edges of vectors and blocks, every pair of dtypes, odd starts, some entries banned."""
+    generator = torch.Generator().manual_seed(vocab)
+    policy = 3 * torch.randn(5, vocab + 3, generator=generator)
+    ref = policy + torch.randn(5, vocab + 3, generator=generator)
+    policy[:, :-4:3] = ref[:, :-4:5] = ref[:, :-4:3] = -math.inf  # the last entry of a row stays: none is empty
+    for p_dtype, q_dtype in PAIRS:
+        check_rows(policy.to(p_dtype)[:, 3:], ref.to(q_dtype)[:, 3:], assert_close_to_fp64, 0.7)
+
+
+def test_maxima_that_rise_in_any_order(isa, assert_close_to_fp64):
+    """Each block may raise either maximum, by little or by much, and begin or end with blocks that one side bans."""
+    V = 5 * 2048
+    ramp = torch.linspace(0, 60, V)
+    noise = torch.randn(2, 8, V, generator=torch.Generator().manual_seed(0))
+    policy, ref = noise[0].clone(), noise[1].clone()
+    policy[0] += ramp
+    ref[1] += ramp
+    policy[2], ref[2] = policy[2] + ramp, ref[2] - ramp
+    policy[3], ref[3] = policy[3] + 1000 * (ramp > 30), ref[3] + 1000 * (ramp > 30)
+    policy[4, :4096] = ref[4, :4096] = -math.inf
+    policy[5, :4096] = ref[5, 6000:] = policy[5, 6000:] = -math.inf
+    policy[6, 4096:] = ref[6, 4096:] = -math.inf
+    policy[7, :4096] = ref[7, 4096:] = -math.inf
+    check_rows(policy, ref, assert_close_to_fp64)
+
+
+def test_masks_of_the_smallest_number(isa, assert_close_to_fp64):
+    """Logits masked by finfo.min instead of -inf: no probability, nothing to add, where both sides have it."""
+    generator = torch.Generator().manual_seed(0)
+    policy, ref = (3 * torch.randn(2, 4, 301, generator=generator)).unbind()
+    lowest = torch.finfo(torch.float32).min
+    policy[:, ::3] = ref[:, ::3] = lowest
+    policy[1, 1::3] = lowest  # only the policy lacks these
+    exact = reference.kl_divergence(policy.double(), ref.double())
+    for temperature in (1.0, 0.25):  # lowest / 0.25 overflows
+        sides = [torch.where(x == lowest, x, x * temperature) for x in (policy, ref)]
+        kl, *rows = native.kl_fwd(*sides, temperature, True)
+        assert_close_to_fp64(kl, exact, torch.float32)
+        grads = native.kl_bwd(torch.ones(4), *sides, kl, *rows, temperature, True, True, True)
+        assert all(grad.isfinite().all() and (grad[:, ::3] == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_rows_that_are_no_distribution(isa, direction):
+    """NaN and +inf stay in their row; a NaN's payload does not matter; infinite rows get no gradient."""
+    for vocab in (5, 64, 5000):
+        policy, ref = torch.randn(2, 9, vocab, generator=torch.Generator().manual_seed(0)).unbind()
+        policy[1, vocab // 2] = math.nan
+        ref[2, -1] = math.nan
+        policy[3, 0] = math.inf
+        policy[4, 1], ref[5, 1] = -math.inf, -math.inf
+        policy[6], ref[6, 0] = math.nan, math.nan
+        policy[7] = torch.tensor(0x7FC00123, dtype=torch.int32).view(torch.float32)
+        reverse = direction == "reverse"
+        out = native.kl_fwd(policy, ref, 1.0, reverse)
+        broken = torch.tensor([False, True, True, True, False, False, True, True, False])
+        assert out[0].isnan().tolist() == broken.tolist()
+        infinite = 5 if reverse else 4
+        assert out[0].isinf().nonzero().tolist() == [[infinite]]
+        grads = native.kl_bwd(torch.ones(9), policy, ref, *out, 1.0, reverse, True, True)
+        assert all(grad[~broken].isfinite().all() and (grad[infinite] == 0).all() for grad in grads)
+        assert all(grad[broken].isnan().any(-1).all() for grad in grads)
+
+
+def test_near_equal_distributions(isa):
+    """A reference 1e-3 away: the divergence, 5e-7 nats, to the absolute error of float32; equal logits give 0."""
+    generator = torch.Generator().manual_seed(0)
+    policy = 3 * torch.randn(8, 50257, generator=generator)
+    ref = policy + 1e-3 * torch.randn(8, 50257, generator=generator)
+    exact = reference.kl_divergence(policy.double(), ref.double())
+    kl = native.kl_fwd(policy, ref, 1.0, True)[0]
+    assert (kl >= 0).all() and ((kl - exact).abs() <= 4 * torch.finfo(torch.float32).eps).all()
+    for dtype in DTYPES:
+        assert torch.equal(native.kl_fwd(policy.to(dtype), policy.to(dtype), 0.7, False)[0], torch.zeros(8))
+
+
+def test_only_needed_gradients_are_made(isa):
+    policy, ref = torch.randn(2, 3, 70, generator=torch.Generator().manual_seed(0)).unbind()
+    upstream = torch.ones(3)
+    for reverse in (True, False):
+        rows = native.kl_fwd(policy, ref, 1.0, reverse)
+        both = native.kl_bwd(upstream, policy, ref, *rows, 1.0, reverse, True, True)
+        for needs in ((True, False), (False, True), (False, False)):
+            some = native.kl_bwd(upstream, policy, ref, *rows, 1.0, reverse, *needs)
+            for grad, whole, need in zip(some, both, needs, strict=True):
+                assert torch.equal(grad, whole) if need else grad.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contract_same_bits(isa, dtype):
+    """On any number of threads, for a row alone, and for rows that are not contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    policy, ref = (3 * torch.randn(2, 37, 4101, generator=generator)).to(dtype).unbind()
+    upstream = torch.rand(37, generator=generator)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            rows = native.kl_fwd(policy, ref, 1.3, True)
+            results.append((*rows, *native.kl_bwd(upstream, policy, ref, *rows, 1.3, True, True, True)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    apart = [torch.nn.functional.pad(x, (5, 2))[:, 5:-2] for x in (policy, ref)]
+    rows = native.kl_fwd(*apart, 1.3, True)
+    again = (*rows, *native.kl_bwd(upstream, *apart, *rows, 1.3, True, True, True))
+    assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
+    alone = native.kl_fwd(policy[11:12], ref[11:12], 1.3, True)
+    assert all(torch.equal(a, b[11:12]) for a, b in zip(alone, results[0]))
+
+
+def test_large_gradients_are_streamed(isa, assert_close_to_fp64):
+    """Gradients beyond the cache take another kind of store; its rows begin at every alignment."""
+    for dtype in DTYPES:
+        policy, ref = (3 * torch.randn(2, 43, 100_003, generator=torch.Generator().manual_seed(0))).to(dtype).unbind()
+        rows = native.kl_fwd(policy, ref, 1.0, True)
+        grads = native.kl_bwd(torch.ones(43), policy, ref, *rows, 1.0, True, True, True)
+        few = slice(20, 24)
+        alone = native.kl_bwd(torch.ones(4), policy[few], ref[few], *(x[few] for x in rows), 1.0, True, True, True)
+        assert all(torch.equal(a[few], b) for a, b in zip(grads, alone, strict=True))
+        assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_offsets_beyond_32_bits(isa):
+    """Rows 2^31 entries apart, in memory that is never touched in between."""
+    far = torch.from_numpy(np.zeros(2**31 + 80, dtype=np.int16)).view(torch.bfloat16).as_strided((2, 80), (2**31, 1))
+    far.copy_(torch.randn(2, 80, generator=torch.Generator().manual_seed(0)))
+    near, ref = far.contiguous(), torch.zeros(2, 80)
+    rows = native.kl_fwd(far, ref, 1.0, True)
+    assert all(torch.equal(a, b) for a, b in zip(rows, native.kl_fwd(near, ref, 1.0, True), strict=True))
+    grads = native.kl_bwd(torch.ones(2), far, ref, *rows, 1.0, True, True, True)
+    wanted = native.kl_bwd(torch.ones(2), near, ref, *rows, 1.0, True, True, True)
+    assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+    assert torch.equal(native.approx_kl_fwd(far, ref, "k3"), native.approx_kl_fwd(near, ref, "k3"))
+
+
+@pytest.mark.parametrize("estimator", module.ESTIMATORS)
+def test_approx_kl_every_size(isa, estimator, assert_close_to_fp64):
+    """Sizes around the edges of vectors and blocks, every pair of dtypes, matrices cut from larger ones."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(0, 4), (1, 0), (1, 1), (3, 5), (2, 16), (5, 17), (2, 2047), (3, 2048), (2, 2049), (1, 70_001)]
+    for rows, columns in shapes:
+        p, q, upstream = torch.rand(3, rows, columns + 2, generator=generator).mul(-3).unbind()
+        for p_dtype, q_dtype in PAIRS:
+            a, b, g = p.to(p_dtype)[:, 1:-1], q.to(q_dtype)[:, :-2], upstream[:, 2:]
+            exact = reference.approx_kl_fwd(a.double(), b.double(), estimator)
+            assert_close_to_fp64(native.approx_kl_fwd(a, b, estimator), exact, torch.float32)
+            grads = native.approx_kl_bwd(g, a, b, estimator, True, True)
+            wanted = reference.approx_kl_bwd(g.double(), a.double(), b.double(), estimator, True, True)
+            for grad, exact, x in zip(grads, wanted, (a, b), strict=True):
+                assert grad.dtype == x.dtype
+                assert_close_to_fp64(grad, exact, x.dtype)
+            assert native.approx_kl_bwd(g, a, b, estimator, True, False)[1].shape == (0,)
+            transposed = native.approx_kl_fwd(a.t(), b.t(), estimator)
+            assert torch.equal(transposed, native.approx_kl_fwd(a, b, estimator).t())
+
+
+def test_accuracy_of_k3(isa):
+    """k3 and its slope within 8 ulp of float64 from 1e-18 to 80, where the plain formula would cancel."""
+    d = torch.cat([sign * torch.logspace(-18, math.log10(80), 8001) for sign in (1, -1)])
+    zero, d64 = torch.zeros_like(d), d.double()
+    series = sum((-d64) ** n / math.factorial(n) for n in range(2, 12))
+    exact = torch.where(d64.abs() < 0.05, series, torch.expm1(-d64) + d64)
+    limit = 8 * torch.finfo(torch.float32).eps
+    assert ((native.approx_kl_fwd(d, zero, "k3") - exact).abs() <= limit * exact).all()
+    slope = native.approx_kl_bwd(torch.ones_like(d), d, zero, "k3", True, False)[0]
+    assert ((slope + torch.expm1(-d64)).abs() <= limit * torch.expm1(-d64).abs()).all()
+
+
+def test_approx_kl_of_infinite_entries(isa):
+    """As the reference: equal ones differ by 0, one-sided ones by +-inf; NaN stays in its entry."""
+    inf, nan = math.inf, math.nan
+    p, q = torch.tensor([-inf, -inf, -1.0, nan, -1.0, -90.0]), torch.tensor([-inf, -1.0, -inf, -1.0, nan, 0.0])
+    for estimator in module.ESTIMATORS:
+        actual, expected = (f.approx_kl_fwd(p, q, estimator) for f in (native, reference))
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+        actual, expected = (f.approx_kl_bwd(torch.ones(6), p, q, estimator, True, True) for f in (native, reference))
+        torch.testing.assert_close(actual, expected, equal_nan=True)

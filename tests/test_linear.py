@@ -1,10 +1,6 @@
 """Log-probs, cross-entropy, PPO loss and KL from hidden states and the LM head."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +8,10 @@ import torch.nn.functional as F
 
 import rlhf_kernels as rk
 from rlhf_kernels import _linear_ops as ops
+from rlhf_kernels import _linear_walk
 from rlhf_kernels import logprobs as logprobs_module
 from rlhf_kernels.reference import linear as reference
+from rlhf_kernels.reference.kl import kl_divergence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAVES = ("hidden_states", "weight", "bias")
@@ -121,8 +119,9 @@ PPO_OPTIONS = {
 
 @pytest.mark.parametrize("options", PPO_OPTIONS)
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
-def test_ppo_is_ppo_loss_of_logprobs(backend_name, dtype, options):
+def test_ppo_is_ppo_loss_of_logprobs(backend_name, served, dtype, options):
     """Loss, metrics and gradients of ppo_loss(linear_logprobs(...)), with NaN under mask 0 everywhere."""
+    served(dtype)
     (hidden, head, bias), labels, old, advantages, mask = ppo_inputs(dtype)
     options = PPO_OPTIONS[options]
     leaves = [hidden, head, bias]
@@ -161,7 +160,7 @@ def test_ppo_packed_with_rows(backend_name):
 @pytest.mark.parametrize("direction", ("reverse", "forward"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kl(backend_name, dtype, direction, assert_close_to_fp64):
-    """Against kl_from_logits of float64 logits; the reference may have another width."""
+    """Against the definition on float64 logits; the reference may have another width."""
     hidden, head, bias = normal(2, 4, 6), normal(11, 6, seed=1), normal(11, seed=2)
     ref_hidden, ref_head, ref_bias = normal(2, 4, 3, seed=3), normal(11, 3, seed=4), normal(11, seed=5)
     bias[3] = ref_bias[3] = -math.inf
@@ -170,7 +169,7 @@ def test_kl(backend_name, dtype, direction, assert_close_to_fp64):
     options = {"temperature": 0.8, "direction": direction}
     kl = rk.linear_kl(*leaves[:2], *constants[:2], bias=leaves[2], ref_bias=constants[2], chunk_size=3, **options)
     leaves64 = [x.detach().double().requires_grad_() for x in leaves]
-    kl64 = rk.kl_from_logits(F.linear(*leaves64), F.linear(*(x.detach().double() for x in constants)), **options)
+    kl64 = kl_divergence(F.linear(*leaves64), F.linear(*(x.detach().double() for x in constants)), **options)
     assert_close_to_fp64(kl, kl64, torch.float32)
     for grad, grad64 in zip(gradients(leaves, kl), gradients(leaves64, kl64), strict=True):
         assert_close_to_fp64(grad, grad64, dtype, scale=2)
@@ -179,7 +178,8 @@ def test_kl(backend_name, dtype, direction, assert_close_to_fp64):
     assert torch.equal(same, torch.zeros(2, 4))
 
 
-def test_gradcheck(backend_name):
+def test_gradcheck(backend_name, served):
+    served(torch.float64)
     inputs, leaves = with_leaves(reference.example_inputs("rich", dtype=torch.float64), torch.float64)
     hidden, head, bias = leaves
     labels, ref_hidden, ref_head = inputs["labels"], hidden.detach().flip(0), head.detach().flip(0)
@@ -255,6 +255,27 @@ def test_edges(backend_name):
         rk.linear_logprobs(hidden, normal(6, 11).t(), torch.arange(3)),
         rk.logprobs_from_logits(hidden @ normal(6, 11), torch.arange(3)),
     )
+
+
+@pytest.mark.parametrize("case", reference.CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_narrow_chunks(isa, dtype, case, assert_close_to_fp64, monkeypatch):
+    """Chunks of 5 columns and 4 tokens: rows whose statistics, labels and gradients come from several chunks."""
+    monkeypatch.setattr(_linear_walk, "NARROW", 5)
+    monkeypatch.setattr(_linear_walk, "TOKENS", 4)
+    inputs = reference.example_inputs(case, dtype=dtype)
+    leaves64, logprobs64, entropy64 = exact(inputs)
+    inputs, leaves = with_leaves(inputs, dtype)
+    outputs = rk.linear_logprobs(**inputs, return_entropy=True)
+    assert_close_to_fp64(outputs[0], logprobs64, torch.float32)
+    assert_close_to_fp64(outputs[1], entropy64, torch.float32)
+    for grad, grad64 in zip(gradients(leaves, *outputs), gradients(leaves64, logprobs64, entropy64), strict=True):
+        assert_close_to_fp64(grad, grad64, dtype)
+    loss = rk.linear_cross_entropy(**inputs, reduction="sum", chunk_size=3)
+    if logprobs64.isfinite().all():
+        assert_close_to_fp64(loss, -logprobs64.sum(), torch.float32, scale=4)
+        for grad, grad64 in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(-logprobs64.sum(), leaves64)):
+            assert_close_to_fp64(grad, grad64, dtype)
 
 
 def test_wide_head_is_widened_in_blocks(backend_name, assert_close_to_fp64, monkeypatch):
@@ -392,109 +413,3 @@ def test_citizen(backend_name):
         torch.testing.assert_close(torch.autograd.grad(twice, (hidden, head)), tuple(3 * g for g in first))
         with torch.no_grad():
             assert not function(hidden, head, labels).requires_grad
-
-
-def test_autocast(backend_name):
-    """Under autocast the products are of bf16 inputs, as F.linear's, and everything after them is fp32."""
-    hidden, head, labels = normal(8, 16).requires_grad_(), normal(40, 16, seed=1).requires_grad_(), torch.arange(8)
-    rounded = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, head)]
-    truth = F.cross_entropy(F.linear(*rounded), labels)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = rk.linear_cross_entropy(hidden, head, labels)
-        per_token = rk.linear_logprobs(hidden.bfloat16(), head, labels)
-        grads = torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad(-per_token.mean(), (hidden, head))
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(truth.item(), rel=1e-6)
-    for pair in grads:
-        for grad, wanted in zip(pair, torch.autograd.grad(truth, rounded, retain_graph=True)):
-            torch.testing.assert_close(grad, wanted.float(), atol=1e-4, rtol=2**-7)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert rk.linear_logprobs(hidden.double(), head.double(), labels).dtype == torch.float64
-
-
-def test_fp16_gradients_survive_a_loss_scale(backend_name):
-    """Gradients made in the forward wait in fp32: in fp16 they would be 0 before the loss scale arrives."""
-    hidden, head = (1e-4 * normal(4, 6)).half().requires_grad_(), normal(11, 6, seed=1).half().requires_grad_()
-    loss = rk.linear_cross_entropy(hidden, head, torch.arange(4), num_items_in_batch=4096)
-    (2.0**16 * loss).backward()
-    assert (head.grad != 0).float().mean() > 0.9
-
-
-def test_trap_10_mean_of_means(backend_name):
-    """10 tokens of 1 nat and 200 of 3: the mean of means is 2.0, the mean over tokens 2.90; gradients add up."""
-    head = torch.zeros(2, 1)
-    hidden = [torch.full((10, 1), 1.0), torch.full((200, 1), 3.0)]
-    head[0] = -1.0  # log p(0) is close to -hidden; solve for exactly 1 and 3 nats
-    hidden = [torch.log(torch.expm1(x)) for x in hidden]
-    labels = [torch.zeros(len(x), dtype=torch.int64) for x in hidden]
-    means = [rk.linear_cross_entropy(x, head, y).item() for x, y in zip(hidden, labels)]
-    assert sum(means) / 2 == pytest.approx(2.0, abs=1e-5)
-    head.requires_grad_()
-    parts = sum(rk.linear_cross_entropy(x, head, y, num_items_in_batch=210) for x, y in zip(hidden, labels))
-    whole = rk.linear_cross_entropy(torch.cat(hidden), head, torch.cat(labels))
-    assert parts.item() == pytest.approx(2.9048, abs=1e-4) and whole.item() == pytest.approx(2.9048, abs=1e-4)
-    torch.testing.assert_close(torch.autograd.grad(parts, head), torch.autograd.grad(whole, head))
-
-
-def test_trap_25_bf16_hidden_states(backend_name):
-    """From bf16 hidden states the log-probs are those of exact products; bf16 logits lose 0.01 and more."""
-    hidden, head = normal(64, 64, dtype=torch.bfloat16), normal(4096, 64, dtype=torch.bfloat16, seed=1) * 0.3
-    labels = torch.arange(64)
-    truth = torch.log_softmax(hidden.double() @ head.double().t(), -1)[labels, labels]
-    ours = rk.linear_logprobs(hidden, head, labels)
-    naive = torch.log_softmax(hidden @ head.t(), -1)[labels, labels]
-    assert (ours - truth).abs().max() < 2e-5
-    assert (naive - truth).abs().mean() > 0.01
-
-
-def test_trap_26_chunk_products(backend_name):
-    """The sum over chunks is in fp32: rounding each chunk's product to bf16 is 5 times worse, and ours has no bias."""
-    hidden, head = normal(512, 16, dtype=torch.bfloat16), normal(64, 16, dtype=torch.bfloat16, seed=1)
-    labels = torch.randint(0, 64, (512,), generator=torch.Generator().manual_seed(0))
-    head.requires_grad_()
-    (ours,) = torch.autograd.grad(rk.linear_cross_entropy(hidden, head, labels, reduction="sum", chunk_size=4), head)
-    wide = head.detach().double().requires_grad_()
-    p = torch.softmax(hidden.double() @ wide.t(), -1)
-    dlogits = (p - F.one_hot(labels, 64)).detach()
-    truth = dlogits.t() @ hidden.double()
-    rounded = torch.zeros_like(head)
-    for rows in torch.arange(512).split(4):
-        rounded += (dlogits[rows].t() @ hidden[rows].double()).bfloat16()
-    residual = ours.double() - truth
-    assert (residual.abs() <= 2**-8 * truth.abs() + 1e-5).all()
-    assert (rounded.double() - truth).norm() > 5 * residual.norm()
-    assert residual.mean().abs() < 3 * residual.std() / residual.numel() ** 0.5
-
-
-def test_trap_26_fifty_steps(backend_name):
-    """Fifty steps on chunks of 4 tokens follow full logits in float64: the entropy drifts by less than 1e-3 nats."""
-    labels = torch.randint(0, 64, (128,), generator=torch.Generator().manual_seed(0))
-    start, hidden = normal(64, 16, seed=1), normal(128, 16, seed=2).bfloat16()
-    ours, full = start.clone(), start.double()
-    for _ in range(50):
-        leaf = ours.bfloat16().requires_grad_()
-        (grad,) = torch.autograd.grad(rk.linear_cross_entropy(hidden, leaf, labels, chunk_size=4), leaf)
-        ours -= 2.0 * grad.float()
-        leaf = full.bfloat16().double().requires_grad_()
-        (grad,) = torch.autograd.grad(F.cross_entropy(hidden.double() @ leaf.t(), labels), leaf)
-        full -= 2.0 * grad
-    before, after, wanted = (
-        rk.entropy_from_logits(hidden.double() @ w.double().t()).mean() for w in (start, ours, full)
-    )
-    assert (after - before).abs() > 0.1, "the fifty steps must move the entropy for the test to mean something"
-    assert (after - wanted).abs() < 1e-3
-
-
-def test_vocabulary_parallel(tmp_path):
-    """Two gloo ranks with shards of 5 and 8 tokens agree with the head in one piece, forward and backward."""
-    script = Path(__file__).with_name("linear_ranks.py")
-    environment = {**os.environ, "PYTHONPATH": str(script.parent.parent), "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, str(script), rank, "2", str(tmp_path / "rendezvous")] for rank in ("0", "1")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
-    try:
-        for rank in ranks:
-            output, _ = rank.communicate(timeout=120)
-            assert rank.returncode == 0, output
-    finally:
-        for rank in ranks:
-            rank.kill()

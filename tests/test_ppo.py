@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from rlhf_kernels import dispatch, ppo_loss
+from rlhf_kernels.cpu import ppo as native
 from rlhf_kernels.reference import ppo as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LEAVES = ("log_probs", "values", "entropy")
+TENSORS = ("log_probs", "old_log_probs", "advantages", "mask", "values", "old_values", "returns", "entropy")
 NORMALIZED = tuple(mode for mode in reference.AGG_MODES if mode != "token-sum")
 
 
@@ -27,7 +29,7 @@ def public(inputs, **options):
     arguments = {name: inputs[name] for name in (*names, "entropy", "loss_agg_mode")}
     arguments["entropy_coef"] = 0.0 if inputs["entropy"] is None else 0.3
     positional = inputs["log_probs"], inputs["old_log_probs"], inputs["advantages"], inputs["mask"]
-    return ppo_loss(*positional, vf_coef=0.7, **{**arguments, **options})
+    return ppo_loss(*positional, **{"vf_coef": 0.7, **arguments, **options})
 
 
 def cast(inputs, dtype, requires_grad=False):
@@ -194,6 +196,24 @@ def test_gradients_of_the_parts(backend_name):
     torch.testing.assert_close(whole[1], 0.7 * value[1])
 
 
+def test_gradients_again(backend_name):
+    """A retained graph gives the same gradient again, whoever owns the first; value_loss has its own at vf_coef = 0."""
+    for upstream in (1.0, 0.5):
+        inputs = cast(reference.example_inputs("values", dtype=torch.float32), torch.float32, True)
+        loss = public(inputs).loss * upstream
+        loss.backward(retain_graph=True)
+        once = inputs["values"].grad.clone()
+        (first,) = torch.autograd.grad(loss, inputs["values"], retain_graph=True)
+        loss.backward()
+        assert torch.equal(first, once) and torch.equal(inputs["values"].grad, 2 * once)
+    inputs = cast(reference.example_inputs("values", dtype=torch.float32), torch.float32, True)
+    result = public(inputs, vf_coef=0)
+    (free,) = torch.autograd.grad(result.loss, inputs["values"], retain_graph=True)
+    (own,) = torch.autograd.grad(result.value_loss, inputs["values"])
+    assert free.eq(0).all()
+    torch.testing.assert_close(0.7 * own, once / upstream)
+
+
 def test_gradcheck():
     """Finite differences in float64, which the reference serves."""
     for seed in range(3):
@@ -242,9 +262,9 @@ def test_trap_10_any_split_of_the_batch(backend_name, loss_agg_mode):
         leaves = [tensors[i].clone().requires_grad_() for i in (0, 3, 6)]
         rows = [x.split(size) for x in (leaves[0], *tensors[1:3], mask, leaves[1], *tensors[4:6], leaves[2])]
         for log_probs, old, advantages, keep, values, old_values, returns, entropy in zip(*rows, strict=True):
-            value_arguments = {"values": values, "old_values": old_values, "returns": returns}
-            bonus = {"entropy": entropy, "entropy_coef": 0.1, "loss_agg_mode": loss_agg_mode}
-            part = ppo_loss(log_probs, old, advantages, keep, **value_arguments, **bonus, num_items_in_batch=count)
+            rest = {"values": values, "old_values": old_values, "returns": returns, "entropy": entropy}
+            options = {"entropy_coef": 0.1, "loss_agg_mode": loss_agg_mode, "num_items_in_batch": count}
+            part = ppo_loss(log_probs, old, advantages, keep, **rest, **options)
             part.loss.backward()
         grads.append([leaf.grad for leaf in leaves])
     for other in grads[1:]:
@@ -254,9 +274,8 @@ def test_trap_10_any_split_of_the_batch(backend_name, loss_agg_mode):
 def test_trap_16_padding_does_not_reach_metrics(backend_name):
     """Any amount of padding, filled with NaN, inf or the sentinel 1.0, leaves loss and metrics as they are."""
     inputs = reference.example_inputs("everything", dtype=torch.float32)
-    before = public(inputs)
+    before, padded = public(inputs), dict(inputs)
     for garbage in (torch.nan, torch.inf, 1.0):
-        padded = dict(inputs)
         for name, x in inputs.items():
             if isinstance(x, torch.Tensor):
                 fill = False if name == "mask" else garbage
@@ -280,9 +299,7 @@ def test_trap_20_value_clipping_is_visible(backend_name):
     free.loss.backward()
     assert free.metrics["value_clip_fraction"].item() == 0.0 and values.grad.lt(0).all()
 
-    scaled = {
-        name: x * 50 for name, x in arguments.items()
-    }  # scores, values and range scaled alike: loss scales by 50^2
+    scaled = {name: x * 50 for name, x in arguments.items()}  # and values and range: the loss scales by 50^2
     alike = ppo_loss(zeros, zeros, zeros, mask, values=values.detach() * 50, **scaled, cliprange_value=0.2 * 50)
     assert alike.value_loss.item() == pytest.approx(2500 * stuck.value_loss.item(), rel=1e-6)
     for name in ("value_clip_fraction", "ratio_mean"):
@@ -323,10 +340,14 @@ def test_edges(backend_name):
         assert result.loss.item() == 0 and inputs["log_probs"].grad.eq(0).all()
         assert result.metrics["tokens"].item() == 0 and result.metrics["approx_kl"].isnan()
 
+    old, advantages, mask = torch.zeros(1, 3), torch.tensor([[1.0, 0.0, -1.0]]), torch.ones(1, 3).bool()
     far = torch.tensor([[200.0, 200.0, -200.0]], requires_grad=True)  # exp(200) is inf in fp32
-    result = ppo_loss(far, torch.zeros(1, 3), torch.tensor([[1.0, 0.0, -1.0]]), torch.ones(1, 3).bool())
+    result = ppo_loss(far, old, advantages, mask)
     result.loss.backward()
     assert result.loss.item() == pytest.approx((-1.2 - 0 + 0.8) / 3) and far.grad.eq(0).all()
+
+    broken = ppo_loss(torch.tensor([[0.0, torch.nan, 0.0]]), old, advantages, mask)  # also where A = 0
+    assert broken.loss.isnan() and broken.metrics["ratio_max"].isnan()
 
     wide = torch.randn(4, 20, generator=torch.Generator().manual_seed(10))
     advantages = torch.randn(4, 1, generator=torch.Generator().manual_seed(11)).expand(4, 10)
@@ -370,34 +391,24 @@ def test_contract(backend_name):
     inputs = cast(reference.example_inputs("everything", dtype=torch.float32), torch.float32, True)
     for name in LEAVES:
         inputs[name] = torch.where(inputs["mask"], inputs[name].detach(), 0).requires_grad_()
-    names = (
-        "log_probs",
-        "old_log_probs",
-        "advantages",
-        "mask",
-        "values",
-        "old_values",
-        "returns",
-        "entropy",
-        "normalizer",
-    )
-    options = ("cliprange", "cliprange_high", "dual_clip", "cliprange_value", "loss_agg_mode")
-    torch.library.opcheck(torch.ops.rlhf_kernels.ppo_fwd.default, tuple(inputs[name] for name in (*names, *options)))
-    saved = torch.rand(3), torch.rand(2, 3), torch.rand(2, 3), torch.rand(0)
-    torch.library.opcheck(torch.ops.rlhf_kernels.ppo_bwd.default, saved)
+    numbers = [inputs[x] for x in ("cliprange", "cliprange_high", "dual_clip", "cliprange_value")] + [0.7, 0.3]
+    arguments = (*(inputs[name] for name in TENSORS), None, numbers, "token-mean")
+    torch.library.opcheck(torch.ops.rlhf_kernels.ppo_fwd.default, arguments)
+    for upstream in ((torch.rand(()), None, None), (None, torch.rand(()), torch.rand(()))):
+        saved = torch.rand(2, 3), torch.rand(2, 3), torch.rand(0)
+        torch.library.opcheck(torch.ops.rlhf_kernels.ppo_bwd.default, (*upstream, *saved, 0.7))
 
     leaves = [inputs[name] for name in LEAVES]
-    compiled = torch.compile(lambda *x: public(inputs | dict(zip(LEAVES, x))), fullgraph=True, backend="aot_eager")
-    eager, graph = public(inputs), compiled(*leaves)
-    assert torch.equal(graph.loss, eager.loss)
+    graph = {"fullgraph": True, "backend": "aot_eager"}
+    compiled = torch.compile(lambda *x: public(inputs | dict(zip(LEAVES, x))), **graph)
+    eager, traced = public(inputs), compiled(*leaves)
+    assert torch.equal(traced.loss, eager.loss)
     expected = torch.autograd.grad(eager.loss, leaves, retain_graph=True)
-    for other in (torch.autograd.grad(graph.loss, leaves), torch.autograd.grad(eager.loss, leaves)):
+    for other in (torch.autograd.grad(traced.loss, leaves), torch.autograd.grad(eager.loss, leaves)):
         assert all(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
     assert torch.equal(public(inputs).loss, eager.loss)
     assert not any(metric.requires_grad for metric in eager.metrics.values())
-    annealed = torch.compile(
-        lambda x, c: public(inputs | {"log_probs": x}, cliprange=c).loss, fullgraph=True, backend="aot_eager"
-    )
+    annealed = torch.compile(lambda x, c: public(inputs | {"log_probs": x}, cliprange=c).loss, **graph)
     for cliprange in (0.3, 0.2, 0.1):  # a float that changes becomes symbolic
         assert torch.equal(annealed(leaves[0], cliprange), public(inputs, cliprange=cliprange).loss)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -415,3 +426,75 @@ def test_contract_rows_are_independent(backend_name):
         public(alone, num_items_in_batch=65).loss.backward()
         for name in ("log_probs", "values"):
             torch.testing.assert_close(alone[name].grad[0], whole[name].grad[b], rtol=1e-6, atol=0)
+
+
+def random_inputs(B, T, seed=0, **options):
+    """Arguments of ppo_fwd of any shape, with NaN under the mask's zeros, an empty row, and A = 0 here and there."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(B, T, generator=generator) < torch.rand(B, 1, generator=generator) * 2
+    mask[B // 2] = B < 2
+    tensors = {name: torch.randn(B, T, generator=generator) for name in TENSORS}
+    tensors["log_probs"] = tensors["old_log_probs"] + 0.3 * tensors["log_probs"]
+    tensors["advantages"] *= torch.rand(B, T, generator=generator) < 0.9
+    for name, near in (("old_values", "returns"), ("values", "old_values")):
+        tensors[name] = 0.4 * tensors[name] + tensors[near]
+    kept = {name: torch.where(mask, x, torch.nan) for name, x in tensors.items()}
+    return reference.example_inputs("everything", dtype=torch.float32) | kept | {"mask": mask} | options
+
+
+def assert_native_is_exact(inputs, assert_close_to_fp64):
+    """Every result against the reference in float64; a statistic is NaN where that one is."""
+    for actual, exact in zip(native.ppo_fwd(**inputs), reference.ppo_fwd(**cast(inputs, torch.float64)), strict=True):
+        assert torch.equal(actual.isnan(), exact.isnan())
+        known = ~exact.isnan()
+        assert_close_to_fp64(actual[known], exact[known].float().double(), torch.float32, 4)
+
+
+@pytest.mark.parametrize("loss_agg_mode", reference.AGG_MODES)
+@pytest.mark.parametrize("case", reference.CASES)
+def test_values_isa(isa, case, loss_agg_mode, assert_close_to_fp64):
+    inputs = reference.example_inputs(case, dtype=torch.float32) | {"loss_agg_mode": loss_agg_mode}
+    assert_native_is_exact(inputs, assert_close_to_fp64)
+
+
+@pytest.mark.parametrize("T", [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 341, 342, 1023, 1024, 1025, 11000])
+def test_values_every_width(isa, T, assert_close_to_fp64):
+    """Rows that fill a vector or a block, by one too few and one too many; several pieces; options absent in turn."""
+    options = [
+        {},
+        {"old_values": None, "cliprange_value": None, "dual_clip": None},
+        {"entropy": None, "normalizer": torch.tensor(7.0)},
+        {"normalizer": torch.tensor(0.5), "value_scale": 0.5, "entropy_scale": -3.0},
+        {"values": None, "old_values": None, "returns": None},
+    ]
+    for seed, (mode, change) in enumerate(zip(reference.AGG_MODES, options, strict=True)):
+        assert_native_is_exact(random_inputs(3, T, seed, loss_agg_mode=mode, **change), assert_close_to_fp64)
+
+
+def test_variances_do_not_cancel(isa):
+    """Returns of 1000 +- 1, ratios of 20 +- 1, and outliers in front; exactly equal numbers have no variance at all."""
+
+    def spread(function, inputs):
+        stats = dict(zip(reference.STATS, function(**inputs)[-1].tolist(), strict=True))
+        return stats["ratio_var"], 1 - stats["explained_variance"]
+
+    inputs = random_inputs(5, 9000)
+    inputs |= {name: inputs[name] + 1000 for name in ("values", "old_values", "returns")}
+    inputs["log_probs"] = inputs["old_log_probs"] + 3 + 0.05 * inputs["advantages"]
+    inputs["returns"][0, :3] = 1e6
+    exact = spread(reference.ppo_fwd, cast(inputs, torch.float64))
+    assert spread(native.ppo_fwd, inputs) == pytest.approx(exact, rel=1e-4)
+    equal = {"log_probs": inputs["old_log_probs"], "returns": torch.full((5, 9000), 0.1)}
+    assert spread(native.ppo_fwd, inputs | equal) == (0, math.inf)
+
+
+def test_contract_isa(isa, monkeypatch):
+    """The same bits on one thread and on two; with a given count a row has the same bits alone as in its batch."""
+    inputs = random_inputs(37, 1100, normalizer=torch.tensor(9.0), loss_agg_mode="seq-mean-token-mean")
+    results = []
+    for count in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        results.append(native.ppo_fwd(**inputs))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*results, strict=True))
+    row = {name: x[7:8] if isinstance(x, torch.Tensor) and x.dim() else x for name, x in inputs.items()}
+    assert all(torch.equal(a, b[7:8]) for a, b in zip(native.ppo_fwd(**row)[1:4], results[0][1:4], strict=True))

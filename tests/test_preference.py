@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from rlhf_kernels import bradley_terry_loss, dispatch, preference_loss
+from rlhf_kernels import bradley_terry_loss, preference_loss
+from rlhf_kernels.cpu import preference as native
 from rlhf_kernels.reference import preference as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -15,14 +16,6 @@ OPERATOR = (
     *("chosen_lengths", "rejected_lengths", "kl", "loss_type", "beta", "label_smoothing", "target_margin"),
     *("chosen_weight", "rejected_weight"),
 )
-
-
-def served(dtype):
-    """Skip where the chosen backend says that it does not take this dtype."""
-    try:
-        dispatch.pick("preference", torch.zeros(1, dtype=dtype))
-    except RuntimeError as error:
-        pytest.skip(str(error))
 
 
 def public(inputs, **options):
@@ -53,7 +46,7 @@ def sigmoid(x):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", reference.CASES)
-def test_values(backend_name, dtype, case, assert_close_to_fp64):
+def test_values(backend_name, served, dtype, case, assert_close_to_fp64):
     served(dtype)
     inputs = reference.example_inputs(case, dtype=dtype)
     inputs = inputs if case != "certain" or dtype == torch.float64 else certain_like(inputs, dtype)
@@ -141,7 +134,7 @@ def test_spec_1_closed_form_of_the_optimal_policy(backend_name):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("case", reference.CASES)
-def test_gradients(backend_name, dtype, reduction, case, assert_close_to_fp64):
+def test_gradients(backend_name, served, dtype, reduction, case, assert_close_to_fp64):
     """Against autograd of the definition in float64, with an upstream gradient that is not 1."""
     served(dtype)
     inputs = reference.example_inputs(case, dtype=dtype)
@@ -293,3 +286,108 @@ def test_contract_rows_are_independent(backend_name):
         loss.sum().backward()
         torch.testing.assert_close(loss[0], whole[n], rtol=1e-6, atol=0)
         torch.testing.assert_close(alone["chosen"].grad[0], inputs["chosen"].grad[n], rtol=1e-6, atol=0)
+
+
+def many(loss_type, chosen, rejected, seed=0):
+    """Arguments of preference_fwd with that many responses on each side, in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    case = "smoothed" if loss_type == "sigmoid" else loss_type
+    inputs = reference.example_inputs(case, dtype=torch.float32)
+    for side, size in (("chosen", chosen), ("rejected", rejected)):
+        lengths = torch.randint(1, 400, (size,), generator=generator)
+        log_probs = -lengths * torch.rand(size, generator=generator)
+        inputs |= {side: log_probs, f"{side}_lengths": lengths}
+        inputs[f"ref_{side}"] = log_probs + 10 * torch.randn(size, generator=generator)
+        if loss_type in reference.REFERENCE_FREE:
+            inputs[f"ref_{side}"] = None
+    return inputs
+
+
+@pytest.mark.parametrize("case", reference.CASES)
+def test_values_every_isa(isa, case, assert_close_to_fp64):
+    inputs = reference.example_inputs(case, dtype=torch.float32)
+    inputs = inputs if case != "certain" else certain_like(inputs, torch.float32)
+    expected = reference.preference_fwd(**cast(inputs, torch.float64))
+    for actual, exact in zip(native.preference_fwd(**inputs), expected, strict=True):
+        assert_close_to_fp64(actual, exact, torch.float32, scale=50)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 1000])
+@pytest.mark.parametrize("loss_type", reference.LOSS_TYPES)
+def test_values_every_size(isa, loss_type, size, assert_close_to_fp64):
+    """Batches that fill a vector exactly, by one too few and by one too many; KTO's sides differ in size."""
+    inputs = many(loss_type, size, size if loss_type != "kto" else size // 2, seed=size)
+    expected = reference.preference_fwd(**cast(inputs, torch.float64))
+    for actual, exact in zip(native.preference_fwd(**inputs), expected, strict=True):
+        assert_close_to_fp64(actual, exact, torch.float32, scale=50)
+
+
+def test_accuracy_of_the_logistic_loss(isa):
+    """-log sigmoid over its whole range: loss and slope within 4 ulp of float64."""
+    gap = torch.linspace(-86, 86, 8001)
+    zero = torch.zeros_like(gap)
+    loss, grad, *_ = native.preference_fwd(gap, zero, zero, zero, *(None,) * 3, "sigmoid", 1.0, 0.0, 0.0, 1.0, 1.0)
+    exact = torch.nn.functional.softplus(-gap.double(), threshold=1e9)
+    slope = torch.sigmoid(-gap.double())
+    limit = 4 * torch.finfo(torch.float32).eps
+    assert ((loss - exact).abs() <= limit * exact).all()
+    assert ((grad + slope).abs() <= limit * slope).all()
+
+
+def test_accuracy_of_the_odds(isa):
+    """ORPO's log odds and their slope from log-probs of -1e-6 to -80, beside a rejected response of even odds."""
+    mean = -torch.logspace(-6, math.log10(80), 4001)
+    even, one = torch.full_like(mean, math.log(0.5)), torch.ones(4001, dtype=torch.int64)
+    numbers = ("orpo", 1.0, 0.0, 0.0, 1.0, 1.0)
+    loss, grad, _, rewards, _ = native.preference_fwd(mean, even, None, None, one, one, None, *numbers)
+    good, bad = mean.double(), even.double()
+    odds = (good - torch.log(-torch.expm1(good))) - (bad - torch.log(-torch.expm1(bad)))
+    exact = -good + torch.nn.functional.softplus(-odds, threshold=1e9)
+    limit = 8 * torch.finfo(torch.float32).eps
+    assert ((loss - exact).abs() <= limit * (1 + exact)).all()
+    slope = torch.sigmoid(-odds) / torch.expm1(good) - 1
+    assert ((grad - slope).abs() <= limit * (1 + odds.abs()) * slope.abs()).all()
+    assert torch.equal(rewards, mean)
+
+
+def test_infinite_log_probs(isa):
+    """A response of probability 0: an infinite or an ideal gap costs inf or 0, with the slope of that limit."""
+    impossible, fine = torch.tensor([-math.inf]), torch.tensor([-5.0])
+    numbers = ("sigmoid", 0.5, 0.0, 0.0, 1.0, 1.0)
+    loss, grad, *_ = native.preference_fwd(impossible, fine, fine, fine, None, None, None, *numbers)
+    assert (loss.item(), grad.item()) == (math.inf, -0.5)
+    loss, grad, *_ = native.preference_fwd(fine, impossible, fine, fine, None, None, None, *numbers)
+    assert (loss.item(), grad.item()) == (0.0, 0.0)
+    nan = torch.tensor([math.nan])
+    for loss_type in reference.LOSS_TYPES:
+        numbers = (loss_type, 0.5, 0.0, 0.0, 1.0, 1.0)
+        one = torch.ones(1, dtype=torch.int64)
+        ref = (None, None) if loss_type in reference.REFERENCE_FREE else (fine, fine)
+        result = native.preference_fwd(nan, fine, *ref, one, one, torch.tensor(0.1), *numbers)
+        assert result[0][0].isnan(), loss_type
+
+
+@pytest.mark.parametrize("loss_type", reference.LOSS_TYPES)
+def test_contract_same_bits(isa, loss_type):
+    """On any number of threads, and for a pair alone, wherever it stood in the batch."""
+    inputs = many(loss_type, 20011, 20011)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(native.preference_fwd(**inputs))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for n in (0, 5, 16, 8191, 20010):
+        row = {k: x[n : n + 1] if isinstance(x, torch.Tensor) and x.dim() else x for k, x in inputs.items()}
+        alone = native.preference_fwd(**row)
+        picked = [x[n : n + 1] for x in results[0]]
+        if loss_type == "kto":
+            picked[0] = results[0][0][[n, 20011 + n]]
+        assert all(torch.equal(a, b) for a, b in zip(alone, picked, strict=True))
+    upstream = torch.rand(len(results[0][0]))
+    grads = native.preference_bwd(upstream, *results[0][1:3])
+    expected = reference.preference_bwd(upstream, *results[0][1:3])
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))

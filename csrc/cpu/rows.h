@@ -113,7 +113,7 @@ inline void add_block(Block b, float scale, const S* ahead, RowStats& stats) {
             const Lanes d = load(b.x + i + k * W) * scale + shift;
             const Lanes e = exp_nonpositive_f32(d);
             sum[k] += e;
-            if (Entropy) weighted[k] += e * (d < splat<Lanes>(-87.0f) ? splat<Lanes>(-87.0f) : d);  // not 0 * -inf
+            if (Entropy) weighted[k] += e * (d < splat<Lanes>(EXP_FLOOR) ? splat<Lanes>(EXP_FLOOR) : d);  // not 0 * -inf
         }
     stats.sum += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
     if (Entropy) stats.weighted += sum_lanes((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));

@@ -61,7 +61,7 @@ struct RowSlope {
 
 template <class T>
 RK_HD T entry_gradient(T log_p, RowSlope s) {
-    const T finite = log_p < splat<T>(-87.0f) ? splat<T>(-87.0f) : log_p;  // p = 0 there, and 0 * inf is NaN
+    const T finite = log_p < splat<T>(EXP_FLOOR) ? splat<T>(EXP_FLOOR) : log_p;  // p = 0 there, and 0 * inf is NaN
     return -exp_nonpositive_f32(log_p) * (s.base + s.entropy_grad * finite);
 }
 

@@ -269,12 +269,13 @@ RK_HD T exp_f32(T x) {
     return p * from_bits<T>((half + 127) << 23) * from_bits<T>((k - half + 127) << 23);
 }
 
-// e^x for x <= 0, cheaper than exp_f32. At most 1 ulp on [-87, 0]; 0 below -87, where e^x < 1.7e-38; NaN stays NaN.
+constexpr float EXP_FLOOR = -88.0f;  // exp_nonpositive_f32 is 0 from here on down
+
+// e^x for x <= 0, cheaper than exp_f32. At most 1.2 ulp on [-87, 0]; 0 below -87.7, where e^x < 9e-39; NaN stays NaN.
 template <class T>
 RK_HD T exp_nonpositive_f32(T x) {
-    const float shift = 12582912.0f;
-    const auto nothing = x < splat<T>(-87.0f);
-    x = nothing ? splat<T>(-87.0f) : x;
+    const float shift = 12582912.0f + 127.0f;  // as in exp_f32, with the exponent's bias
+    x = x < splat<T>(EXP_FLOOR) ? splat<T>(EXP_FLOOR) : x;
     const T shifted = x * 1.44269504f + shift;
     const T n = shifted - shift;
     T r = x - n * 0.693359375f;
@@ -285,8 +286,7 @@ RK_HD T exp_nonpositive_f32(T x) {
     p = p * r + 0.49999994f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    const T value = from_bits<T>(to_bits(p) + (to_bits(shifted) << 23));  // n >= -126 is added to the exponent
-    return nothing ? T{} : value;
+    return p * from_bits<T>(to_bits(shifted) << 23);  // 2^n, and 0 for n = -127
 }
 
 // tanh x. At most 3 ulp: an odd minimax polynomial up to 0.625, 1 - 2 / (e^2x + 1) beyond; NaN stays NaN.

@@ -21,29 +21,35 @@ from .logprobs import _blocks, accumulator_dtype, finish_statistics, partial_sta
 CASES = ("small", "batched", "masked_logits", "warm", "wide", "one_entry", "empty")
 
 
-def log_softmax_rows(z):
+def row_statistics(z):
+    """(maximum, log of sum exp(z - maximum)) of rows z [..., V]; (-inf, 0) for nothing but -inf."""
+    row_max, total, _ = partial_statistics(z, False)
+    return row_max, finish_statistics(row_max, total, None, None)[2]
+
+
+def log_softmax_rows(z, statistics=None):
     """(log p, p) of rows z [..., V] with their gradient; log p is 0 where p = 0, so that products stay finite."""
     banned = z == -math.inf
-    row_max, total, _ = partial_statistics(z, False)
-    _, _, log_sum = finish_statistics(row_max, total, None, None)
+    row_max, log_sum = row_statistics(z) if statistics is None else statistics
     shift = torch.where(row_max == -math.inf, 0.0, row_max)
     log_p = torch.where(banned, 0.0, z - shift.unsqueeze(-1) - log_sum.unsqueeze(-1))
     return log_p, torch.where(banned, 0.0, torch.exp(log_p))
 
 
-def divergence(z_a, z_b):
+def divergence(z_a, z_b, statistics_a=None, statistics_b=None):
     """KL(a || b) of rows of scaled logits [..., V], and what its gradients need: (kl, a, b, log a - log b)."""
-    log_a, a = log_softmax_rows(z_a)
-    log_b, b = log_softmax_rows(z_b)
+    log_a, a = log_softmax_rows(z_a, statistics_a)
+    log_b, b = log_softmax_rows(z_b, statistics_b)
     impossible = ((z_b == -math.inf) & (z_a != -math.inf)).any(-1)
     difference = log_a - log_b
     kl = torch.clamp((a * difference).sum(-1), min=0.0)
     return torch.where(impossible, math.inf, kl), a, b, difference
 
 
-def divergence_gradient(grad, z_a, z_b):
+def divergence_gradient(grad, z_a, z_b, kl=None, statistics_a=None, statistics_b=None):
     """(d/dz_a, d/dz_b) of grad * KL(a || b); both are 0 in rows whose divergence is infinite."""
-    kl, a, b, difference = divergence(z_a, z_b)
+    again, a, b, difference = divergence(z_a, z_b, statistics_a, statistics_b)
+    kl = again if kl is None else kl
     infinite = (kl == math.inf).unsqueeze(-1)
     grad = grad.unsqueeze(-1)
     d_a = torch.where(infinite, 0.0, grad * (a * (difference - kl.unsqueeze(-1))))
@@ -60,38 +66,47 @@ def kl_divergence(logits, ref_logits, *, temperature=1.0, direction="reverse"):
     return divergence(z_p, z_q)[0] if direction == "reverse" else divergence(z_q, z_p)[0]
 
 
-def kl_fwd(logits, ref_logits, temperature, reverse):
-    """Exact KL [...] of each row."""
+def _scaled_blocks(logits, ref_logits, temperature):
+    """(rows of the block, z of the policy, z of the reference), block by block."""
+    dtype = accumulator_dtype(logits, ref_logits)
     vocab = logits.shape[-1]
-    rows, ref_rows = logits.reshape(-1, vocab), ref_logits.reshape(-1, vocab)
-    out = rows.new_zeros(rows.shape[0], dtype=accumulator_dtype(logits, ref_logits))
-    direction = "reverse" if reverse else "forward"
-    for start, stop in _blocks(rows.shape[0], vocab):
-        out[start:stop] = kl_divergence(
-            rows[start:stop], ref_rows[start:stop], temperature=temperature, direction=direction
-        )
-    return out.view(logits.shape[:-1])
+    sides = [x.reshape(-1, vocab) for x in (logits, ref_logits)]
+    for start, stop in _blocks(sides[0].shape[0], vocab):
+        yield slice(start, stop), *(x[start:stop].to(dtype) / temperature for x in sides)
 
 
-def kl_bwd(grad, logits, ref_logits, temperature, reverse, need_logits, need_ref):
+def kl_fwd(logits, ref_logits, temperature, reverse):
+    """(exact KL, row maximum and log of the row's sum of the policy, the same two of the reference), each [...]."""
+    shape, dtype = logits.shape[:-1], accumulator_dtype(logits, ref_logits)
+    out = [logits.new_zeros(shape.numel(), dtype=dtype) for _ in range(5)]
+    for part, z_p, z_q in _scaled_blocks(logits, ref_logits, temperature):
+        p, q = row_statistics(z_p), row_statistics(z_q)
+        kl = divergence(z_p, z_q, p, q)[0] if reverse else divergence(z_q, z_p, q, p)[0]
+        for target, value in zip(out, (kl, *p, *q), strict=True):
+            target[part] = value
+    return tuple(x.view(shape) for x in out)
+
+
+def kl_bwd(
+    grad, logits, ref_logits, kl, row_max, log_sum, ref_row_max, ref_log_sum, temperature, reverse, need_logits,
+    need_ref,
+):  # fmt: skip
     """(d/dlogits, d/dref_logits), each in its input's dtype; of shape [0] where not needed."""
     vocab = logits.shape[-1]
-    dtype = accumulator_dtype(logits, ref_logits)
-    sides = [x.reshape(-1, vocab) for x in (logits, ref_logits)]
-    out = [x.new_zeros(x.shape if need else 0) for x, need in zip(sides, (need_logits, need_ref))]
-    grad = grad.reshape(-1)
-    for start, stop in _blocks(sides[0].shape[0], vocab):
-        z_p, z_q = (x[start:stop].to(dtype) / temperature for x in sides)
+    sides, needs = (logits, ref_logits), (need_logits, need_ref)
+    out = [x.new_zeros((x.numel() // vocab, vocab) if need else 0) for x, need in zip(sides, needs, strict=True)]
+    per_row = [x.reshape(-1) for x in (grad, kl, row_max, log_sum, ref_row_max, ref_log_sum)]
+    for part, z_p, z_q in _scaled_blocks(logits, ref_logits, temperature):
+        upstream, total, *statistics = (x[part] for x in per_row)
+        p, q = statistics[:2], statistics[2:]
         if reverse:
-            d_p, d_q = divergence_gradient(grad[start:stop], z_p, z_q)
+            d_p, d_q = divergence_gradient(upstream, z_p, z_q, total, p, q)
         else:
-            d_q, d_p = divergence_gradient(grad[start:stop], z_q, z_p)
-        for target, d, need in zip(out, (d_p, d_q), (need_logits, need_ref)):
+            d_q, d_p = divergence_gradient(upstream, z_q, z_p, total, q, p)
+        for target, d, need in zip(out, (d_p, d_q), needs, strict=True):
             if need:
-                target[start:stop] = (d / temperature).to(target.dtype)
-    return tuple(
-        d.view(x.shape) if need else d for d, x, need in zip(out, (logits, ref_logits), (need_logits, need_ref))
-    )
+                target[part] = (d / temperature).to(target.dtype)
+    return tuple(d.view(x.shape) if need else d for d, x, need in zip(out, sides, needs, strict=True))
 
 
 def log_ratio(log_probs, ref_log_probs):
@@ -117,12 +132,15 @@ def approx_kl_fwd(log_probs, ref_log_probs, estimator):
     return torch.where(d == -math.inf, math.inf, torch.clamp(torch.expm1(-d) + d, min=0.0))
 
 
-def approx_kl_bwd(grad, log_probs, ref_log_probs, estimator):
-    """(d/dlog_probs, d/dref_log_probs), each in its input's dtype."""
+def approx_kl_bwd(grad, log_probs, ref_log_probs, estimator, need_log_probs, need_ref):
+    """(d/dlog_probs, d/dref_log_probs), each in its input's dtype; of shape [0] where not needed."""
     d = log_ratio(log_probs, ref_log_probs)
     slope = {"k1": lambda: torch.ones_like(d), "k2": lambda: d, "k3": lambda: -torch.expm1(-d)}[estimator]()
     out = grad.contiguous() * slope
-    return out.to(log_probs.dtype), (-out).to(ref_log_probs.dtype)
+    return (
+        out.to(log_probs.dtype) if need_log_probs else log_probs.new_empty(0),
+        (-out).to(ref_log_probs.dtype) if need_ref else ref_log_probs.new_empty(0),
+    )
 
 
 def example_inputs(case, *, dtype=torch.float32, device="cpu", seed=0):

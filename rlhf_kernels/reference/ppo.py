@@ -3,14 +3,19 @@
 What a backend provides, under these names, all tensors contiguous:
 
     ppo_fwd(log_probs, old_log_probs, advantages, mask, values, old_values, returns, entropy, normalizer,
-            cliprange, cliprange_high, dual_clip, cliprange_value, loss_agg_mode)
+            cliprange, cliprange_high, dual_clip, cliprange_value, loss_agg_mode, value_scale=1.0, entropy_scale=1.0)
         -> (losses, grad_log_probs, grad_values, grad_entropy, stats)
-    ppo_bwd(grad_losses, grad_log_probs, grad_values, grad_entropy) -> the three gradients times their upstream scalar
+    ppo_bwd(grad_loss, grad_policy_loss, grad_value_loss, grad_log_probs, grad_values, grad_entropy, vf_coef)
+        -> the three gradients, each times the upstream gradients of the losses that it is part of
 
     mask [B, T] bool, 1 = keep; all other tensors [B, T] floating, NaN allowed under mask 0; values, old_values,
     returns, entropy and normalizer (0-d) may be None, dual_clip and cliprange_value too (None = off).
     losses  [3] policy, value (with its factor 1/2), entropy, each aggregated; fp64 for fp64 log_probs, otherwise fp32
-    grad_x  [B, T] d loss / d x of the loss that x enters, dtype of losses, 0 under mask 0; [0] where x is None
+    grad_x  [B, T] d loss / d x of the loss that x enters, times its scale; dtype of losses, 0 under mask 0; [0] where x
+            is None
+    grad_loss, grad_policy_loss, grad_value_loss
+            0-d or None: of policy + vf_coef * value - entropy_coef * entropy, and of its first two parts alone. The
+            gradients that ppo_bwd takes were scaled by vf_coef (1 where that is 0) and -entropy_coef
     stats   [len(STATS)] dtype of losses, 0 for those of an absent input, NaN where there is nothing to average
 """
 
@@ -158,6 +163,8 @@ def ppo_fwd(
     dual_clip: float | None,
     cliprange_value: float | None,
     loss_agg_mode: str,
+    value_scale: float = 1.0,
+    entropy_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses [3], the three gradients, and the statistics, in one pass over the tokens."""
     dtype = accumulator_dtype(log_probs.dtype)
@@ -195,23 +202,32 @@ def ppo_fwd(
     if values is not None:
         value, target = _kept(values, mask, dtype), _kept(returns, mask, dtype)
         value_loss, value_slope, held = _value_terms(value, _kept(old_values, mask, dtype), target, cliprange_value)
-        losses[1], grad_values = (weights * value_loss).sum(), weights * value_slope
+        losses[1], grad_values = (weights * value_loss).sum(), weights * value_slope * value_scale
         stats["value_clip_fraction"] = mean(held.to(dtype))
         stats["explained_variance"] = 1 - variance(target - value) / variance(target)
         stats["value_mean"], stats["return_mean"] = mean(value), mean(target)
     if entropy is not None:
         kept = _kept(entropy, mask, dtype)
-        losses[2], grad_entropy, stats["entropy"] = (weights * kept).sum(), weights.clone(), mean(kept)
+        losses[2], grad_entropy, stats["entropy"] = (weights * kept).sum(), weights * entropy_scale, mean(kept)
     stats = torch.stack([stats.get(name, weights.new_zeros(())) for name in STATS])
     return torch.stack(losses), weights * slope, grad_values, grad_entropy, stats
 
 
 def ppo_bwd(
-    grad_losses: Tensor, grad_log_probs: Tensor, grad_values: Tensor, grad_entropy: Tensor
+    grad_loss: Tensor | None,
+    grad_policy_loss: Tensor | None,
+    grad_value_loss: Tensor | None,
+    grad_log_probs: Tensor,
+    grad_values: Tensor,
+    grad_entropy: Tensor,
+    vf_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The saved gradients times the upstream gradient of their loss."""
-    policy, value, entropy = grad_losses.unbind()
-    return policy * grad_log_probs, value * grad_values, entropy * grad_entropy
+    """The saved gradients times the upstream gradients of the losses that they are part of."""
+    zero = grad_log_probs.new_zeros(())
+    total, policy, value = (zero if x is None else x for x in (grad_loss, grad_policy_loss, grad_value_loss))
+    value_scale = total + value / vf_coef if vf_coef else value
+    scales = total + policy, value_scale, total
+    return tuple(scale * grad for scale, grad in zip(scales, (grad_log_probs, grad_values, grad_entropy)))
 
 
 def example_inputs(case: str, *, dtype: torch.dtype, device="cpu", seed: int = 0) -> dict:

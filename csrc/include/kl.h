@@ -1,0 +1,157 @@
+// Arithmetic of KL divergences: the estimators of one sampled token, and a row's exact divergence and its gradients.
+#pragma once
+#include "rk.h"
+
+namespace rk {
+namespace RK_ISA {
+
+enum KlEstimator { KL_K1 = 1, KL_K2 = 2, KL_K3 = 3 };
+
+// log p - log q; 0 where both are the same, also both -inf.
+template <class T>
+RK_HD T log_ratio(T log_p, T log_q) {
+    return log_p == log_q ? T{} : log_p - log_q;
+}
+
+// exp(-d) - 1 + d, never negative. For |d| < 0.5 the series, where the plain form would cancel; remainder 3e-10 d^2.
+// Beyond, the plain form is off by 5.5 ulp at |d| = 0.5, by less further out.
+template <class T>
+RK_HD T kl_k3(T d) {
+    T p = 1.0f / 362880.0f - d * (1.0f / 3628800.0f);
+    p = 1.0f / 40320.0f - p * d;
+    p = 1.0f / 5040.0f - p * d;
+    p = 1.0f / 720.0f - p * d;
+    p = 1.0f / 120.0f - p * d;
+    p = 1.0f / 24.0f - p * d;
+    p = 1.0f / 6.0f - p * d;
+    p = 0.5f - p * d;
+    const T series = p * d * d;
+    const T plain = d == splat<T>(-__builtin_inff()) ? -d : (exp_f32(-d) - 1.0f) + d;
+    return absolute(d) < splat<T>(0.5f) ? series : plain;
+}
+
+// Its slope 1 - exp(-d), by the series of the same range.
+template <class T>
+RK_HD T kl_k3_slope(T d) {
+    T p = 1.0f / 40320.0f - d * (1.0f / 362880.0f);
+    p = 1.0f / 5040.0f - p * d;
+    p = 1.0f / 720.0f - p * d;
+    p = 1.0f / 120.0f - p * d;
+    p = 1.0f / 24.0f - p * d;
+    p = 1.0f / 6.0f - p * d;
+    p = 0.5f - p * d;
+    const T series = d - p * d * d;
+    return absolute(d) < splat<T>(0.5f) ? series : 1.0f - exp_f32(-d);
+}
+
+// Estimators of KL(policy || reference) from one sampled token, in nats; d = log_ratio(policy, reference).
+template <int Estimator, class T>
+RK_HD T kl_estimate(T d) {
+    if (Estimator == KL_K1) return d;
+    if (Estimator == KL_K2) return 0.5f * d * d;
+    return kl_k3(d);
+}
+
+template <int Estimator, class T>
+RK_HD T kl_estimate_slope(T d) {
+    if (Estimator == KL_K1) return splat<T>(1.0f);
+    if (Estimator == KL_K2) return d;
+    return kl_k3_slope(d);
+}
+
+// 2^x for x <= 0.5, within 1.25 ulp on [-125.5, 0.5]; 0 below, NaN stays NaN. Cheaper than an exp: no product is needed
+// to find the integer part, nor to take it off.
+template <class T>
+RK_HD T exp2_nonpositive_f32(T x) {
+    const float shift = 12582912.0f + 127.0f;  // rounds to an integer, which sits in the low bits as a biased exponent
+    const T shifted = x + shift;
+    const T r = x - (shifted - shift);
+    T p = r * 1.5353362e-4f + 1.3398875e-3f;  // minimax on |r| <= 1/2 with p(0) = 1: remainder 1.6e-8
+    p = p * r + 9.6184369e-3f;
+    p = p * r + 5.5503324e-2f;
+    p = p * r + 0.24022648f;
+    p = p * r + 0.69314718f;
+    p = p * r + 1.0f;
+    const T value = p * from_bits<T>(to_bits(shifted) << 23);
+    return x < splat<T>(-125.5f) ? T{} : value;
+}
+
+// What KL(a || b) needs of the logits x_a and x_b seen so far, where exp(z - max z) = 2^(scale (x - max)). Nothing but
+// -inf has maximum -inf and sum 0.
+struct KlStats {
+    float max_a, max_b;   // of x
+    double sum_a, sum_b;  // sum exp(z - max z)
+    double gap;           // sum exp(z_a - max z_a) (x_a - x_b); inf where a has probability and b has none
+};
+
+RK_HD KlStats no_kl_stats() { return {-__builtin_inff(), -__builtin_inff(), 0.0, 0.0, 0.0}; }
+
+// The same statistics told from maxima that are higher, if these are.
+RK_HD KlStats raise_kl_max(KlStats s, float max_a, float max_b, float scale) {
+    if (max_a > s.max_a) {
+        const double factor = s.sum_a == 0.0 ? 0.0 : __builtin_exp2(((double)s.max_a - (double)max_a) * (double)scale);
+        s.max_a = max_a;
+        s.sum_a *= factor;
+        s.gap = s.gap == __builtin_inf() ? s.gap : s.gap * factor;
+    }
+    if (max_b > s.max_b) {
+        s.sum_b *= s.sum_b == 0.0 ? 0.0 : __builtin_exp2(((double)s.max_b - (double)max_b) * (double)scale);
+        s.max_b = max_b;
+    }
+    return s;
+}
+
+template <class T>
+struct KlTerms {
+    T e_a, e_b;  // exp(z - max z)
+    T gap;       // e_a (d_a - d_b); 0 where a has no probability
+};
+
+// One entry, from d = x - max.
+template <class T>
+RK_HD KlTerms<T> kl_terms(T d_a, T d_b, float scale) {
+    const T y_a = d_a * scale;
+    const T e_a = exp2_nonpositive_f32(y_a);
+    return {e_a, exp2_nonpositive_f32(d_b * scale), y_a < splat<T>(-125.5f) ? T{} : e_a * (d_a - d_b)};
+}
+
+struct KlSide {  // max z, rounded, and log sum exp(z - that); -inf and 0 for nothing but -inf
+    float max, log_sum;
+};
+
+RK_HD KlSide kl_side(float max, double sum, double temperature) {
+    if (sum == 0.0) return {-__builtin_inff(), 0.0f};
+    const double exact = (double)max / temperature;
+    const float rounded = (float)exact;
+    return {rounded, (float)(__builtin_log(sum) + (exact - (double)rounded))};
+}
+
+// KL = (gap / sum_a - (max_a - max_b)), in units of z, - log(sum_a / sum_b), and at least 0; 0 where a is no
+// distribution. NaN stays NaN.
+RK_HD float finish_kl(KlStats s, float scale) {
+    if (s.sum_a == 0.0) return s.sum_b == s.sum_b ? 0.0f : (float)s.sum_b;
+    if (s.gap == __builtin_inf()) return __builtin_inff();
+    const double gap = s.gap / s.sum_a - ((double)s.max_a - (double)s.max_b);
+    const double kl = gap * (0.6931471805599453 * (double)scale) - (__builtin_log(s.sum_a) - __builtin_log(s.sum_b));
+    return kl < 0.0 ? 0.0f : (float)kl;
+}
+
+// log p = (x - start) * scale + rest: near the maximum the difference is exact, so that nothing of its size is lost.
+struct KlLine {
+    float start, scale, rest;
+};
+
+RK_HD KlLine kl_line(KlSide side, double temperature) {
+    const float start = (float)((double)side.max * temperature);
+    const double offset = (double)start / temperature - (double)side.max;
+    return {start, (float)(1.0 / temperature), (float)(offset - (double)side.log_sum)};
+}
+
+// d KL(a || b) / d z_a = a (log a - log b - KL) and d KL / d z_b = b - a of an entry with these log-probs.
+template <class T>
+RK_HD T kl_slope_a(T a, T log_a, T log_b, float kl) {
+    return log_a < splat<T>(-87.0f) ? T{} : a * (log_a - log_b - kl);
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

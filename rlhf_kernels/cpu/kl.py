@@ -1,0 +1,76 @@
+"""Calls of csrc/cpu/kl.cpp; what the functions mean stands in reference/kl.py."""
+
+import torch
+
+from .._native import DTYPES, dense_rows, fresh, run
+
+ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+
+
+def _side(rows):
+    """The three arguments of a side: its rows, their dtype and stride."""
+    return rows, DTYPES[rows.dtype], rows.stride(0)
+
+
+def _gradient(rows, needed):
+    return fresh(*rows.shape, dtype=rows.dtype) if needed else rows.new_empty(0)
+
+
+def _wanted(gradient, needed):
+    return gradient if needed else None
+
+
+def kl_fwd(logits, ref_logits, temperature, reverse):
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    sides = [dense_rows(x.reshape(-1, vocab)) for x in (logits, ref_logits)]
+    out = [torch.empty(sides[0].shape[0]) for _ in range(5)]
+    sides, statistics = (sides, out[1:]) if reverse else (sides[::-1], out[3:] + out[1:3])
+    run("kl_fwd", *_side(sides[0]), *_side(sides[1]), *sides[0].shape, temperature, out[0], *statistics)
+    return tuple(x.view(shape) for x in out)
+
+
+def kl_bwd(
+    grad, logits, ref_logits, kl, row_max, log_sum, ref_row_max, ref_log_sum, temperature, reverse, need_logits,
+    need_ref,
+):  # fmt: skip
+    vocab = logits.shape[-1]
+    sides = [dense_rows(x.reshape(-1, vocab)) for x in (logits, ref_logits)]
+    grads = [_gradient(x, need) for x, need in zip(sides, (need_logits, need_ref), strict=True)]
+    wanted = [_wanted(x, need) for x, need in zip(grads, (need_logits, need_ref), strict=True)]
+    statistics = [row_max, log_sum, ref_row_max, ref_log_sum]
+    if not reverse:
+        sides, wanted, statistics = sides[::-1], wanted[::-1], statistics[2:] + statistics[:2]
+    if need_logits or need_ref:
+        run(
+            "kl_bwd", grad.to(torch.float32).contiguous(), *_side(sides[0]), *_side(sides[1]),
+            *(x.contiguous() for x in (kl, *statistics)), *sides[0].shape, temperature, *wanted,
+        )  # fmt: skip
+    like = (logits, ref_logits)
+    return tuple(
+        g.view(x.shape) if need else g for g, x, need in zip(grads, like, (need_logits, need_ref), strict=True)
+    )
+
+
+def _as_rows(*tensors):
+    """Tensors of one shape as [rows, columns]: in place if they are matrices, else as one row, copied if need be."""
+    if tensors[0].dim() == 2 and not all(x.is_contiguous() for x in tensors):
+        return [dense_rows(x) for x in tensors]
+    return [x.contiguous().view(1, -1) for x in tensors]
+
+
+def approx_kl_fwd(log_probs, ref_log_probs, estimator):
+    p, q = _as_rows(log_probs, ref_log_probs)
+    out = fresh(*log_probs.shape)
+    run("approx_kl_fwd", *_side(p), *_side(q), *p.shape, ESTIMATORS[estimator], out)
+    return out
+
+
+def approx_kl_bwd(grad, log_probs, ref_log_probs, estimator, need_log_probs, need_ref):
+    grad, p, q = _as_rows(grad.to(torch.float32), log_probs, ref_log_probs)
+    needs = (need_log_probs, need_ref)
+    grads = [_gradient(x, need) for x, need in zip((log_probs, ref_log_probs), needs, strict=True)]
+    wanted = [_wanted(x, need) for x, need in zip(grads, needs, strict=True)]
+    run(
+        "approx_kl_bwd", grad, grad.stride(0), *_side(p), *_side(q), *p.shape, ESTIMATORS[estimator], *wanted,
+    )  # fmt: skip
+    return tuple(grads)
