@@ -100,8 +100,10 @@ class Walk:
     """One call: the head, the labels, and the chunks they are cut into."""
 
     def __init__(self, kernels, head: Head, labels: Tensor, kept: Tensor, vocab_start: int):
-        self.kernels, self.head, self.kept = kernels, head, kept
-        self.labels = torch.where(kept, labels - vocab_start, -1)  # columns of this rank's head, or beyond it
+        self.kernels, self.head, self.kept = kernels, head, kept.contiguous()
+        self.labels = torch.where(
+            self.kept, labels - vocab_start, -1
+        ).contiguous()  # columns of this rank's head, or beyond it
         self.bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
         self.temperatures = None if head.temperatures is None else head.temperatures.to(torch.float32).contiguous()
         self.buffer = None

@@ -379,3 +379,17 @@ def test_same_bits_on_any_number_of_threads(isa):
     assert all(torch.equal(a, b) for a, b in zip(*results))
     alone = rk.logprobs_and_entropy_from_logits(logits[77:78], labels[77:78])
     assert torch.equal(alone[0], results[0][0][77:78]) and torch.equal(alone[1], results[0][1][77:78])
+
+
+@pytest.mark.parametrize("options", ({"temperature": 0.7}, {"temperature": 1.3}, {"softcap": 30.0}), ids=str)
+def test_log_probs_never_exceed_zero(isa, options):
+    """One entry holds all probability: its log-prob is 0, not the rounding error of a scaled logit, however large."""
+    for top in (3082.0, 1e9, 1e35):
+        one = rk.logprobs_from_logits(torch.tensor([[top]]), torch.tensor([0]), **options)
+        assert one.item() == 0.0
+        logits = torch.tensor([[top, 0.5 * top, -top]], requires_grad=True)
+        logprobs, entropy = rk.logprobs_and_entropy_from_logits(logits, torch.tensor([0]), **options)
+        (grad,) = torch.autograd.grad(logprobs, logits)
+        assert logprobs.item() <= 0 and entropy.item() >= 0 and grad.isfinite().all()
+        if "softcap" not in options:
+            assert logprobs.item() == 0.0 and torch.equal(grad, torch.zeros(1, 3))

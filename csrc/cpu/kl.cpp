@@ -25,9 +25,9 @@ struct Input {
     // Entries of a row, padded with -inf to a multiple of 4 W.
     Block block(int64_t row, int64_t column, int64_t count, float* buffer) const {
         const void* x = at(row, column);
-        if (dtype == F32) return stage<false>((const float*)x, count, Scale{}, buffer);
-        if (dtype == BF16) return stage<false>((const Bf16*)x, count, Scale{}, buffer);
-        return stage<false>((const Half*)x, count, Scale{}, buffer);
+        if (dtype == F32) return stage<PLAIN>((const float*)x, count, Scale{}, buffer);
+        if (dtype == BF16) return stage<PLAIN>((const Bf16*)x, count, Scale{}, buffer);
+        return stage<PLAIN>((const Half*)x, count, Scale{}, buffer);
     }
 };
 
@@ -238,7 +238,7 @@ void estimate_slopes(void* context, int64_t begin, int64_t end) {
     const Pair& j = *(const Pair*)context;
     each_block(j, begin, end, [&](int64_t row, int64_t column, int64_t count, float* d) {
         float upstream[BLOCK];
-        const Block g = stage<false>(j.grad + row * j.grad_stride + column, count, Scale{}, upstream);
+        const Block g = stage<PLAIN>(j.grad + row * j.grad_stride + column, count, Scale{}, upstream);
         for (int64_t i = 0; i < count; i += W) store(d + i, load(g.x + i) * kl_estimate_slope<Estimator>(load(d + i)));
         if (j.grad_p.data) j.grad_p.write(row, column, d, count);
         if (!j.grad_q.data) return;

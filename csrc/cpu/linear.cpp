@@ -45,9 +45,7 @@ struct Fold {
 
 void fold_rows(void* context, int64_t begin, int64_t end) {
     const Fold& f = *(const Fold*)context;
-    const bool capped = f.chunk.softcap > 0.0;
-    const auto add = f.weighted ? (capped ? add_stretch<true, true, float> : add_stretch<true, false, float>)
-                                : (capped ? add_stretch<false, true, float> : add_stretch<false, false, float>);
+    const auto add = f.weighted ? add_entries<true, float> : add_entries<false, float>;
     for (int64_t i = begin; i < end; ++i) {
         if (!f.chunk.kept[i]) continue;
         float* x = f.chunk.row(i);
@@ -60,7 +58,7 @@ void fold_rows(void* context, int64_t begin, int64_t end) {
         if (f.weighted) f.weighted[i] = stats.weighted;
         const int64_t at = f.chunk.column(i);
         if (at >= 0) {
-            f.label_logit[i] = (float)scaled_entry(x[at], scale);
+            f.label_logit[i] = (float)scaled_entry(x + at, scale);
             f.here[i] = 1;
         }
     }
@@ -74,7 +72,6 @@ struct Gradient {
 
 void gradient_rows(void* context, int64_t begin, int64_t end) {
     const Gradient& g = *(const Gradient*)context;
-    const bool capped = g.chunk.softcap > 0.0;
     for (int64_t i = begin; i < end; ++i) {
         float* x = g.chunk.row(i);
         const int64_t v = g.chunk.columns;
@@ -94,13 +91,9 @@ void gradient_rows(void* context, int64_t begin, int64_t end) {
         const RowSlope slope = {from_logprob + from_entropy * entropy, from_entropy};
         const int64_t at = g.chunk.column(i);
         const float at_label = at >= 0 ? x[at] : 0.0f;
-        if (capped)
-            gradient_stretch<true>(x, v, scale, g.max[i], g.log_sum[i], slope, false, x);
-        else
-            gradient_stretch<false>(x, v, scale, g.max[i], g.log_sum[i], slope, false, x);
+        gradient_entries(x, v, scale, row_gradient(g.max[i], g.log_sum[i], slope), false, x);
         if (at < 0 || !g.grad_logprobs || at_label == -__builtin_inff()) continue;
-        const float carried = capped ? cap(at_label, scale.inverse_softcap, scale.softcap, scale.scale).slope : scale.scale;
-        x[at] = label_gradient(g.logprobs[i], entropy, from_logprob, from_entropy) * carried;
+        x[at] = label_gradient(g.logprobs[i], entropy, from_logprob, from_entropy) * label_slope(at_label, scale);
     }
 }
 

@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t PIECE = 1 << 16;     // entries that a thread takes at once
 constexpr int64_t CACHED = 16 << 20;   // bytes; a larger fresh gradient is streamed past the cache
 
-int64_t rows_per_piece(int64_t V) { return V >= PIECE ? 1 : PIECE / V; }
+int64_t rows_per_piece(int64_t V) { return V >= PIECE ? 1 : PIECE / (V > 0 ? V : 1); }
 
 struct Forward {
     const void* logits;
@@ -18,7 +18,7 @@ struct Forward {
     float *logprobs, *entropy, *max, *log_sum;  // entropy null: not asked for
 };
 
-template <bool Entropy, bool Cap, class S>
+template <bool Entropy, class S>
 void forward_row(const Forward& f, int64_t n) {
     const S* x = (const S*)f.logits + n * f.stride;
     const int64_t label = f.labels ? f.labels[n] : 0;
@@ -30,8 +30,8 @@ void forward_row(const Forward& f, int64_t n) {
         result = {nan, nan, nan, nan};
     } else if (!ignored) {
         RowStats stats = no_stats();
-        add_stretch<Entropy, Cap>(x, f.V, f.scale, stats);
-        result = finish_stats(stats, f.labels ? scaled_entry(entry(x + label), f.scale) : 0.0);
+        add_entries<Entropy>(x, f.V, f.scale, stats);
+        result = finish_stats(stats, f.labels ? scaled_entry(x + label, f.scale) : 0.0);
     }
     if (f.labels) f.logprobs[n] = result.logprob;
     if (Entropy) f.entropy[n] = result.entropy;
@@ -42,9 +42,7 @@ void forward_row(const Forward& f, int64_t n) {
 template <class S>
 void forward_rows(void* context, int64_t begin, int64_t end) {
     const Forward& f = *(const Forward*)context;
-    const bool capped = f.scale.softcap > 0.0f;
-    const auto row = f.entropy ? (capped ? forward_row<true, true, S> : forward_row<true, false, S>)
-                               : (capped ? forward_row<false, true, S> : forward_row<false, false, S>);
+    const auto row = f.entropy ? forward_row<true, S> : forward_row<false, S>;
     for (int64_t n = begin; n < end; ++n) row(f, n);
 }
 
@@ -60,7 +58,7 @@ struct Backward {
     bool streaming;
 };
 
-template <bool Cap, class S>
+template <class S>
 void backward_row(const Backward& b, int64_t n) {
     const S* x = (const S*)b.logits + n * b.stride;
     S* out = (S*)b.out + n * b.out_stride;
@@ -71,17 +69,17 @@ void backward_row(const Backward& b, int64_t n) {
     const float h = b.grad_entropy ? b.grad_entropy[n] : 0.0f;
     const float entropy = b.grad_entropy ? b.entropy[n] : 0.0f;
     const float at_label = b.labels ? entry(x + label) : 0.0f;  // before the row is written over
-    gradient_stretch<Cap>(x, b.V, b.scale, b.max[n], b.log_sum[n], RowSlope{g + h * entropy, h}, b.streaming, out);
+    const RowGradient row = row_gradient(b.max[n], b.log_sum[n], RowSlope{g + h * entropy, h});
+    gradient_entries(x, b.V, b.scale, row, b.streaming, out);
     if (!b.grad_logprobs || at_label == -__builtin_inff()) return;
-    const float slope = Cap ? cap(at_label, b.scale.inverse_softcap, b.scale.softcap, b.scale.scale).slope : b.scale.scale;
-    store_some(out + label, splat<Lanes>(label_gradient(b.logprobs[n], entropy, g, h) * slope), 1);
+    const float gradient = label_gradient(b.logprobs[n], entropy, g, h) * label_slope(at_label, b.scale);
+    store_some(out + label, splat<Lanes>(gradient), 1);
 }
 
 template <class S>
 void backward_rows(void* context, int64_t begin, int64_t end) {
     const Backward& b = *(const Backward*)context;
-    const auto row = b.scale.softcap > 0.0f ? backward_row<true, S> : backward_row<false, S>;
-    for (int64_t n = begin; n < end; ++n) row(b, n);
+    for (int64_t n = begin; n < end; ++n) backward_row<S>(b, n);
 }
 
 }  // namespace

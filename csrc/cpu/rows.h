@@ -19,6 +19,16 @@ inline Scale make_scale(double temperature, double softcap) {
     return {(float)(1.0 / temperature), (float)softcap, softcap > 0.0 ? (float)(1.0 / softcap) : 0.0f};
 }
 
+enum Transform { PLAIN, SCALED, CAPPED };  // how x becomes z
+
+inline Transform transform_of(Scale s) { return s.softcap > 0.0f ? CAPPED : s.scale == 1.0f ? PLAIN : SCALED; }
+
+template <Transform F>
+inline Lanes transform(Lanes x, Scale s) {
+    if (F == CAPPED) return cap(x, s.inverse_softcap, s.softcap, s.scale).z;
+    return F == SCALED ? x * s.scale : x;
+}
+
 // A vector from fewer than W entries; the lanes beyond them hold `fill`.
 template <class S>
 inline Lanes load_some(const S* x, int64_t count, float fill) {
@@ -41,37 +51,38 @@ inline float entry(const S* x) {
     return load_some(x, 1, 0.0f)[0];
 }
 
-inline double scaled_entry(float x, Scale s) {
-    if (s.softcap > 0.0f) return (double)cap(x, s.inverse_softcap, s.softcap, s.scale).z;
-    return (double)x * (double)s.scale;
+// z of one entry, with the same rounding as the row's other entries.
+template <class S>
+inline double scaled_entry(const S* x, Scale s) {
+    const Lanes lanes = load_some(x, 1, 0.0f);
+    const Transform f = transform_of(s);
+    return (double)(f == CAPPED ? transform<CAPPED>(lanes, s) : f == SCALED ? transform<SCALED>(lanes, s) : lanes)[0];
 }
 
-// Entries as floats, ready for the exp: the source itself, or a copy in `buffer` padded with -inf to a multiple of 4 W.
+// z of some entries as floats: the source itself, or a copy in `buffer` padded with -inf to a multiple of 4 W. z is
+// rounded before anything is subtracted from it: a fused x * scale - max would leave the product's rounding error, which
+// is large where the logits are.
 struct Block {
     const float* x;
     int64_t count;
 };
 
-template <bool Cap, class S>
+template <Transform F, class S>
 inline Block stage(const S* x, int64_t count, Scale s, float* buffer) {
     int64_t i = 0;
-    for (; i + W <= count; i += W) {
-        const Lanes lanes = load(x + i);
-        store(buffer + i, Cap ? cap(lanes, s.inverse_softcap, s.softcap, s.scale).z : lanes);
-    }
+    for (; i + W <= count; i += W) store(buffer + i, transform<F>(load(x + i), s));
     if (i < count) {
-        const Lanes lanes = load_some(x + i, count - i, -__builtin_inff());
-        store(buffer + i, Cap ? cap(lanes, s.inverse_softcap, s.softcap, s.scale).z : lanes);
+        store(buffer + i, transform<F>(load_some(x + i, count - i, -__builtin_inff()), s));
         i += W;
     }
     for (; i % (4 * W) != 0; i += W) store(buffer + i, splat<Lanes>(-__builtin_inff()));
     return {buffer, i};
 }
 
-template <bool Cap>
+template <Transform F>
 inline Block stage(const float* x, int64_t count, Scale s, float* buffer) {
-    if (!Cap && count % (4 * W) == 0) return {x, count};
-    return stage<Cap, float>(x, count, s, buffer);
+    if (F == PLAIN && count % (4 * W) == 0) return {x, count};
+    return stage<F, float>(x, count, s, buffer);
 }
 
 inline float block_max(Block b) {
@@ -98,8 +109,8 @@ inline bool has_nan(Block b) {
 // Adds a block to the statistics. A NaN anywhere makes the sum NaN. While the exps are computed, memory is asked for
 // the entries that come next, from `ahead` on.
 template <bool Entropy, class S>
-inline void add_block(Block b, float scale, const S* ahead, RowStats& stats) {
-    const float max = block_max(b) * scale;
+inline void add_block(Block b, const S* ahead, RowStats& stats) {
+    const float max = block_max(b);
     if (!(max > -__builtin_inff())) {
         if (has_nan(b)) stats.sum = __builtin_nan("");
         return;
@@ -110,7 +121,7 @@ inline void add_block(Block b, float scale, const S* ahead, RowStats& stats) {
     for (int64_t i = 0; i < b.count; i += 4 * W)
         for (int k = 0; k < 4; ++k) {
             if (k * W * sizeof(S) % 64 == 0) __builtin_prefetch(ahead + i + k * W);
-            const Lanes d = load(b.x + i + k * W) * scale + shift;
+            const Lanes d = load(b.x + i + k * W) + shift;
             const Lanes e = exp_nonpositive_f32(d);
             sum[k] += e;
             if (Entropy) weighted[k] += e * (d < splat<Lanes>(EXP_FLOOR) ? splat<Lanes>(EXP_FLOOR) : d);  // not 0 * -inf
@@ -120,28 +131,21 @@ inline void add_block(Block b, float scale, const S* ahead, RowStats& stats) {
 }
 
 // Adds `count` entries to the statistics.
-template <bool Entropy, bool Cap, class S>
+template <bool Entropy, Transform F, class S>
 inline void add_stretch(const S* x, int64_t count, Scale s, RowStats& stats) {
     float buffer[BLOCK];
     for (int64_t i = 0; i < count; i += BLOCK) {
         const int64_t size = count - i < BLOCK ? count - i : BLOCK;
-        add_block<Entropy>(stage<Cap>(x + i, size, s, buffer), Cap ? 1.0f : s.scale, x + i + size, stats);
+        add_block<Entropy>(stage<F>(x + i, size, s, buffer), x + i + size, stats);
     }
 }
 
-// d/dx of a vector of entries; 0 where x is -inf.
-template <bool Cap>
-inline Lanes slope_of(Lanes x, Scale s, float shift, float log_sum, RowSlope row) {
-    Lanes z_minus_max, slope;
-    if (Cap) {
-        const Capped<Lanes> c = cap(x, s.inverse_softcap, s.softcap, s.scale);
-        z_minus_max = c.z + shift;
-        slope = c.slope;
-    } else {
-        z_minus_max = x * s.scale + shift;
-        slope = splat<Lanes>(s.scale);
-    }
-    return entry_gradient(z_minus_max - log_sum, row) * slope;
+template <bool Entropy, class S>
+inline void add_entries(const S* x, int64_t count, Scale s, RowStats& stats) {
+    const Transform f = transform_of(s);
+    if (f == CAPPED) return add_stretch<Entropy, CAPPED>(x, count, s, stats);
+    if (f == SCALED) return add_stretch<Entropy, SCALED>(x, count, s, stats);
+    add_stretch<Entropy, PLAIN>(x, count, s, stats);
 }
 
 template <class S>
@@ -152,21 +156,63 @@ inline void write(S* to, Lanes lanes, bool streaming) {
         store(to, lanes);
 }
 
-// d/dx of `count` entries, written to `out`, which may be x itself. A row without probability (max = -inf) gives 0.
-template <bool Cap, class S>
-inline void gradient_stretch(const S* x, int64_t count, Scale s, float max, float log_sum, RowSlope row,
-                             bool streaming, S* out) {
-    const float shift = max == -__builtin_inff() ? 0.0f : -max;
+// What a row's gradient needs: its maximum, log of its sum and upstream gradients.
+struct RowGradient {
+    float shift, log_sum;
+    RowSlope slope;
+};
+
+inline RowGradient row_gradient(float max, float log_sum, RowSlope slope) {
+    return {max == -__builtin_inff() ? 0.0f : -max, log_sum, slope};
+}
+
+// d/dx of a vector of entries from their z; 0 where x is -inf.
+template <Transform F>
+inline Lanes slope_of(Lanes z, Scale s, RowGradient row) {
+    const Lanes d = entry_gradient(z + row.shift - row.log_sum, row.slope);
+    if (F == CAPPED) return d * cap_slope(z, s.inverse_softcap / s.scale, s.scale);
+    return F == SCALED ? d * s.scale : d;
+}
+
+// d/dx of up to BLOCK entries, written to `out`, which may be x itself.
+template <Transform F, class S>
+inline void gradient_block(const S* x, int64_t count, Scale s, RowGradient row, bool streaming, S* out) {
+    float buffer[F == PLAIN ? 1 : BLOCK];
+    if (F != PLAIN) stage<F>(x, count, s, buffer);
+    int64_t i = 0;
+    for (; i + W <= count; i += W)
+        write(out + i, slope_of<F>(F == PLAIN ? load(x + i) : load(buffer + i), s, row), streaming);
+    if (i < count) {
+        const Lanes z = F == PLAIN ? load_some(x + i, count - i, 0.0f) : load(buffer + i);
+        store_some(out + i, slope_of<F>(z, s, row), count - i);
+    }
+}
+
+template <Transform F, class S>
+inline void gradient_stretch(const S* x, int64_t count, Scale s, RowGradient row, bool streaming, S* out) {
     int64_t i = 0;
     if (streaming) {  // up to the first aligned vector
         const int64_t off = (int64_t)((uintptr_t)out / sizeof(S)) % W;
         i = off == 0 ? 0 : W - off;
         i = i < count ? i : count;
-        store_some(out, slope_of<Cap>(load_some(x, i, 0.0f), s, shift, log_sum, row), i);
+        gradient_block<F>(x, i, s, row, false, out);
     }
-    for (; i + W <= count; i += W) write(out + i, slope_of<Cap>(load(x + i), s, shift, log_sum, row), streaming);
-    if (i < count)
-        store_some(out + i, slope_of<Cap>(load_some(x + i, count - i, 0.0f), s, shift, log_sum, row), count - i);
+    for (; i < count; i += BLOCK)
+        gradient_block<F>(x + i, count - i < BLOCK ? count - i : BLOCK, s, row, streaming, out + i);
+}
+
+// d/dx of `count` entries, written to `out`, which may be x itself.
+template <class S>
+inline void gradient_entries(const S* x, int64_t count, Scale s, RowGradient row, bool streaming, S* out) {
+    const Transform f = transform_of(s);
+    if (f == CAPPED) return gradient_stretch<CAPPED>(x, count, s, row, streaming, out);
+    if (f == SCALED) return gradient_stretch<SCALED>(x, count, s, row, streaming, out);
+    gradient_stretch<PLAIN>(x, count, s, row, streaming, out);
+}
+
+// The label's gradient carries this of it to its logit x.
+inline float label_slope(float x, Scale s) {
+    return s.softcap > 0.0f ? cap(x, s.inverse_softcap, s.softcap, s.scale).slope : s.scale;
 }
 
 template <class S>

@@ -36,7 +36,8 @@ struct RowResult {
 RK_HD RowResult finish_stats(RowStats s, double label_logit) {
     if (s.sum == 0.0) return {-__builtin_inff(), 0.0f, -__builtin_inff(), 0.0f};
     const double log_sum = __builtin_log(s.sum);
-    return {(float)(label_logit - (double)s.max - log_sum), (float)(log_sum - s.weighted / s.sum), s.max,
+    const double logprob = label_logit - (double)s.max - log_sum;
+    return {logprob > 0.0 ? 0.0f : (float)logprob, (float)(log_sum - s.weighted / s.sum), s.max,
             (float)log_sum};
 }
 
@@ -51,6 +52,13 @@ RK_HD Capped<T> cap(T x, float inverse_softcap, float softcap, float scale) {
     const T t = tanh_f32(x * inverse_softcap);
     const T z = t * softcap * scale;
     return {x == splat<T>(-__builtin_inff()) ? x : z, (1.0f - t * t) * scale};
+}
+
+// The same slope from z: tanh is z / (softcap * scale). 0 where z is -inf.
+template <class T>
+RK_HD T cap_slope(T z, float inverse, float scale) {
+    const T t = z * inverse;
+    return z == splat<T>(-__builtin_inff()) ? T{} : (1.0f - t * t) * scale;
 }
 
 // How a row's upstream gradients g (log-prob) and h (entropy) reach an entry with log-prob l and probability p:

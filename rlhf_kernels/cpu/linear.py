@@ -95,7 +95,7 @@ def linear_ppo_fwd(
     needs = (need_hidden, need_weight, need_bias)
     logprobs, entropy, gradients = walk.with_gradients(path, upstream, needs, chunk_size, group, True)
     shape = mask.shape if mask.dim() == 2 else (1, -1)  # packed tokens are one row: only the token modes take them
-    rows = [x.reshape(shape) for x in (logprobs, old_log_probs, advantages, mask, entropy)]
+    rows = [x.reshape(shape).contiguous() for x in (logprobs, old_log_probs, advantages, mask, entropy)]
     losses, _, _, _, stats = dispatch.pick("ppo", logprobs).ppo_fwd(
         *rows[:4], None, None, None, rows[4], normalizer, cliprange, cliprange_high, dual_clip, None, loss_agg_mode,
     )  # fmt: skip
