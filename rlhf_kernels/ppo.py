@@ -89,7 +89,8 @@ def ppo_loss(
         ValueError: shapes, dtypes or devices do not fit; an argument that another one needs is missing; a number out
             of range; unknown loss_agg_mode; num_items_in_batch with "token-sum".
     Cost:
-        One pass with gradients in the forward, metrics included; backward is one product. No host sync.
+        One pass with gradients in the forward, metrics included; the backward is one product, on the CPU none where the
+        gradient of loss is 1. No host sync.
     Example:
         >>> import torch
         >>> new, old = torch.tensor([[-1.0, -2.0]], requires_grad=True), torch.tensor([[-1.0, -2.5]])
