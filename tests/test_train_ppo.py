@@ -174,9 +174,10 @@ def test_trap_18_ptx_gradient_is_added(home):
         ids = torch.tensor([ids])
         (judge(ids, labels=ids).loss * (ids.shape[1] - 1) / count).backward()
     size = max(weight.grad.abs().max().item() for weight in judge.parameters())
+    bound = 16 * torch.finfo(torch.float32).eps * gamma * max(1.0, size)  # roundings of an fp32 backward
     for name, weight in judge.named_parameters():
         expected = ppo[f"policy.{name}"] + gamma * weight.grad
-        assert (total[f"policy.{name}"] - expected).abs().max().item() <= 1e-6 * gamma * max(1.0, size)
+        assert (total[f"policy.{name}"] - expected).abs().max().item() <= bound
     for name in ppo:
         assert name.startswith("policy.") or torch.equal(total[name], ppo[name])
 
@@ -207,13 +208,13 @@ def test_trap_19_value_at_eos_is_the_score_at_init(home):
 
 def test_trap_19_the_value_function_learns(home):
     args = home.config(
-        reward_model_path=None, max_steps=12, learning_rate=0.0, value_learning_rate=1e-2, num_ppo_epochs=4,
+        reward_model_path=None, max_steps=24, learning_rate=0.0, value_learning_rate=1e-2, num_ppo_epochs=4,
         kl_coef=0.0, cliprange_value=5.0, rollout_batch_size=32, per_device_train_batch_size=16,
         max_grad_norm=None, lam=1.0,
     )  # fmt: skip
     train_ppo(args, reward_fn=bananas)
     explained = [row["val/explained_variance"] for row in home.rows()]
-    assert sum(explained[-3:]) / 3 > 0.1 > explained[0]
+    assert sum(explained[-8:]) / 8 > 0.1 > explained[0]  # single batches of 32 scatter by 0.3
     assert all(row["objective/kl"] == 0 for row in home.rows())
 
 
