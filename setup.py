@@ -3,6 +3,7 @@
 Without a working compiler the install still succeeds, as pure Python, and the reason is stored in
 rlhf_kernels/_cpu_build_error.txt, which `rlhf_kernels.backends()` shows.
 RLHF_KERNELS_WERROR=1 (for CI) turns warnings into errors, and lets a failed build fail the install.
+RLHF_KERNELS_SANITIZE=address,undefined (for make sanitize) builds a slow module that stops at the first bad access.
 """
 
 import os
@@ -29,6 +30,11 @@ if X86:
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     ]
 COMMON = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden"]
+SANITIZERS = os.environ.get("RLHF_KERNELS_SANITIZE")
+SANITIZE = []
+if SANITIZERS:  # Python's own flags may allow signed overflow; a left shift of a signed number is defined since C++20
+    SANITIZE = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=undefined", "-fno-sanitize=shift-base"]
+    SANITIZE += ["-fno-wrapv", "-O1", "-g"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 
 
@@ -88,14 +94,14 @@ class BuildNative(build_ext):
                 output_dir=str(output),
                 macros=macros,
                 include_dirs=[str(CSRC / "include"), pybind11.get_include()],
-                extra_postargs=[*COMMON, *warnings, *openmp, *ISA_FLAGS[isa]],
+                extra_postargs=[*COMMON, *warnings, *openmp, *ISA_FLAGS[isa], *SANITIZE],
             )
             return written
 
         jobs = sorted(sources(), key=lambda job: job[0].stem != "isa")  # the slowest first
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             objects = list(pool.map(compile_one, jobs))
-        self.compiler.link_shared_object(objects, str(target), extra_postargs=openmp, target_lang="c++")
+        self.compiler.link_shared_object(objects, str(target), extra_postargs=[*openmp, *SANITIZE], target_lang="c++")
 
     def _openmp(self):
         """["-fopenmp"] if the compiler and linker take it, else [] (the kernels then run on one thread)."""

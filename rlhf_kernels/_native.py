@@ -11,6 +11,7 @@ import torch  # before _cpu: the extension then shares torch's OpenMP threads
 from torch import Tensor
 
 HUGE_BYTES = 4 << 20
+EMPTY = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/include/rk.h
 
 
@@ -48,8 +49,11 @@ def _functions(isa: str) -> dict:
 
 
 def run(name: str, *args) -> None:
-    """Call a native function: a tensor goes as its address, None as 0, a bool as 0 or 1; the thread count is added."""
-    values = [x.data_ptr() if isinstance(x, Tensor) else 0 if x is None else x for x in args]
+    """Call a native function: a tensor goes as its address, None as 0, a bool as 0 or 1; the thread count is added.
+
+    An empty tensor has no address; it goes as one that nobody reads, because 0 means that an argument is absent.
+    """
+    values = [x.data_ptr() or EMPTY if isinstance(x, Tensor) else 0 if x is None else x for x in args]
     _functions(os.environ.get("RLHF_KERNELS_CPU_ISA", ""))[name](*values, torch.get_num_threads())
 
 

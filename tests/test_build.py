@@ -22,6 +22,8 @@ ISA_FLAGS = {"base": []}
 if X86:
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+SUPPORT = {"isa", "math"}  # run-time detection and threads; the vector maths for its test
+COMPOSED = {"linear"}  # its arithmetic is that of logprobs
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
 
@@ -38,7 +40,8 @@ def test_every_op_has_its_room(op):
     files = [PACKAGE / f"{op}.py", PACKAGE / "reference" / f"{op}.py", ROOT / "tests" / f"test_{op}.py"]
     files.append(ROOT / "docs" / "ops" / f"{op}.md")
     if op in ops_with("cpu"):
-        files += [ROOT / "csrc" / "cpu" / f"{op}.cpp", ROOT / "csrc" / "include" / f"{op}.h"]
+        files.append(ROOT / "csrc" / "cpu" / f"{op}.cpp")
+        files += [ROOT / "csrc" / "include" / f"{op}.h"] if op not in COMPOSED else []
         files.append(PACKAGE / "cpu" / f"{op}.py")
     missing = [str(path.relative_to(ROOT)) for path in files if not path.exists()]
     assert not missing, f"the op {op} lacks {', '.join(missing)}"
@@ -46,8 +49,8 @@ def test_every_op_has_its_room(op):
 
 def test_no_orphans():
     ops = set(dispatch.TABLE)
-    assert stems(ROOT / "csrc" / "cpu", "*.cpp") == ops_with("cpu") | {"isa"}
-    assert stems(ROOT / "csrc" / "include", "*.h") == ops_with("cpu") | {"rk"}
+    assert stems(ROOT / "csrc" / "cpu", "*.cpp") == ops_with("cpu") | SUPPORT
+    assert stems(ROOT / "csrc" / "include", "*.h") == ops_with("cpu") - COMPOSED | {"rk"}
     assert stems(PACKAGE / "reference", "*.py") == ops | {"__init__"}
     assert stems(PACKAGE / "cpu", "*.py") == ops_with("cpu") | {"__init__"}
     assert stems(ROOT / "docs" / "ops", "*.md") == ops
@@ -108,7 +111,7 @@ def symbols(tmp_path_factory):
         listing = subprocess.run(["nm", "-C", str(target)], check=True, capture_output=True, text=True).stdout
         return job, [re.match(r"\S*\s+(\S)\s+(.*)", line).groups() for line in listing.splitlines()]
 
-    jobs = [(op, isa) for op in sorted(ops_with("cpu")) for isa in ISA_FLAGS]
+    jobs = [(name, isa) for name in sorted(ops_with("cpu") | SUPPORT - {"isa"}) for isa in ISA_FLAGS]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         return dict(pool.map(compile_one, jobs))
 
@@ -129,9 +132,10 @@ def test_only_the_baseline_registers(symbols):
 
 
 def test_compiler_flags_are_those_of_setup():
-    text = (ROOT / "setup.py").read_text()
+    text, fuzzing = (ROOT / "setup.py").read_text(), (ROOT / "Makefile").read_text().split()
     for flag in {flag for flags in ISA_FLAGS.values() for flag in flags}:
         assert f'"{flag}"' in text
+        assert flag in fuzzing
 
 
 def test_package_data_is_declared():

@@ -1,101 +1,188 @@
-"""The native CPU kernels of the ranking losses and their shared arithmetic, on every instruction set."""
+"""The native module itself: threads, fork, DataLoader workers, the GIL, one OpenMP runtime, memory that it gets."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
 
 import pytest
 import torch
 
-from rlhf_kernels import bradley_terry_loss, plackett_luce_loss
-from rlhf_kernels.cpu import bradley_terry as native
-from rlhf_kernels.reference import bradley_terry as reference
+from rlhf_kernels import _native
+
+SANITIZE = "RLHF_KERNELS_SANITIZE" in os.environ  # set by make sanitize, which then must find its own module
+pytestmark = pytest.mark.skipif(
+    _native.missing() is not None and not SANITIZE, reason=f"no native CPU backend: {_native.missing()}"
+)
+NEEDS_FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform does not fork")
+NEEDS_MAPS = pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no /proc/self/maps")
+
+# Comparing bytes, not tensors: PyTorch's own threads do not survive fork(), so a child keeps away from its large ops.
+GAE = """
+import os, sys
+import torch
+from rlhf_kernels import _native, gae
+
+torch.set_num_threads(2)
+generator = torch.Generator().manual_seed(0)
+rewards, values = torch.randn(2, 96, 2048, generator=generator)
+
+def bits():
+    advantages, returns = gae(rewards, values, lam=0.9)
+    return advantages.numpy().tobytes() + returns.numpy().tobytes()
+"""
 
 
-def in_fp64(inputs):
-    return {k: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for k, x in inputs.items()}
+def run_script(text, timeout=60, **environment):
+    """What a fresh Python prints; fails if it does not end in time."""
+    script = textwrap.dedent(GAE) + textwrap.dedent(text)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
 
 
-@pytest.mark.parametrize("case", reference.CASES)
-def test_values(isa, case, assert_close_to_fp64):
-    inputs = reference.example_inputs(case, dtype=torch.float32)
-    exact = in_fp64(inputs)
-    for actual, expected in zip(native.bradley_terry_fwd(**inputs), reference.bradley_terry_fwd(**exact)):
-        assert_close_to_fp64(actual, expected, torch.float32)
-    order = ("scores", "ranks", "cu_groups")
-    plackett_luce = native.plackett_luce_fwd(*(inputs[name] for name in order))
-    for actual, expected in zip(plackett_luce, reference.plackett_luce_fwd(*(exact[name] for name in order))):
-        assert_close_to_fp64(actual, expected, torch.float32)
+@NEEDS_FORK
+def test_fork_runs_serially_and_gives_the_same_bits():
+    """fork() copies one thread; a child that waited for the parent's OpenMP threads would wait for ever."""
+    script = """
+    before = bits()
+    child = os.fork()
+    if child == 0:
+        grandchild = os.fork()
+        same = bits() == before
+        if grandchild == 0:
+            os._exit(0 if same else 1)
+        os._exit(0 if same and os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]) == 0 else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), bits() == before)
+    """
+    assert run_script(script, OMP_NUM_THREADS="2") == "0 True"
 
 
-@pytest.mark.parametrize("K", [1, 3, 4, 5, 8, 9, 15, 16, 17, 33, 150])
-def test_values_every_block_size(isa, K, assert_close_to_fp64):
-    """Prompts that fill a vector exactly, by one too few and by one too many, with ties, gaps and pair margins."""
-    generator = torch.Generator().manual_seed(K)
-    inputs = {
-        "scores": torch.randn(3 * K, generator=generator),
-        "ranks": torch.randint(-1, K, (3 * K,), generator=generator),
-        "cu_groups": torch.arange(4) * K,
-        "margins": torch.rand(3 * K, K + 1, generator=generator),
-        "ties_half": True,
-    }
-    for actual, expected in zip(native.bradley_terry_fwd(**inputs), reference.bradley_terry_fwd(**in_fp64(inputs))):
-        assert_close_to_fp64(actual, expected, torch.float32, scale=2)
+@NEEDS_FORK
+def test_multiprocessing_fork():
+    script = """
+    import multiprocessing
+    before = bits()
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        print([pool.apply_async(bits).get(30) == before for _ in range(3)], bits() == before)
+    """
+    assert run_script(script, OMP_NUM_THREADS="2") == "[True, True, True] True"
 
 
-def test_values_wide_ranks(isa):
-    """Ranks are compared as 64-bit integers: time stamps order correctly, also when only high or low halves differ."""
-    ranks = torch.tensor([2**62, 2**32, 2**32 + 1, 2**31, 2**31 - 1, 0, 2**40 + 2**31, 2**40])
-    scores = torch.linspace(-1, 1, 8)
-    small = ranks.argsort().argsort()
-    cu_groups = torch.tensor([0, 8])
-    wide = native.bradley_terry_fwd(scores, ranks, cu_groups, None, False)
-    dense = native.bradley_terry_fwd(scores, small, cu_groups, None, False)
-    assert all(torch.equal(a, b) for a, b in zip(wide, dense))
+@NEEDS_FORK
+def test_dataloader_workers():
+    script = """
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(rewards)
+
+        def __getitem__(self, index):
+            return gae(rewards[index : index + 1], values[index : index + 1], lam=0.9)[0]
+
+    here = gae(rewards, values, lam=0.9)[0]
+    loader = torch.utils.data.DataLoader(
+        Rows(), batch_size=8, num_workers=2, multiprocessing_context="fork", timeout=30
+    )
+    print(torch.equal(torch.cat([batch.flatten(0, 1) for batch in loader]), here))
+    """
+    assert run_script(script, OMP_NUM_THREADS="2") == "True"
 
 
-def test_pair_loss_accuracy(isa):
-    """-log sigmoid over the whole range: relative error of loss and slope at most 4 ulp."""
-    gap = torch.linspace(-87, 87, 8001)
-    scores = torch.stack([gap, torch.zeros_like(gap)], 1).flatten()
-    ranks = torch.tensor([0, 1]).repeat(len(gap))
-    loss, grad, _ = native.bradley_terry_fwd(scores, ranks, torch.arange(len(gap) + 1) * 2, None, False)
-    exact = torch.nn.functional.softplus(-gap.double(), threshold=1e9)
-    slope = -torch.sigmoid(-gap.double())
-    limit = 4 * torch.finfo(torch.float32).eps
-    assert ((loss.double() - exact).abs() <= limit * exact).all()
-    assert ((grad[::2].double() - slope).abs() <= limit * slope.abs()).all()
-    assert torch.equal(grad[::2], -grad[1::2])
+def long_call(isa, finished):
+    """One native call of a good fraction of a second: all pairs of 12000 responses to one prompt."""
+    count = 12000
+    scores = torch.linspace(-3, 3, count)
+    ranks, cu_groups = torch.arange(count), torch.tensor([0, count])
+    loss, grad, stats = torch.empty(1), torch.empty(count), torch.empty(8)
+    tensors = scores, ranks, cu_groups, loss, grad, stats
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    function = _native._load()[0].functions(isa)["bradley_terry_fwd_f32"]
+    finished.append(time.monotonic())
+    function(*addresses[:3], 1, 0, 0, 0, *addresses[3:], 1)
+    finished.append(time.monotonic())
 
 
-def test_trap_05_large_gap_is_finite(isa):
-    scores = torch.tensor([[-60.0, 60.0]], requires_grad=True)
-    loss = bradley_terry_loss(scores, torch.tensor([[0, 1]])).loss
-    loss.backward()
-    assert loss.item() == 120.0
-    assert scores.grad.tolist() == [[-1.0, 1.0]]
-    assert plackett_luce_loss(scores, torch.tensor([[0, 1]])).loss.item() == 120.0
+def test_the_gil_is_released(isa):
+    """While a native call runs in one Python thread, another one keeps going."""
+    times = []
+    worker = threading.Thread(target=long_call, args=(isa, times))
+    worker.start()
+    ticks = []
+    while worker.is_alive():
+        ticks.append(time.monotonic())
+        time.sleep(0.001)
+    worker.join()
+    begin, end = times
+    assert sum(begin < tick < end for tick in ticks) >= 10, f"{len(ticks)} ticks in {end - begin:.3f} s"
 
 
-def test_row_independent_and_same_bits_on_any_number_of_threads(isa):
-    generator = torch.Generator().manual_seed(0)
-    sizes = torch.randint(1, 12, (700,), generator=generator)
-    cu_groups = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-    scores = torch.randn(int(cu_groups[-1]), generator=generator)
-    ranks = torch.randint(0, 9, scores.shape, generator=generator)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            results.append(native.bradley_terry_fwd(scores, ranks, cu_groups, None, True))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*results))
-    begin, end = cu_groups[77], cu_groups[78]
-    alone = native.bradley_terry_fwd(scores[begin:end], ranks[begin:end], torch.tensor([0, end - begin]), None, True)
-    loss, grad, stats = results[0]
-    assert all(torch.equal(a, b) for a, b in zip(alone, (loss[77:78], grad[begin:end], stats[77:78])))
+def test_calls_from_several_python_threads(isa):
+    """Each Python thread is a master of its own; the kernels hold no state that they could share."""
+    generator = torch.Generator().manual_seed(1)
+    rewards, values = torch.randn(2, 64, 700, generator=generator)
+    functions = _native._load()[0].functions(isa)
+
+    def call(out):
+        arguments = [rewards.data_ptr(), 700, values.data_ptr(), 700, 0, 0, 0, 0, 64, 700, 1.0, 0.9]
+        functions["gae_fwd_f32"](*arguments, out[0].data_ptr(), out[1].data_ptr(), 2)
+
+    results = [torch.full((2, 64, 700), float("nan")) for _ in range(8)]
+    threads = [threading.Thread(target=call, args=(out,)) for out in results]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not results[0].isnan().any()
+    assert all(torch.equal(out, results[0]) for out in results)
 
 
-def test_scores_need_not_be_contiguous(isa):
-    scores = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
-    ranks = torch.arange(4).expand(5, 4)
-    transposed = bradley_terry_loss(scores.t(), ranks).loss
-    assert torch.equal(transposed, bradley_terry_loss(scores.t().contiguous(), ranks.contiguous()).loss)
+@NEEDS_MAPS
+def test_one_openmp_runtime():
+    """A second runtime would keep its own spinning threads beside PyTorch's and oversubscribe the cores."""
+    script = """
+    import re
+    bits()
+    libraries = {line.split()[-1] for line in open("/proc/self/maps") if re.search(r"/lib[^/]*omp[^/]*[.]so", line)}
+    print(_native._load()[0].threaded, sorted(map(os.path.realpath, libraries)))
+    """
+    threaded, _, libraries = run_script(script).partition(" ")
+    assert threaded == "True"
+    assert libraries.count(".so") == 1, libraries
+
+
+@pytest.mark.skipif(not SANITIZE, reason="for make sanitize")
+def test_the_module_under_test_is_the_sanitized_one():
+    assert _native._load()[0].sanitized
+
+
+def test_huge_pages_takes_any_range():
+    """Advice about a range that holds no whole page, or whose pages are shared with others, changes nothing."""
+    buffer = torch.arange(3 << 20, dtype=torch.int32)
+    huge_pages = _native._load()[0].huge_pages
+    for offset, size in ((0, 0), (1, 4094), (4, 1 << 20), (4095, 4097), (0, buffer.nbytes)):
+        huge_pages(buffer.data_ptr() + offset, size)
+    assert torch.equal(buffer, torch.arange(3 << 20, dtype=torch.int32))
+
+
+def test_fresh_is_poisoned_in_tests_and_has_the_dtype_asked_for():
+    for dtype in _native.DTYPES:
+        out = _native.fresh(3, 5, dtype=dtype)
+        assert out.dtype == dtype and out.shape == (3, 5) and out.isnan().all()
+
+
+def test_arguments_are_counted_and_converted():
+    function = _native._load()[0].functions("base")["whiten_fwd_f32"]
+    with pytest.raises(TypeError, match="whiten_fwd_f32 takes 10 arguments, got 0"):
+        function()
+    with pytest.raises(RuntimeError, match=r"[Cc]ast"):
+        function(*[0] * 9, "two")
+    stats = torch.zeros(3, dtype=torch.float64)
+    function(0, 0, 0, 0, 0, 0, stats.data_ptr(), True, 0, 1)

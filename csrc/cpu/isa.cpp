@@ -14,6 +14,9 @@
 #include <pthread.h>
 #define RK_FORKS 1
 #endif
+#if defined(RK_X86)
+#include <cpuid.h>
+#endif
 
 #define RK_ISA base
 #include "rk.h"
@@ -33,7 +36,11 @@ struct Isa {
 
 bool always() { return true; }
 #if defined(RK_X86)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool has_f16c() {  // clang 14's __builtin_cpu_supports does not know the name
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
