@@ -211,7 +211,9 @@ def _check_layout(name, tensor, cu_seqlens):
         check_shape(name, tensor, (None, None), "[B, T], or packed [N] together with cu_seqlens [B+1]")
         return tensor.shape[0]
     check_shape(name, tensor, (None,), "packed [N], because cu_seqlens is given")
-    check_cu_seqlens("cu_seqlens", cu_seqlens, tensor.shape[0])
+    check_dtype("cu_seqlens", cu_seqlens, (torch.int64, torch.int32))
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:  # the offsets themselves are read inside the operator
+        raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [number of responses + 1]")
     return cu_seqlens.shape[0] - 1
 
 

@@ -141,7 +141,9 @@ def _flatten(scores, ranks, cu_groups):
     else:
         check_shape("scores", scores, (None,), "flat [S], because cu_groups is given")
         check_shape("ranks", ranks, scores.shape, "like scores")
-        check_cu_seqlens("cu_groups", cu_groups, scores.shape[0])
+        check_dtype("cu_groups", cu_groups, (torch.int64, torch.int32))
+        if cu_groups.dim() != 1 or cu_groups.shape[0] < 1:  # the offsets themselves are read inside the operator
+            raise ValueError(f"cu_groups has shape {list(cu_groups.shape)}, expected [number of prompts + 1]")
     return scores.reshape(-1).contiguous(), ranks.reshape(-1).contiguous().long(), cu_groups.contiguous().long()
 
 
@@ -176,15 +178,17 @@ def _reduce(loss, stats, reduction, num_items_in_batch):
 
 def _metrics(stats, counted):
     totals = dict(zip(STATS, stats.sum(0).unbind(), strict=True))
-    column = dict(zip(STATS, stats.unbind(1), strict=True))
-    nothing = totals["responses"].new_full((), torch.nan)
-    some, any_prompt = totals["responses"] > 0, stats.shape[0] > 0
+    lowest = highest = nothing = totals["responses"].new_full((), torch.nan)
+    if stats.shape[0] > 0:
+        some = totals["responses"] > 0
+        lowest = torch.where(some, stats[:, STATS.index("reward_min")].min(), nothing)
+        highest = torch.where(some, stats[:, STATS.index("reward_max")].max(), nothing)
     return {
         "accuracy": totals["correct"] / totals["strict_pairs"],
         "margin": totals["margin_sum"] / totals["strict_pairs"],
-        "min_reward": torch.where(some, column["reward_min"].amin(), nothing) if any_prompt else nothing,
+        "min_reward": lowest,
         "mean_reward": totals["reward_sum"] / totals["responses"],
-        "max_reward": torch.where(some, column["reward_max"].amax(), nothing) if any_prompt else nothing,
+        "max_reward": highest,
         counted: totals["pairs"],
     }
 

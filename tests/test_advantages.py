@@ -33,8 +33,7 @@ def run_rlhf(inputs, **options):
 
 
 def expected_gae(inputs, gamma, lam):
-    inputs = doubled(inputs)
-    rewards, values, mask, cu_seqlens, last_values = (inputs[name] for name in GAE_INPUTS)
+    rewards, values, mask, cu_seqlens, last_values = (doubled(inputs)[name] for name in GAE_INPUTS)
     return reference.gae_fwd(rewards, values, mask, gamma, lam, cu_seqlens, last_values)
 
 
@@ -80,15 +79,106 @@ def test_values_isa(isa, case, assert_close_to_fp64):
         assert_close_to_fp64(a, e, torch.float32, scale=2)
 
 
-def test_values_long_row(isa, assert_close_to_fp64):
-    """The error grows at most as the square root of T, from the rounding of each step, and not at all for lam < 1."""
-    generator = torch.Generator().manual_seed(0)
-    rewards, values = torch.randn(2, 2, 20011, generator=generator).unbind()
-    inputs = {"rewards": rewards, "values": values, "mask": None, "cu_seqlens": None, "last_values": None}
-    for lam in (0.95, 1.0):
-        scale = 1 if lam < 1 else 20011**0.5 / 16
-        for actual, expected in zip(run_gae(inputs, gamma=1.0, lam=lam), expected_gae(inputs, 1.0, lam)):
-            assert_close_to_fp64(actual, expected, torch.float32, scale=scale)
+def recursion(rewards, values, mask, last_value, gamma, lam):
+    """One row in plain Python floats."""
+    advantage, next_value, out = 0.0, float(last_value), [0.0] * len(mask)
+    r, v, keep = rewards.tolist(), values.tolist(), mask.tolist()
+    for t in reversed(range(len(mask))):
+        if keep[t]:
+            advantage = r[t] + gamma * next_value - v[t] + gamma * lam * advantage
+            next_value, out[t] = v[t], advantage
+    return torch.tensor(out, dtype=torch.float64)
+
+
+def on_threads(counts, call):
+    """The results of call() on each number of threads, which have the same bits."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(call())
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+    return results[0]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("lam", [0.95, 1.0])
+def test_values_of_a_row_split_among_threads(isa, lam, packed, assert_close_to_fp64):
+    """A row of several segments, of which gaps hide some. The error grows as sqrt(T) at most; for lam < 1 not."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [70_001, 300, 5, 20_000] if packed else [70_001]
+    cu = torch.tensor([0, *lengths]).cumsum(0) if packed else None
+    mask = torch.rand(sum(lengths), generator=generator) < 0.9
+    mask[10_000:40_000] = mask[69_900:70_001] = False
+    shape = (-1,) if packed else (1, -1)
+    rewards, values, log_probs = (
+        torch.randn(len(mask), generator=generator).masked_fill(~mask, torch.nan).view(shape) for _ in range(3)
+    )
+    last, scores = torch.randn(2, len(lengths), generator=generator).unbind()
+    mask = mask.view(shape)
+    advantages, *_, white = on_threads(
+        (1, 2, 3),
+        lambda: (
+            *gae(rewards, values, mask, gamma=1.0, lam=lam, cu_seqlens=cu, last_values=last),
+            *rlhf_advantages(scores, log_probs, log_probs * 0.9, values, mask, kl_coef=0.1, cu_seqlens=cu),
+            masked_whiten(values, mask),
+        ),
+    )
+    rows = zip(*(x.flatten().split(lengths) for x in (rewards, values, mask)), last)
+    expected = torch.cat([recursion(*row, 1.0, lam) for row in rows]).view(shape)
+    assert_close_to_fp64(advantages, expected, torch.float32, scale=1 if lam < 1 else 70_001**0.5 / 16)
+    exact = values[mask].double()
+    assert_close_to_fp64(white[mask], (exact - exact.mean()) / exact.std(), torch.float32)
+
+
+def test_values_larger_than_the_caches(isa):
+    """Results that go past the caches have the bits of those that do not, wherever a row begins and ends."""
+    generator = torch.Generator().manual_seed(2)
+
+    def everything(scores, log_probs, ref, values, mask):
+        options = {"kl_coef": 0.1, "whiten": False}
+        return *gae(ref, values, mask), *rlhf_advantages(scores, log_probs, ref, values, mask, **options)
+
+    for T in (2048, 2051):
+        B = 17 * 2**20 // 8 // T
+        mask = torch.arange(T) < torch.randint(T // 2, T + 1, (B, 1), generator=generator)
+        mask[::5] = True
+        inputs = [torch.randn(B, generator=generator), *torch.randn(3, B, T, generator=generator), mask]
+        large = everything(*inputs)
+        assert all((x[~mask] == 0).all() for x in large)
+        for b in (0, 1, 7, B - 1):
+            small = everything(*(x[b : b + 1] for x in inputs))
+            assert all(torch.equal(a[0], x[b]) for a, x in zip(small, large))
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 15, 16, 17, 31, 33, 100])
+def test_values_every_pattern_of_gaps(isa, T, assert_close_to_fp64):
+    """Rows that fill blocks exactly, by one too few and by one too many, under masks from empty to full."""
+    generator = torch.Generator().manual_seed(T)
+    mask = torch.rand(200, T, generator=generator) < torch.linspace(0, 1, 200)[:, None]
+    rewards, values = torch.randn(2, 200, T, generator=generator).unbind()
+    rewards, values = rewards.masked_fill(~mask, torch.nan), values.masked_fill(~mask, torch.inf)
+    last = torch.randn(200, generator=generator)
+    advantages, returns = gae(rewards, values, mask, gamma=0.99, lam=0.9, last_values=last)
+    expected = torch.stack([recursion(*row, 0.99, 0.9) for row in zip(rewards, values, mask, last)])
+    assert_close_to_fp64(advantages, expected, torch.float32, scale=2)
+    assert_close_to_fp64(returns, torch.where(mask, expected + values.double(), 0.0), torch.float32, scale=2)
+
+
+@pytest.mark.parametrize("mean,spread", [(1e6, 1.0), (0.0, 1e-6), (-3e4, 1e-2)])
+def test_values_whitening_far_from_zero(isa, mean, spread):
+    """The statistics and the whitened values do not suffer from a mean that is large beside the deviation."""
+    generator = torch.Generator().manual_seed(3)
+    values = mean + spread * torch.randn(3, 20_011, generator=generator)
+    mask = torch.rand(values.shape, generator=generator) < 0.8
+    exact = values[mask].double()
+    stats = torch.ops.rlhf_kernels.whiten_stats_fwd(values.masked_fill(~mask, torch.nan), mask)
+    wanted = torch.stack((torch.tensor(float(len(exact))), exact.mean(), exact.var(correction=0) * len(exact)))
+    torch.testing.assert_close(stats, wanted, rtol=1e-9, atol=0)
+    white = (exact - exact.mean()) / (exact.var() + 1e-8).sqrt()
+    torch.testing.assert_close(masked_whiten(values, mask)[mask].double(), white, rtol=1e-6, atol=1e-7)
 
 
 def test_values_k3_range(isa):
@@ -167,8 +257,7 @@ def test_trap_09_whitening(backend_name):
     values = 5 + 3 * torch.randn(6, 50, generator=generator)
     mask = torch.rand(6, 50, generator=generator) < 0.7
     white = masked_whiten(values.masked_fill(~mask, torch.nan), mask)
-    assert abs(white[mask].mean().item()) < 1e-6
-    assert abs(white[mask].var().item() - 1) < 1e-5
+    assert abs(white[mask].mean().item()) < 1e-6 and abs(white[mask].var().item() - 1) < 1e-5
     assert (white[~mask] == 0).all()
     kept_mean = masked_whiten(values, mask, center=False)[mask]
     assert abs(kept_mean.mean().item() - values[mask].mean().item()) < 1e-5
@@ -372,29 +461,17 @@ def test_contract_deterministic_and_row_independent(backend_name):
     scores = torch.randn(B, generator=generator)
     mask = torch.arange(T) < torch.randint(0, T + 1, (B, 1), generator=generator)
     options = {"kl_coef": 0.1, "whiten": False}
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            results.append(
-                (
-                    *rlhf_advantages(scores, *tensors, mask, **options),
-                    rlhf_advantages(scores, *tensors, mask, kl_coef=0.1).advantages,
-                )
-            )
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    shaped = on_threads((1, 2, 2), lambda: rlhf_advantages(scores, *tensors, mask, kl_coef=0.1))
+    whole = on_threads((1, 2, 2), lambda: rlhf_advantages(scores, *tensors, mask, **options))
+    assert torch.equal(shaped.returns, whole.returns)
     for b in range(0, B, 37):
         row = slice(b, b + 1)
         alone = rlhf_advantages(scores[row], *(x[row] for x in tensors), mask[row], **options)
-        assert all(torch.equal(a, whole[row]) for a, whole in zip(alone, results[0]))
+        assert all(torch.equal(a, all_rows[row]) for a, all_rows in zip(alone, whole))
 
 
 def test_contract_padding_and_packing_change_no_bit(backend_name):
-    """A response gives the same bits padded to any length and packed, whitening included."""
+    """A response gives the same bits padded to any length on either side and packed, whitening included."""
     generator = torch.Generator().manual_seed(6)
     lengths = torch.tensor([5, 64, 1, 33, 0, 17])
     mask = torch.arange(64) < lengths[:, None]
@@ -405,6 +482,12 @@ def test_contract_padding_and_packing_change_no_bit(backend_name):
     longer = rlhf_advantages(scores, *more, torch.nn.functional.pad(mask, (0, 9)), kl_coef=0.1)
     cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     packed = rlhf_advantages(scores, *(x[mask] for x in tensors), None, kl_coef=0.1, cu_seqlens=cu)
-    for a, b, c in zip(padded, longer, packed):
+    left = [torch.full((6, 73), torch.nan) for _ in range(3)]
+    left_mask = torch.arange(73) >= 73 - lengths[:, None]
+    for to, x in zip(left, tensors):
+        to[left_mask] = x[mask]
+    pushed = rlhf_advantages(scores, *left, left_mask, kl_coef=0.1)
+    for a, b, c, d in zip(padded, longer, packed, pushed):
         torch.testing.assert_close(a, b[:, :64], rtol=0, atol=0 if backend_name == "cpu" else 1e-6)
         torch.testing.assert_close(a[mask], c, rtol=0, atol=0 if backend_name == "cpu" else 1e-6)
+        torch.testing.assert_close(a[mask], d[left_mask], rtol=0, atol=0 if backend_name == "cpu" else 1e-6)

@@ -461,3 +461,34 @@ def test_same_bits_on_any_number_of_threads(isa):
     alone = native.bradley_terry_fwd(scores[begin:end], ranks[begin:end], torch.tensor([0, end - begin]), None, True)
     loss, grad, stats = results[0]
     assert all(torch.equal(a, b) for a, b in zip(alone, (loss[77:78], grad[begin:end], stats[77:78])))
+
+
+@pytest.mark.parametrize("margin_shape", ["none", "prompts", "pairs"])
+def test_prompts_of_all_sizes_together(isa, margin_shape, assert_close_to_fp64):
+    """Small prompts share vectors, large ones fill their own; each has the bits that it has alone."""
+    generator = torch.Generator().manual_seed(7)
+    sizes = torch.randint(0, 21, (300,), generator=generator)
+    cu_groups = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    S, large = int(cu_groups[-1]), torch.randint(0, 3, (300,), generator=generator).repeat_interleave(sizes) == 0
+    ranks = torch.randint(-1, 9, (S,), generator=generator)
+    ranks = torch.where(large & (ranks >= 0), ranks + 2**40, ranks)
+    scores = torch.where(ranks < 0, torch.nan, 3 * torch.randn(S, generator=generator))
+    shapes = {"none": None, "prompts": (300,), "pairs": (S, 21)}
+    margins = None if shapes[margin_shape] is None else torch.rand(shapes[margin_shape], generator=generator)
+    inputs = {"scores": scores, "ranks": ranks, "cu_groups": cu_groups, "margins": margins, "ties_half": True}
+    order = ("scores", "ranks", "cu_groups")
+
+    def both(module, inputs):
+        choices = module.plackett_luce_fwd(*(inputs[name] for name in order))
+        return *module.bradley_terry_fwd(**inputs), *choices
+
+    results = both(native, inputs)
+    for actual, expected in zip(results, both(reference, in_fp64(inputs))):
+        assert_close_to_fp64(actual, expected, torch.float32, scale=2)
+    for p in range(0, 300, 13):
+        own = slice(cu_groups[p], cu_groups[p + 1])
+        mine = None if margins is None else margins[p : p + 1] if margin_shape == "prompts" else margins[own]
+        lonely = {"scores": scores[own], "ranks": ranks[own], "cu_groups": torch.tensor([0, int(sizes[p])])}
+        alone = both(native, {**lonely, "margins": mine, "ties_half": True})
+        places = (slice(p, p + 1), own, slice(p, p + 1)) * 2
+        assert all(torch.equal(a, x[place]) for a, x, place in zip(alone, results, places, strict=True))

@@ -1,16 +1,19 @@
 // All-pairs Bradley-Terry and Plackett-Luce losses of ragged prompts, with their gradients, in one pass.
 //
-// A prompt's responses are taken RK_LANES at a time, padded with absent ones. All responses i visit the lanes j and add to
-// the gradients of the j, in whichever direction the pair goes, so that nothing is summed across lanes; the loss of a
-// pair is counted where i is the better one. Prompts are shared among the threads.
+// Prompts of up to NARROW responses are taken RK_LANES at a time, one to a lane, those of like size together; each pair
+// of places (i, j) is then one visit for all of them. A larger prompt's responses are taken RK_LANES at a time, padded
+// with absent ones: all responses i visit the lanes j and add to the gradients of the j, whichever of the two is the
+// better; the loss of a pair is counted where i is. Either way nothing is summed across prompts, and which way a prompt
+// goes depends on its size alone. Prompts are shared among the threads.
 #include "bradley_terry.h"
+
+#include "narrow_prompts.h"
 
 namespace rk {
 namespace RK_ISA {
 namespace {
 
-constexpr int W = RK_LANES;
-enum Stat { PAIRS, STRICT_PAIRS, CORRECT, MARGIN_SUM, RESPONSES, REWARD_SUM, REWARD_MIN, REWARD_MAX, STATS };
+constexpr int64_t GRAIN = 256;  // prompts a thread takes at once
 
 struct Rank {  // an int64 in two 32-bit halves that compare as signed, so that it fits the lanes of the scores
     int32_t high, low;
@@ -19,8 +22,9 @@ struct Rank {  // an int64 in two 32-bit halves that compare as signed, so that 
 inline Rank split(int64_t rank) { return {(int32_t)(rank >> 32), (int32_t)((uint32_t)rank ^ 0x80000000u)}; }
 
 struct Block {  // W responses of a prompt, and what the pairs with them add up to
-    Lanes score = {}, grad = {}, loss = {}, margin = {};
+    Lanes score = {}, grad = {}, loss = {};
     Ints high = {}, low = {}, present = {}, index = {}, pairs = {}, strict = {}, twice_correct = {};
+    Ints lead = {};  // how many are worse less how many are better
 
     Block(const float* scores, const int64_t* ranks, int64_t first, int64_t count) {
         float s[W] = {};
@@ -66,7 +70,7 @@ inline void visit(Block& b, int32_t i, float s, Rank r, Lanes won, Lanes lost) {
     }
     b.grad += slope;
     b.loss += loss;
-    b.margin += better ? gap : zero;
+    b.lead += better - worse;
     b.pairs -= counted;
     b.strict -= better;
     b.twice_correct -= (better & (gap > zero)) + (better & (gap >= zero));
@@ -79,21 +83,12 @@ struct Totals {
     void add(const Block& b) {
         for (int k = 0; k < W; ++k) {
             loss += (double)b.loss[k];
-            margin += (double)b.margin[k];
+            margin += (double)b.score[k] * (double)b.lead[k];
             pairs += b.pairs[k];
             strict += b.strict[k];
             twice_correct += b.twice_correct[k];
         }
     }
-};
-
-struct Job {
-    const float* scores;
-    const int64_t *ranks, *cu;
-    const float* margins;
-    int64_t margin_columns;  // 0: one margin a prompt
-    bool ties_half;
-    float *loss, *grad, *stats;
 };
 
 void reward_stats(const float* scores, const int64_t* ranks, int64_t K, float* stats) {
@@ -205,34 +200,59 @@ void plackett_luce_prompt(const Job& job, int64_t p) {
     reward_stats(scores, ranks, K, job.stats + p * STATS);
 }
 
-constexpr int64_t GRAIN = 256;  // prompts a thread takes at once: about 50 us of work
+// At most GRAIN prompts: the wide ones one by one, the narrow ones from the largest to the smallest.
+void some_prompts(const Job& job, int64_t begin, int64_t end) {
+    int64_t place[NARROW + 2] = {}, sorted[GRAIN];
+    for (int64_t p = begin; p < end; ++p) {
+        const int64_t K = job.cu[p + 1] - job.cu[p];
+        if (K > NARROW)
+            job.wide(job, p);
+        else
+            ++place[K];
+    }
+    for (int64_t K = NARROW; K >= 0; --K) place[K] += place[K + 1];  // one past the prompts of K responses
+    const int64_t narrow = place[0];
+    for (int64_t p = end; p-- > begin;) {
+        const int64_t K = job.cu[p + 1] - job.cu[p];
+        if (K <= NARROW) sorted[--place[K]] = p;
+    }
+    Columns columns;
+    for (int64_t at = 0; at < narrow; at += W) {
+        const int count = (int)(narrow - at < W ? narrow - at : W);
+        const int64_t K = job.cu[sorted[at] + 1] - job.cu[sorted[at]];
+        columns.fill(job, sorted + at, count, K);
+        job.narrow(job, sorted + at, count, K, columns);
+    }
+}
+
+void all_prompts(Job& job, int64_t prompts, int64_t threads) {
+    parallel_for(
+        prompts, GRAIN, threads,
+        [](void* context, int64_t begin, int64_t end) { some_prompts(*(const Job*)context, begin, end); }, &job);
+}
+
+template <bool Ties, bool Margins>
+void pairs_of(Job& job, int64_t prompts, int64_t threads) {
+    job.narrow = narrow_pairs<Ties, Margins>;
+    job.wide = prompt<Ties, Margins>;
+    all_prompts(job, prompts, threads);
+}
 
 }  // namespace
 
 void bradley_terry_fwd_f32(const float* scores, const int64_t* ranks, const int64_t* cu_groups, int64_t prompts,
                            const float* margins, int64_t margin_columns, int64_t ties_half, float* loss, float* grad,
                            float* stats, int64_t threads) {
-    Job job = {scores, ranks, cu_groups, margins, margin_columns, ties_half != 0, loss, grad, stats};
-    parallel_for(
-        prompts, GRAIN, threads,
-        [](void* context, int64_t begin, int64_t end) {
-            const Job& j = *(const Job*)context;
-            const auto one = j.margins ? (j.ties_half ? prompt<true, true> : prompt<false, true>)
-                                       : (j.ties_half ? prompt<true, false> : prompt<false, false>);
-            for (int64_t p = begin; p < end; ++p) one(j, p);
-        },
-        &job);
+    Job job = {scores, ranks, cu_groups, margins, margin_columns, loss, grad, stats, nullptr, nullptr};
+    const auto run = margins ? (ties_half ? pairs_of<true, true> : pairs_of<false, true>)
+                             : (ties_half ? pairs_of<true, false> : pairs_of<false, false>);
+    run(job, prompts, threads);
 }
 
 void plackett_luce_fwd_f32(const float* scores, const int64_t* ranks, const int64_t* cu_groups, int64_t prompts,
                            float* loss, float* grad, float* stats, int64_t threads) {
-    Job job = {scores, ranks, cu_groups, nullptr, 0, false, loss, grad, stats};
-    parallel_for(
-        prompts, GRAIN, threads,
-        [](void* context, int64_t begin, int64_t end) {
-            for (int64_t p = begin; p < end; ++p) plackett_luce_prompt(*(const Job*)context, p);
-        },
-        &job);
+    Job job = {scores, ranks, cu_groups, nullptr, 0, loss, grad, stats, narrow_choices, plackett_luce_prompt};
+    all_prompts(job, prompts, threads);
 }
 
 void bradley_terry_bwd_f32(const float* grad_loss, const float* grad, const int64_t* cu_groups, int64_t prompts,
@@ -246,8 +266,12 @@ void bradley_terry_bwd_f32(const float* grad_loss, const float* grad, const int6
         prompts, 16 * GRAIN, threads,
         [](void* context, int64_t begin, int64_t end) {
             const Scale& s = *(const Scale*)context;
-            for (int64_t p = begin; p < end; ++p)
-                for (int64_t i = s.cu[p]; i < s.cu[p + 1]; ++i) s.out[i] = s.grad_loss[p] * s.grad[i];
+            for (int64_t p = begin; p < end; ++p) {
+                int64_t i = s.cu[p];
+                const int64_t stop = s.cu[p + 1];
+                for (; i + W <= stop; i += W) store(s.out + i, s.grad_loss[p] * load(s.grad + i));
+                if (i < stop) store_part(s.out + i, s.grad_loss[p] * load_part(s.grad + i, stop - i), stop - i);
+            }
         },
         &scale);
 }

@@ -13,21 +13,28 @@ RK_HD T log_ratio(T log_p, T log_q) {
     return log_p == log_q ? T{} : log_p - log_q;
 }
 
-// exp(-d) - 1 + d, never negative. For |d| < 0.5 the series, where the plain form would cancel; remainder 3e-10 d^2.
-// Beyond, the plain form is off by 5.5 ulp at |d| = 0.5, by less further out.
+// exp(-d) - 1 + d, never negative; at most 3 ulp while it is finite. With -d = n ln 2 + r, |r| <= ln(2)/2, and
+// e^r = 1 + r + r^2 q(r), it is 2^n r^2 q + (2^n - 1) r + (2^n - 1 - n ln 2): no term cancels against another, and
+// near d = 0, where exp(-d) - 1 would, only the first is left.
 template <class T>
 RK_HD T kl_k3(T d) {
-    T p = 1.0f / 362880.0f - d * (1.0f / 3628800.0f);
-    p = 1.0f / 40320.0f - p * d;
-    p = 1.0f / 5040.0f - p * d;
-    p = 1.0f / 720.0f - p * d;
-    p = 1.0f / 120.0f - p * d;
-    p = 1.0f / 24.0f - p * d;
-    p = 1.0f / 6.0f - p * d;
-    p = 0.5f - p * d;
-    const T series = p * d * d;
-    const T plain = d == splat<T>(-__builtin_inff()) ? -d : (exp_f32(-d) - 1.0f) + d;
-    return absolute(d) < splat<T>(0.5f) ? series : plain;
+    const float shift = 12582912.0f;  // 1.5 * 2^23, as in exp_f32
+    const T x = d < splat<T>(-89.0f) ? splat<T>(89.0f) : -d;
+    const T shifted = x * 1.44269504f + shift;
+    const T n = shifted - shift;
+    const auto k = to_bits(shifted) - to_bits(splat<T>(shift));
+    T r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    T q = r * 1.98578161e-4f + 1.393364233e-3f;  // minimax on |r| <= ln(2)/2: remainder 3e-9
+    q = q * r + 8.333360769e-3f;
+    q = q * r + 4.166646513e-2f;
+    q = q * r + 1.666666653e-1f;
+    q = q * r + 5.000000013e-1f;
+    const T half = from_bits<T>((k + 126) << 23);  // 2^n / 2, and half of every term: 2^128 would overflow
+    const T less = half - 0.5f;
+    const T rest = (less - n * 0.3466796875f) + n * 1.06097220e-4f;
+    const T general = 2.0f * (half * (q * r * r) + (less * r + rest));
+    return d > splat<T>(64.0f) ? d - 1.0f : general;  // exp(-64) is below the last bit of 63
 }
 
 // Its slope 1 - exp(-d), by the series of the same range.
