@@ -19,6 +19,8 @@ from .rollout import Rollouts, warn_ignored_sampling_settings
 from .sequences import Batch, join, response_log_probs, response_values, text_loss
 from .startup_check import check_contract
 
+CPU_PADDING = 64  # tokens; about what one more forward and backward cost on a CPU beside the tokens themselves
+
 
 class ActorCritic(torch.nn.Module):
     """Policy and value network under one `forward`, as wrappers for many processes want it."""
@@ -132,7 +134,9 @@ class PPORun:
             {"params": list(self.value.parameters()), "lr": args.value_learning_rate or args.learning_rate},
         ]
         betas = (args.adam_beta1, args.adam_beta2)
-        optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)
+        optimizer = torch.optim.AdamW(
+            groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=True
+        )
         updates = args.num_ppo_epochs * (self.local_batch_size // self.mini_batch_size)
         self.scheduler = LambdaLR(  # 8
             optimizer,
@@ -175,9 +179,21 @@ class PPORun:
         return [self.texts[i] for i in self.ptx_cursor.take(count * self.world)[self.rank :: self.world]]
 
     def _chunks(self, rollouts: Rollouts, rows, size: int) -> list[list[int]]:
-        """Cut rows into chunks of like length, so that little padding is computed."""
-        rows = sorted(rows, key=lambda row: len(rollouts.prompt_ids[row]) + len(rollouts.response_ids[row]))
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+        """Cut rows into chunks of like length, at most `size` rows each, so that little padding is computed.
+
+        On a CPU, where a few large forwards are no faster than many small ones, one process also ends a chunk before
+        its padding exceeds CPU_PADDING tokens. Several processes make equally many chunks, as sharded weights need it.
+        """
+        lengths = [len(p) + len(r) for p, r in zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)]
+        limit = CPU_PADDING if self.world == 1 and self.accelerator.device.type == "cpu" else math.inf
+        chunks, padding = [], 0
+        for row in sorted(rows, key=lengths.__getitem__):
+            if chunks:
+                padding += len(chunks[-1]) * (lengths[row] - lengths[chunks[-1][-1]])
+            if not chunks or len(chunks[-1]) == size or padding > limit:
+                chunks, padding = [*chunks, []], 0
+            chunks[-1].append(row)
+        return chunks
 
     def _all_chunks(self, rollouts: Rollouts) -> list[list[int]]:
         return self._chunks(rollouts, range(len(rollouts.response_ids)), self.args.local_rollout_forward_batch_size)

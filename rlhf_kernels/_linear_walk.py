@@ -28,7 +28,7 @@ from .reference.ppo import aggregation_weights, ppo_token_loss
 
 NARROW = 4096  # columns of a chunk when all its columns are not needed at once
 TOKENS = 2048  # tokens of such a chunk
-WIDE_BYTES = 64 << 20  # size of a chunk that spans the vocabulary
+WIDE_BYTES = 128 << 20  # size of a chunk that spans the vocabulary
 
 
 @dataclass

@@ -1,47 +1,12 @@
 // The vector maths that the ops share, element by element, for tests/test_math.py to hold against float64. No op calls
 // this.
+#include "bradley_terry.h"
+#include "kl.h"
 #include "preference.h"
 
 namespace rk {
 namespace RK_ISA {
 namespace {
-
-struct Exp {
-    template <class T>
-    RK_HD static T of(T x) {
-        return exp_f32(x);
-    }
-};
-struct ExpNonpositive {
-    template <class T>
-    RK_HD static T of(T x) {
-        return exp_nonpositive_f32(x);
-    }
-};
-struct Expm1Nonpositive {
-    template <class T>
-    RK_HD static T of(T x) {
-        return expm1_nonpositive_f32(x);
-    }
-};
-struct LogUnit {
-    template <class T>
-    RK_HD static T of(T x) {
-        return log_unit_f32(x);
-    }
-};
-struct Log1pUnit {
-    template <class T>
-    RK_HD static T of(T x) {
-        return log1p_unit_f32(x);
-    }
-};
-struct Tanh {
-    template <class T>
-    RK_HD static T of(T x) {
-        return tanh_f32(x);
-    }
-};
 
 // Whole vectors, and what is left one float at a time: a caller chooses between the two by n.
 template <class F>
@@ -63,13 +28,6 @@ void widen(const uint16_t* x, int64_t n, float* y) {
 
 }  // namespace
 
-void exp_f32_each(const float* x, int64_t n, float* y, int64_t) { each<Exp>(x, n, y); }
-void exp_nonpositive_f32_each(const float* x, int64_t n, float* y, int64_t) { each<ExpNonpositive>(x, n, y); }
-void expm1_nonpositive_f32_each(const float* x, int64_t n, float* y, int64_t) { each<Expm1Nonpositive>(x, n, y); }
-void log_unit_f32_each(const float* x, int64_t n, float* y, int64_t) { each<LogUnit>(x, n, y); }
-void log1p_unit_f32_each(const float* x, int64_t n, float* y, int64_t) { each<Log1pUnit>(x, n, y); }
-void tanh_f32_each(const float* x, int64_t n, float* y, int64_t) { each<Tanh>(x, n, y); }
-
 // n is a multiple of 16 here.
 void bf16_from_f32_each(const float* x, int64_t n, uint16_t* y, int64_t) { narrow<Bf16>(x, n, y); }
 void f16_from_f32_each(const float* x, int64_t n, uint16_t* y, int64_t) { narrow<Half>(x, n, y); }
@@ -79,13 +37,36 @@ void f32_from_f16_each(const uint16_t* x, int64_t n, float* y, int64_t) { widen<
 }  // namespace RK_ISA
 }  // namespace rk
 
-RK_REGISTER(exp_f32_each);
-RK_REGISTER(exp_nonpositive_f32_each);
-RK_REGISTER(expm1_nonpositive_f32_each);
-RK_REGISTER(log_unit_f32_each);
-RK_REGISTER(log1p_unit_f32_each);
-RK_REGISTER(tanh_f32_each);
 RK_REGISTER(bf16_from_f32_each);
 RK_REGISTER(f16_from_f32_each);
 RK_REGISTER(f32_from_bf16_each);
 RK_REGISTER(f32_from_f16_each);
+
+// Registers <function>_each.
+#define RK_EACH(function)                                                                                   \
+    namespace rk {                                                                                          \
+    namespace RK_ISA {                                                                                      \
+    namespace {                                                                                             \
+    struct Of_##function {                                                                                  \
+        template <class T>                                                                                  \
+        RK_HD static T of(T x) {                                                                            \
+            return function(x);                                                                             \
+        }                                                                                                   \
+    };                                                                                                      \
+    }                                                                                                       \
+    void function##_each(const float* x, int64_t n, float* y, int64_t) { each<Of_##function>(x, n, y); }    \
+    }                                                                                                       \
+    }                                                                                                       \
+    RK_REGISTER(function##_each)
+
+RK_EACH(exp_f32);
+RK_EACH(exp2_nonpositive_f32);
+RK_EACH(exp_nonpositive_f32);
+RK_EACH(expm1_nonpositive_f32);
+RK_EACH(kl_k3);
+RK_EACH(kl_k3_slope);
+RK_EACH(log1p_f32);
+RK_EACH(log1p_polynomial);
+RK_EACH(log1p_unit_f32);
+RK_EACH(log_unit_f32);
+RK_EACH(tanh_f32);

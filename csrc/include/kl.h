@@ -13,7 +13,7 @@ RK_HD T log_ratio(T log_p, T log_q) {
     return log_p == log_q ? T{} : log_p - log_q;
 }
 
-// exp(-d) - 1 + d, never negative; at most 3 ulp while it is finite. With -d = n ln 2 + r, |r| <= ln(2)/2, and
+// exp(-d) - 1 + d, never negative. At most 3 ulp while it is finite. With -d = n ln 2 + r, |r| <= ln(2)/2, and
 // e^r = 1 + r + r^2 q(r), it is 2^n r^2 q + (2^n - 1) r + (2^n - 1 - n ln 2): no term cancels against another, and
 // near d = 0, where exp(-d) - 1 would, only the first is left.
 template <class T>
@@ -37,7 +37,7 @@ RK_HD T kl_k3(T d) {
     return d > splat<T>(64.0f) ? d - 1.0f : general;  // exp(-64) is below the last bit of 63
 }
 
-// Its slope 1 - exp(-d), by the series of the same range.
+// Its slope 1 - exp(-d). At most 2 ulp while it is finite: below |d| = 0.5 by its series.
 template <class T>
 RK_HD T kl_k3_slope(T d) {
     T p = 1.0f / 40320.0f - d * (1.0f / 362880.0f);

@@ -1,0 +1,294 @@
+"""Goals, the README's table and the curves, from one results file.
+
+FILE is by default the one in benchmarks/results.
+    python -m benchmarks.plot [FILE]           rewrites the README's block and the curves beside FILE
+    python -m benchmarks.plot [FILE] --goals   prints goal, measured, met or missed by how much
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+ROOFS = ("read", "copy", "matmuls")
+PASSES = {"fwd": "forward", "fwdbwd": "forward + backward"}
+RATES = {"gb_s": "GB/s", "tflop_s": "TFLOP/s"}
+TABLE_HEAD = "| call | shape | ms | MiB | error | beside the goals | others take | |\n|---|---|---|---|---|---|---|---|"
+NOTHING = "Nothing is measured yet; `make bench` fills this part."
+
+
+def group_name(group: dict) -> str:
+    """The group as pytest-benchmark names it."""
+    return "-".join(group[key] for key in ("function", "direction", "dtype", "shape"))
+
+
+def as_groups(measured: dict) -> list[dict]:
+    """Plain data of {case: {implementation: row}}, without the single times; failed cases are left out."""
+    groups = []
+    for case, rows in measured.items():
+        if None in rows:
+            continue
+        groups.append(
+            {
+                "op": case.op, "function": case.function, "direction": case.direction, "dtype": case.dtype,
+                "shape": case.shape, "sizes": case.sizes, "scale": case.scale,
+                "goals": [asdict(goal) for goal in case.goals],
+                "rows": {name: _short(row) for name, row in rows.items()},
+            }
+        )  # fmt: skip
+    return groups
+
+
+def _short(row: dict) -> dict:
+    """Four digits are more than a clock gives."""
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items() if k != "seconds"}
+
+
+def judge(group: dict, goal: dict) -> tuple[float | None, float | str]:
+    """(measured, miss): miss is 0 where the goal is met, else by what share of the bound, or why nobody knows."""
+    rows = [group["rows"].get(name, {"skipped": "not measured"}) for name in (goal["impl"], goal["than"])]
+    for row in rows:
+        if "skipped" in row:
+            return None, row["skipped"]
+    key = "peak_mib" if goal["kind"] == "memory" else "ms"
+    own, other = (row[key] for row in rows)
+    if own is None or other is None:
+        return None, "this system does not tell the peak memory"
+    if goal["kind"] == "faster":
+        return other / own, max(1 - other / own / goal["bound"], 0.0)
+    share = own / max(other, 1e-9)
+    return share, max(share / goal["bound"] - 1, 0.0)
+
+
+def _phrase(goal: dict, number: float | None) -> str:
+    value = "?" if number is None else _number(number)
+    relation = "≥" if goal["kind"] == "faster" else "≤"
+    what = {"faster": "{v} × {t}", "within": "{v} × the time of {t}", "memory": "{v} × the memory of {t}"}[goal["kind"]]
+    return f"{what.format(v=value, t=goal['than'])} ({relation} {_number(goal['bound'])})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _verdict(goal: dict, miss: float | str) -> str:
+    what = f"memory of {goal['than']}" if goal["kind"] == "memory" else goal["than"]
+    return f"{what}: {miss}" if isinstance(miss, str) else f"{what} by {100 * miss:.2g} %"
+
+
+def goal_lines(groups: list[dict]) -> list[str]:
+    """One line a goal: where, what was measured and wanted, met or missed by how much."""
+    lines = []
+    for group in groups:
+        for goal in group["goals"]:
+            measured, miss = judge(group, goal)
+            end = "met" if miss == 0 else f"missed: {_verdict(goal, miss)}"
+            lines.append(f"{group_name(group)} [{goal['impl']}]: {_phrase(goal, measured)}: {end}")
+    return lines
+
+
+def load(path: Path) -> dict:
+    """The results file, or an empty one."""
+    return json.loads(path.read_text()) if path.exists() else {"machine": {}, "runs": {}, "groups": []}
+
+
+def merge(path: Path, machine: dict, run: dict, groups: list[dict]) -> None:
+    """Replace everything of the ops in `groups`, keep the rest; one row stands on one line."""
+    data = load(path)
+    if data["machine"] and data["machine"] != machine:
+        data = {"machine": {}, "runs": {}, "groups": []}  # rows of two machines never stand beside each other
+    ops = list(dict.fromkeys(group["op"] for group in groups))
+    data["machine"] = machine
+    data["runs"] |= dict.fromkeys(ops, run)
+    data["groups"] = sorted([g for g in data["groups"] if g["op"] not in ops] + groups, key=lambda g: g["op"])
+    lines = ['{"machine": ' + json.dumps(machine) + ",", '"runs": {']
+    lines += _joined([f" {json.dumps(op)}: {json.dumps(facts)}" for op, facts in sorted(data["runs"].items())])
+    lines += ["},", '"groups": [']
+    blocks = []
+    for group in data["groups"]:
+        head = json.dumps({key: value for key, value in group.items() if key != "rows"})[:-1]
+        rows = _joined([f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in group["rows"].items()])
+        blocks.append("\n".join([f' {head}, "rows": {{', *rows, " }}"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, *_joined(blocks), "]}", ""]))
+
+
+def _joined(lines: list[str]) -> list[str]:
+    return [line + "," for line in lines[:-1]] + lines[-1:]
+
+
+def the_file() -> Path | None:
+    """The results file that the README shows: the one measured last; None if there is none."""
+    dated = [(max(run["date"] for run in load(path)["runs"].values()), path) for path in RESULTS.glob("*.json")]
+    return max(dated)[1] if dated else None
+
+
+def readme_block(path: Path | None) -> str:
+    """What stands between the README's two marks."""
+    if path is None:
+        return NOTHING + "\n"
+    data = load(path)
+    lines = [*_heading(data, path), "", TABLE_HEAD]
+    for group in data["groups"]:
+        for impl in dict.fromkeys(goal["impl"] for goal in group["goals"]):
+            lines.append(_table_line(group, impl))
+    skipped = _skipped(data["groups"])
+    if skipped:
+        lines += ["", f"Not run there: {'; '.join(skipped)}."]
+    curves = path.with_name(f"{path.stem}-scale.svg")
+    if curves.exists():
+        link = curves.relative_to(ROOT).as_posix()
+        lines += ["", f"Cost as one size is doubled three times:\n\n![time and peak memory against sizes]({link})"]
+    return "\n".join(lines) + "\n"
+
+
+def _heading(data: dict, path: Path) -> list[str]:
+    machine, runs = data["machine"], data["runs"]
+    told = {key: ", ".join(sorted({str(run[key]) for run in runs.values()})) for key in ("torch", "threads", "commit")}
+    days = ", ".join(sorted({run["date"].split()[0] for run in runs.values()}))
+    return [
+        f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {told['threads']} threads, "
+        f"torch {told['torch']}, commit {told['commit']}, {days}: `make bench`,",
+        f"all rows in `{path.relative_to(ROOT).as_posix()}`. Implementations of a row take turns in one run, and the",
+        "best time of each counts: `9 × eager` is nine times as fast as eager PyTorch. `read` is `x.amax()` of the",
+        "inputs, `copy` a copy of as many bytes, `matmuls` the op's own matrix products. In brackets stands the goal.",
+        "MiB is the peak on top of the inputs, error the worst against float64, of outputs and gradients, relative to",
+        "a tensor's largest entry.",
+    ]
+
+
+def _table_line(group: dict, impl: str) -> str:
+    row = group["rows"].get(impl, {"skipped": "not measured"})
+    call = f"`{group['function']}`, {PASSES[group['direction']]}{impl.removeprefix('ours').replace('-', ', ', 1)}"
+    goals = [(goal, *judge(group, goal)) for goal in group["goals"] if goal["impl"] == impl]
+    missed = ", ".join(_verdict(goal, miss) for goal, _, miss in goals if miss != 0)
+    cells = [
+        f"{call}, {group['dtype']}",
+        group["shape"],
+        *_figures(row),
+        ", ".join(_phrase(goal, measured) for goal, measured, _ in goals),
+        _peers(group, row),
+        f"missed: {missed}" if missed else "met",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _figures(row: dict) -> tuple[str, str, str]:
+    """(ms and rate, peak MiB, worst error) of a row, as text."""
+    if "skipped" in row:
+        return row["skipped"], "", ""
+    rate = next((f" ({_number(row[key])} {unit})" for key, unit in RATES.items() if key in row), "")
+    worst = max((row[key] for key in ("error", "grad_error") if row.get(key) is not None), default=None)
+    peak = "" if row.get("peak_mib") is None else _number(row["peak_mib"])
+    return _number(row["ms"]) + rate, peak, "" if worst is None else f"{worst:.0e}"
+
+
+def _peers(group: dict, row: dict) -> str:
+    """How much longer everything takes that no goal names."""
+    named = {*ROOFS, *(goal["than"] for goal in group["goals"])}
+    others = {name: other for name, other in group["rows"].items() if name not in named and not name.startswith("ours")}
+    return ", ".join(
+        f"{name} {_number(other['ms'] / row['ms'])} ×"
+        for name, other in others.items()
+        if "ms" in other and "ms" in row
+    )
+
+
+def _skipped(groups: list[dict]) -> list[str]:
+    """Implementations that ran nowhere, each with its reason."""
+    ran = {name for group in groups for name, row in group["rows"].items() if "skipped" not in row}
+    reasons = {
+        name: row["skipped"] for group in groups for name, row in group["rows"].items() if "skipped" in row
+    }  # fmt: skip
+    return [f"{name} ({reason})" for name, reason in sorted(reasons.items()) if name not in ran]
+
+
+def curves(groups: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """{(title, size that grows): groups in ascending order}."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for group in groups:
+        if group["scale"]:
+            fixed = ", ".join(f"{k} = {v}" for k, v in group["sizes"].items() if k != group["scale"])
+            title = f"{group['function']}, {PASSES[group['direction']]}, {group['dtype']}\n{fixed}"
+            found.setdefault((title, group["scale"]), []).append(group)
+    return {key: sorted(points, key=lambda g: g["sizes"][key[1]]) for key, points in found.items()}
+
+
+def draw(groups: list[dict], path: Path) -> None:
+    """Time and peak memory of every curve, log-log, two panels side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    every = curves(groups)
+    if not every:
+        path.unlink(missing_ok=True)
+        return
+    plt.rcParams.update({"svg.hashsalt": "rlhf-kernels", "svg.fonttype": "none", "font.size": 8})
+    rows = (len(every) + 1) // 2
+    figure, axes = plt.subplots(rows, 4, figsize=(14, 2.9 * rows), squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(name for points in every.values() for g in points for name in g["rows"]))
+    others = [name for name in names if name.partition("-")[0] not in ("ours", *ROOFS)]
+    colours = {name: f"C{i % 9 + 1}" for i, name in enumerate(others)}
+    for i, ((title, size), points) in enumerate(every.items()):
+        pair = axes[i // 2, 2 * (i % 2) : 2 * (i % 2) + 2]
+        for panel, key, label in zip(pair, ("ms", "peak_mib"), ("ms", "extra peak memory, MiB")):
+            for name in points[0]["rows"]:
+                line = [(g["sizes"][size], g["rows"].get(name, {}).get(key)) for g in points]
+                line = [(x, max(y, 0.05) if key == "peak_mib" else y) for x, y in line if y is not None]
+                if not line or (key == "peak_mib" and name in ROOFS):
+                    continue
+                if name in ROOFS:
+                    style = {"color": "grey", "linestyle": ":"}
+                elif name.startswith("ours"):
+                    style = {"color": "black", "linewidth": 2.2, "linestyle": "-" if name == "ours" else "--"}
+                else:
+                    style = {"color": colours[name]}
+                panel.plot(*zip(*line), marker="o", markersize=3, label=name, **style)
+            panel.set(xscale="log", yscale="log", xlabel=size, ylabel=label)
+            ticks = [g["sizes"][size] for g in points]
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+        pair[0].set_title(title, loc="left")
+        pair[0].legend(fontsize=7, frameon=False)
+    for panel in axes.flat[2 * len(every) :]:
+        panel.axis("off")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+def write_readme(path: Path | None) -> None:
+    """Replace what stands between the two marks."""
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{readme_block(path)}{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, nargs="?", help="results file; default: the one in benchmarks/results")
+    parser.add_argument("--goals", action="store_true", help="print the goals instead")
+    arguments = parser.parse_args()
+    path = arguments.file.resolve() if arguments.file else the_file()
+    if path is None:
+        print(NOTHING)
+        return
+    groups = load(path)["groups"]
+    if arguments.goals:
+        print("\n".join(goal_lines(groups)))
+        return
+    draw(groups, path.with_name(f"{path.stem}-scale.svg"))
+    write_readme(path)
+
+
+if __name__ == "__main__":
+    main()
