@@ -81,9 +81,11 @@ def _status(field: str) -> int:
 def peak_of(run: Callable[[], object]) -> tuple[object, float | None]:
     """(result, MiB by which the resident memory rose at most during the call); None where Linux does not tell.
 
-    Memory that a former call freed and the C library kept is given back first; a workspace that the callee still holds
-    is not seen.
+    Memory that a former call freed and that the C library or our pool kept is given back first; a workspace that the
+    callee still holds is not seen.
     """
+    if ours := sys.modules.get("rlhf_kernels._native"):
+        ours.empty_pool()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS

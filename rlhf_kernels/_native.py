@@ -1,16 +1,19 @@
 """The compiled module _cpu: finds it, and calls its functions; the only file that turns tensors into addresses.
 
 RLHF_KERNELS_CPU_ISA=base|avx2|avx512 forces an instruction set; by default the newest that the CPU has is taken.
+RLHF_KERNELS_CPU_POOL_MB (default 512) bounds the memory of freed results that is kept for the next ones; 0 keeps none.
 """
 
 import functools
+import math
 import os
 from pathlib import Path
 
 import torch  # before _cpu: the extension then shares torch's OpenMP threads
 from torch import Tensor
 
-HUGE_BYTES = 4 << 20
+POOLED_BYTES = 4 << 20
+POOL = "RLHF_KERNELS_CPU_POOL_MB"
 EMPTY = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/include/rk.h
 
@@ -57,12 +60,34 @@ def run(name: str, *args) -> None:
     _functions(os.environ.get("RLHF_KERNELS_CPU_ISA", ""))[name](*values, torch.get_num_threads())
 
 
+@functools.cache
+def _pool():
+    """The class of pooled buffers, or None where there is no pool: outside Linux, under sanitizers, if switched off."""
+    module, asked = _load()[0], os.environ.get(POOL, "512")
+    if not asked.isdecimal():
+        raise ValueError(f"{POOL}={asked}: expected a whole number of MiB, 0 for no pool")
+    if module is None or int(asked) == 0 or module.sanitized or not hasattr(module, "Buffer"):
+        return None
+    module.keep(int(asked) << 20)
+    return module.Buffer
+
+
+def empty_pool() -> None:
+    """Give the memory of freed results back to the system; what is in use stays."""
+    if _pool() is not None:
+        keep = _load()[0].keep
+        keep(keep(0))
+
+
 def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """An uninitialised result; a large one asks for huge pages, which fault in far more cheaply."""
-    out = torch.empty(shape, dtype=dtype)
-    if out.nbytes >= HUGE_BYTES:
-        _load()[0].huge_pages(out.data_ptr(), out.nbytes)
-    return out
+    """An uninitialised result. A large one lies in pooled memory: faulting in fresh pages would cost more than its use.
+
+    The memory returns to the pool when the last tensor that shares it is gone.
+    """
+    count = math.prod(shape)
+    if count * dtype.itemsize < POOLED_BYTES or (buffer := _pool()) is None:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer(count * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def dense_rows(tensor: Tensor | None) -> Tensor | None:

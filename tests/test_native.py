@@ -163,13 +163,53 @@ def test_the_module_under_test_is_the_sanitized_one():
     assert _native._load()[0].sanitized
 
 
-def test_huge_pages_takes_any_range():
-    """Advice about a range that holds no whole page, or whose pages are shared with others, changes nothing."""
-    buffer = torch.arange(3 << 20, dtype=torch.int32)
-    huge_pages = _native._load()[0].huge_pages
-    for offset, size in ((0, 0), (1, 4094), (4, 1 << 20), (4095, 4097), (0, buffer.nbytes)):
-        huge_pages(buffer.data_ptr() + offset, size)
-    assert torch.equal(buffer, torch.arange(3 << 20, dtype=torch.int32))
+POOLED = not SANITIZE and hasattr(_native._load()[0], "Buffer")
+
+
+@pytest.mark.skipif(not POOLED, reason="results are pooled on Linux only, and never under a sanitizer")
+def test_a_large_result_reuses_memory_only_after_its_last_view_is_gone():
+    script = """
+    kept = _native._load()[0].kept
+    first = _native.fresh(2048, 1024)
+    address, view = first.data_ptr(), first[1:].view(-1)
+    view.fill_(7.0)
+    del first
+    second = _native.fresh(2048, 1024)
+    second.fill_(8.0)
+    print(kept(), second.data_ptr() != address, bool((view == 7.0).all()))
+    del view
+    print(kept() >> 20)
+    third = _native.fresh(1024, 2000)
+    print(kept(), third.data_ptr() == address)
+    del second, third
+    print(kept() >> 20, _native.fresh(1024, 1024).data_ptr() == address)
+    _native.empty_pool()
+    print(kept())
+    _native.fresh(2048, 1024)
+    print(kept() >> 20)
+    """
+    assert run_script(script).split("\n") == ["0 True True", "8", "0 True", "16 False", "0", "8"]
+
+
+@pytest.mark.skipif(not POOLED, reason="results are pooled on Linux only, and never under a sanitizer")
+@pytest.mark.parametrize("limit, kept", [("0", 0), ("10", 8), ("100", 64)])
+def test_the_pool_keeps_no_more_than_its_limit(limit, kept):
+    script = """
+    results = [_native.fresh(2048, 1024) for _ in range(8)]
+    for i, result in enumerate(results):
+        result.fill_(float(i))
+    del result, results
+    print(_native._load()[0].kept() >> 20)
+    """
+    assert run_script(script, RLHF_KERNELS_CPU_POOL_MB=limit) == str(kept)
+
+
+def test_a_pool_limit_that_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setenv(_native.POOL, "-1")
+    _native._pool.cache_clear()
+    with pytest.raises(ValueError, match=f"{_native.POOL}=-1: expected a whole number of MiB"):
+        _native._pool()
+    _native._pool.cache_clear()
 
 
 def test_fresh_is_poisoned_in_tests_and_has_the_dtype_asked_for():

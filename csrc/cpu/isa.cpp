@@ -7,9 +7,6 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #define RK_FORKS 1
@@ -19,6 +16,7 @@
 #endif
 
 #define RK_ISA base
+#include "pool.h"
 #include "rk.h"
 
 namespace py = pybind11;
@@ -91,17 +89,6 @@ py::dict functions(const std::string& name) {
     throw py::value_error("this machine cannot run the instruction set " + name);
 }
 
-// A fresh large result costs a page fault every 4 KiB, several times the kernel's own time; 2 MiB pages avoid that.
-void huge_pages(int64_t address, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const int64_t page = 4096, begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-    if (end > begin) madvise((void*)begin, (size_t)(end - begin), MADV_HUGEPAGE);  // advice: a refusal changes nothing
-#else
-    (void)address;
-    (void)bytes;
-#endif
-}
-
 // fork() copies one thread. In the child libgomp still counts on its pool and would wait for it for ever.
 bool forked = false;
 
@@ -151,8 +138,10 @@ PYBIND11_MODULE(_cpu, module) {
     rk::serial_after_fork();
     module.attr("sanitized") = rk::sanitized();
     module.def("isas", &rk::isas, "Instruction sets that were built and that this CPU has, plainest first.");
-    module.def("huge_pages", &rk::huge_pages, "Ask for huge pages under a fresh buffer (address, bytes).");
     module.def("functions", &rk::functions, "{name: function} of one instruction set.");
+#ifdef __linux__
+    rk::bind_pool(module);
+#endif
 #ifdef _OPENMP
     module.attr("threaded") = true;
 #else

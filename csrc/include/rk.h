@@ -83,13 +83,6 @@ RK_HD Lanes load(const float* from) {
 RK_HD void store(float* to, Lanes lanes) { __builtin_memcpy(to, &lanes, sizeof(lanes)); }
 
 // All ones where the byte is not 0.
-RK_HD Ints load_mask(const uint8_t* keep) {
-    typedef uint8_t Bytes __attribute__((vector_size(RK_LANES)));
-    Bytes bytes;
-    __builtin_memcpy(&bytes, keep, sizeof(bytes));
-    return __builtin_convertvector(bytes, Ints) != Ints{};
-}
-
 typedef uint16_t Shorts __attribute__((vector_size(2 * RK_LANES)));
 
 RK_HD Lanes load(const Bf16* from) {
