@@ -76,7 +76,7 @@ class BuildNative(build_ext):
 
         openmp = self._openmp()
         warnings = [*WARNINGS, *(["-Werror"] if STRICT else [])]
-        headers_changed = max(path.stat().st_mtime for path in (CSRC / "include").glob("*.h"))
+        headers_changed = max(path.stat().st_mtime for path in CSRC.rglob("*.h"))
 
         def compile_one(job):
             source, isa = job
@@ -121,7 +121,7 @@ setup(
         Extension(
             "rlhf_kernels._cpu",
             [str(source) for source, isa in sources() if isa == "base"],
-            depends=[str(header) for header in sorted((CSRC / "include").glob("*.h"))],
+            depends=[str(header) for header in sorted(CSRC.rglob("*.h"))],
             optional=True,
         )
     ],

@@ -286,6 +286,9 @@ def test_masked_garbage(backend_name):
             assert padded.grad[:, :2].eq(0).all()
             for name, value in expected.metrics.items():
                 torch.testing.assert_close(result.metrics[name], value)
+        broken = torch.tensor([[1.0, torch.nan, 0.5, 2.0]], requires_grad=True)
+        loss_function(broken, torch.tensor([[0, 1, 2, -1]])).loss.backward()
+        assert broken.grad[0, 3] == 0  # whatever the responses that count hold
 
 
 def test_edges(backend_name):

@@ -186,7 +186,8 @@ inline void narrow_choices(const Job& job, const int64_t* prompts, int count, in
         const Lanes inverse = 1.0f / (1.0f + rest);
         Lanes others = {};
         for (int64_t j = 0; j < K; ++j) {
-            const Lanes share = load(weights[j]) * inverse;
+            const Lanes weight = load(weights[j]);
+            const Lanes share = weight == zero ? zero : weight * inverse;  // 0 also beside a NaN
             others += share;
             store(c.grad[j], load(c.grad[j]) + share);
         }
