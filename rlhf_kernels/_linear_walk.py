@@ -3,25 +3,27 @@
 A matrix product fills a workspace [n, v], n tokens and v columns of the vocabulary, that is used again and again; then
 
     kernels.fold(chunk, state)                   adds it to the rows' running (max, sum, weighted sum, label's logit)
-    kernels.gradient(chunk, upstream, results)   turns it in place into d/dlogits
+    kernels.gradient(chunk, upstream, results)   turns it into d/dlogits
 
-and, for the KL between two heads, kernels.divergence and kernels.divergence_gradient of two chunks.
+and, for the KL between two heads, kernels.divergence and kernels.divergence_gradient of two chunks. Sizes of chunks and
+the matrix products are the backend's too: class Kernels.
 
-Where the gradient comes later (log-probs), the columns are walked in narrow chunks that stay in the cache, forward and
-again in the backward, and each row of d weight is written once. Where the loss is known (cross-entropy, PPO), a chunk
+Where the gradient comes later (log-probs), the columns are walked in narrow chunks, forward and again in the backward,
+and each row of d weight is written once for each chunk of tokens. Where the loss is known (cross-entropy, PPO), a chunk
 spans the whole vocabulary of fewer tokens, because a row's gradient needs its whole sum; three products then do for
-forward and backward; the KL between two heads takes such chunks too. Statistics and gradients are in fp32 (sums in
-fp64) whatever the inputs' dtype.
+forward and backward; the KL between two heads takes such chunks too. Statistics and sums of gradients are in fp32 or
+fp64 whatever the inputs' dtype.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import dispatch
 from .reference.linear import Head, _saved_dtype
 from .reference.logprobs import finish_statistics
 from .reference.ppo import aggregation_weights, ppo_token_loss
@@ -44,6 +46,11 @@ class Chunk:
     labels: Tensor  # [n]
     kept: Tensor  # [n]
     has_bias_in: bool = False
+
+    def part(self, columns):
+        """Some of its columns; the same storage."""
+        bias = None if self.bias is None else self.bias[columns]
+        return replace(self, logits=self.logits[:, columns], first=self.first + columns.start, bias=bias)
 
 
 @dataclass
@@ -96,10 +103,84 @@ class State:
         return highest, sums[0], sums[3] if len(sums) > 3 else None, sums[1], sums[2] > 0
 
 
+class Kernels:
+    """What the walk asks of a backend beside `fold`, `gradient`, `divergence` and `divergence_gradient`; for a CPU.
+
+    A chunk of narrow columns stays in the cache, and matrix products are in fp32.
+    """
+
+    @staticmethod
+    def workspace(size, device):
+        """Memory [size] fp32 for the logits of chunks."""
+        return torch.empty(size, device=device)
+
+    @staticmethod
+    def fresh(shape, device):
+        """An uninitialised fp32 result."""
+        return torch.empty(shape, device=device)
+
+    @staticmethod
+    def tokens(count):
+        """Tokens of a chunk of narrow columns."""
+        return TOKENS
+
+    @staticmethod
+    def columns(vocab):
+        """Columns of such a chunk."""
+        return NARROW
+
+    @staticmethod
+    def wide_tokens(count, vocab, group):
+        """Tokens of a chunk that spans the vocabulary; ranks with shards of other sizes must agree."""
+        return TOKENS if group is not None else max(64, WIDE_BYTES // (4 * vocab) // 64 * 64)
+
+    @staticmethod
+    def gradient_columns(vocab):
+        """Columns of a chunk that are turned into gradients at a time."""
+        return vocab
+
+    @staticmethod
+    def row_stride(columns):
+        """Entries between the rows of a chunk of so many columns."""
+        return columns
+
+    @staticmethod
+    def inputs(head, part, kept):
+        """Hidden states [n, H] of a slice of labels, 0 where not kept, as the products take them."""
+        return head.inputs(part, kept)
+
+    @staticmethod
+    def blocks(weight, columns):
+        """The head's rows of these columns in fp32: itself, or, if they must be widened, a few at a time."""
+        if weight.dtype == torch.float32:
+            yield columns, weight[columns]
+            return
+        for start in range(columns.start, columns.stop, NARROW):
+            block = slice(start, min(start + NARROW, columns.stop))
+            yield block, weight[block].to(torch.float32)
+
+    @staticmethod
+    def product(a, b, out, add=False, unit=None):
+        """out = a b in fp32, or out + a b; `unit` is what `gradient` returned beside one of the factors."""
+        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+
+    @staticmethod
+    def capped(logits, bias, softcap):
+        """softcap(logits + bias), in place if that is as good."""
+        if bias is not None:
+            logits += bias
+        return logits if softcap is None else cap(logits, softcap)
+
+
+def cap(x, softcap):
+    """softcap * tanh(x / softcap); -inf stays -inf."""
+    return torch.where(x == float("-inf"), x, softcap * torch.tanh(x / softcap))
+
+
 class Walk:
     """One call: the head, the labels, and the chunks they are cut into."""
 
-    def __init__(self, kernels, head: Head, labels: Tensor, kept: Tensor, vocab_start: int):
+    def __init__(self, kernels: Kernels, head: Head, labels: Tensor, kept: Tensor, vocab_start: int):
         self.kernels, self.head, self.kept = kernels, head, kept.contiguous()
         self.labels = torch.where(
             self.kept, labels - vocab_start, -1
@@ -112,31 +193,27 @@ class Walk:
         """Slices of at most `size` tokens."""
         return [slice(i, min(i + size, self.head.count)) for i in range(0, self.head.count, size)]
 
-    def columns(self):
-        """Narrow slices of the vocabulary."""
-        return [slice(i, min(i + NARROW, self.head.vocab)) for i in range(0, self.head.vocab, NARROW)]
+    def columns(self, size):
+        """Slices of the vocabulary of at most `size` columns."""
+        return [slice(i, min(i + size, self.head.vocab)) for i in range(0, self.head.vocab, size)]
+
+    def inputs(self, part):
+        return self.kernels.inputs(self.head, part, self.kept[part])
 
     def chunk(self, part, h, columns):
         """h [n, H] times the head's rows of these columns, in the workspace."""
         n, v = h.shape[0], columns.stop - columns.start
-        if self.buffer is None or self.buffer.numel() < n * v:
-            self.buffer = self.kernels.workspace(n * v, h.device)
-        logits, head = self.buffer[: n * v].view(n, v), self.head
-        for block, weight in self.blocks(columns):
-            torch.mm(h, weight.t(), out=logits[:, block.start - columns.start : block.stop - columns.start])
+        stride = self.kernels.row_stride(v)
+        if self.buffer is None or self.buffer.numel() < n * stride:
+            self.buffer = self.kernels.workspace(n * stride, h.device)
+        logits, head = self.buffer[: n * stride].view(n, stride)[:, :v], self.head
+        for block, weight in self.kernels.blocks(head.weight, columns):
+            part_of_logits = logits[:, block.start - columns.start : block.stop - columns.start]
+            self.kernels.product(h, weight.t(), part_of_logits)
         temperatures = None if self.temperatures is None else self.temperatures[part]
         bias = None if self.bias is None else self.bias[columns]
         options = (temperatures, head.temperature, head.softcap, self.labels[part], self.kept[part])
         return Chunk(logits, columns.start, bias, *options)
-
-    def blocks(self, columns):
-        """The head's rows of these columns in fp32: itself, or, if they must be widened, a few at a time."""
-        if self.head.weight.dtype == torch.float32:
-            yield columns, self.head.weight[columns]
-            return
-        for start in range(columns.start, columns.stop, NARROW):
-            block = slice(start, min(start + NARROW, columns.stop))
-            yield block, self.head.weight[block].to(torch.float32)
 
 
 class Gradients:
@@ -144,36 +221,36 @@ class Gradients:
 
     def __init__(self, walk, need_hidden, need_weight, need_bias):
         head, make = walk.head, walk.kernels.fresh
-        self.walk, self.head = walk, head
+        self.kernels, self.head = walk.kernels, head
         self.need_hidden, self.need_weight, self.need_bias = need_hidden, need_weight, need_bias
-        zeros = head.hidden.new_zeros
+        zeros, device = head.hidden.new_zeros, head.hidden.device
         if need_hidden and head.rows is None:
-            self.hidden = make(*head.hidden.shape)  # every row is written
+            self.hidden = make(head.hidden.shape, device)  # every row is written
         else:
             self.hidden = zeros(head.hidden.shape if need_hidden else 0, dtype=torch.float32)
-        self.weight = make(*head.weight.shape) if need_weight else zeros(0, dtype=torch.float32)
+        self.weight = make(head.weight.shape, device) if need_weight else zeros(0, dtype=torch.float32)
         self.bias = zeros(head.vocab if need_bias else 0, dtype=torch.float32)
         if head.count == 0:
             self.weight.zero_()
 
-    def add(self, dlogits, columns, h, dh, first_part):
-        """Fold in d/dlogits [n, v] of these columns."""
-        for block, weight in self.walk.blocks(columns):
+    def add(self, dlogits, unit, columns, h, dh, first_part):
+        """Fold in d/dlogits [n, v] of these columns; unit as `kernels.gradient` returned it."""
+        product = self.kernels.product
+        for block, weight in self.kernels.blocks(self.head.weight, columns):
             part = dlogits[:, block.start - columns.start : block.stop - columns.start]
             if dh is not None:
-                torch.mm(part, weight, out=dh) if block.start == 0 else dh.addmm_(part, weight)
-            if self.need_weight and first_part:
-                torch.mm(part.t(), h, out=self.weight[block])
-            elif self.need_weight:
-                self.weight[block].addmm_(part.t(), h)
+                product(part, weight, dh, block.start > 0, unit)
+            if self.need_weight:
+                product(part.t(), h, self.weight[block], not first_part, unit)
         if self.need_bias:
-            self.bias[columns] += dlogits.sum(0)
+            sums = dlogits.sum(0, dtype=torch.float32)
+            self.bias[columns] += sums if unit is None else sums * unit
 
     def hidden_part(self, part, h):
         """Where d hidden of this part is summed: in its place, or, with `rows`, in a tensor of its own."""
         if not self.need_hidden:
             return None
-        return self.hidden[part] if self.head.rows is None else torch.empty_like(h)
+        return self.hidden[part] if self.head.rows is None else h.new_empty(h.shape, dtype=torch.float32)
 
     def finish_part(self, part, dh):
         """Spread d hidden over the rows that the labels read."""
@@ -193,40 +270,38 @@ class Gradients:
 
 def logprobs_fwd(walk: Walk, with_entropy, chunk_size, group):
     """(log-probs, entropy or None, row maximum, log of the row's sum), each [M]; ranks merge once, for all tokens."""
-    head = walk.head
+    head, kernels = walk.head, walk.kernels
     state = State.start(head.count, with_entropy, head.hidden.device)
-    for part in walk.parts(chunk_size or TOKENS):
-        h = head.inputs(part, walk.kept[part])
-        for columns in walk.columns():
-            walk.kernels.fold(walk.chunk(part, h, columns), state.rows(part))
+    for part in walk.parts(chunk_size or kernels.tokens(head.count)):
+        h = walk.inputs(part)
+        for columns in walk.columns(kernels.columns(head.vocab)):
+            kernels.fold(walk.chunk(part, h, columns), state.rows(part))
     return state.results(walk.kept, head.astray(slice(0, head.count)), group)
 
 
 def logprobs_bwd(walk: Walk, upstream, results, needs, chunk_size, group, dtypes):
     """(d hidden, d weight, d bias): the chunks of the forward again, turned into gradients."""
-    head, gradients = walk.head, Gradients(walk, *needs)
-    for part in walk.parts(chunk_size or TOKENS):
-        h = head.inputs(part, walk.kept[part])
+    head, kernels, gradients = walk.head, walk.kernels, Gradients(walk, *needs)
+    for part in walk.parts(chunk_size or kernels.tokens(head.count)):
+        h = walk.inputs(part)
         dh = gradients.hidden_part(part, h)
         here = [[None if x is None else x[part] for x in tensors] for tensors in (upstream, results)]
-        for columns in walk.columns():
-            chunk = walk.chunk(part, h, columns)
-            walk.kernels.gradient(chunk, *here)
-            gradients.add(chunk.logits, columns, h, dh, part.start == 0)
+        for columns in walk.columns(kernels.columns(head.vocab)):
+            dlogits, unit = kernels.gradient(walk.chunk(part, h, columns), *here)
+            gradients.add(dlogits, unit, columns, h, dh, part.start == 0)
         gradients.finish_part(part, dh)
     return gradients.finish(dtypes, group)
 
 
 def with_gradients(walk: Walk, token_gradients, needs, chunk_size, group, with_entropy):
     """One pass: log-probs and entropy [M], and gradients for token_gradients(part, log-prob, entropy) upstream."""
-    head, gradients = walk.head, Gradients(walk, *needs)
+    head, kernels, gradients = walk.head, walk.kernels, Gradients(walk, *needs)
     out = torch.zeros(2, head.count, device=head.hidden.device)
-    whole = slice(0, head.vocab)
-    for part in walk.parts(chunk_size or wide_tokens(head.vocab, group)):
-        h = head.inputs(part, walk.kept[part])
-        chunk = walk.chunk(part, h, whole)
+    for part in walk.parts(chunk_size or kernels.wide_tokens(head.count, head.vocab, group)):
+        h = walk.inputs(part)
+        chunk = walk.chunk(part, h, slice(0, head.vocab))
         state = State.start(h.shape[0], with_entropy, h.device)
-        walk.kernels.fold(chunk, state)
+        kernels.fold(chunk, state)
         results = state.results(walk.kept[part], head.astray(part), group)
         out[0, part] = results[0]
         if with_entropy:
@@ -234,53 +309,45 @@ def with_gradients(walk: Walk, token_gradients, needs, chunk_size, group, with_e
         if any(needs):
             chunk.has_bias_in = True
             dh = gradients.hidden_part(part, h)
-            walk.kernels.gradient(chunk, token_gradients(part, *results[:2]), results)
-            gradients.add(chunk.logits, whole, h, dh, part.start == 0)
+            upstream = token_gradients(part, *results[:2])
+            for columns in walk.columns(kernels.gradient_columns(head.vocab)):
+                dlogits, unit = kernels.gradient(chunk.part(columns), upstream, results)
+                gradients.add(dlogits, unit, columns, h, dh, part.start == 0)
             gradients.finish_part(part, dh)
     dtypes = [_saved_dtype(x, head) for x in (head.hidden, head.weight, head.bias)]
     return out[0], out[1], gradients.finish(dtypes, group)
 
 
 def kl_logits(walk: Walk, part, h):
-    """(softcap(logits + bias) [n, V], what the softcap lets through of a gradient, or None), the latter on demand."""
-    head = walk.head
-    x = walk.chunk(part, h, slice(0, head.vocab)).logits
-    if walk.bias is not None:
-        x += walk.bias
-    if head.softcap is None:
-        return x, lambda: None
-    capped = torch.where(x == float("-inf"), x, head.softcap * torch.tanh(x / head.softcap))
-    return capped, lambda: torch.where(x == float("-inf"), 0.0, 1.0 - (capped / head.softcap).square())
+    """softcap(logits + bias) [n, V]."""
+    logits = walk.chunk(part, h, slice(0, walk.head.vocab)).logits
+    return walk.kernels.capped(logits, walk.bias, walk.head.softcap)
 
 
 def kl_fwd(walk: Walk, ref: Walk, reverse, chunk_size):
     """KL [N] between the distributions of two heads."""
-    out = torch.empty(walk.head.count, device=walk.head.hidden.device)
-    for part in walk.parts(chunk_size or wide_tokens(2 * walk.head.vocab, None)):
-        logits, ref_logits = (kl_logits(x, part, x.head.inputs(part, x.kept[part]))[0] for x in (walk, ref))
-        out[part] = walk.kernels.divergence(logits, ref_logits, walk.head.temperature, reverse)[0]
+    head, kernels = walk.head, walk.kernels
+    out = torch.empty(head.count, device=head.hidden.device)
+    for part in walk.parts(chunk_size or kernels.wide_tokens(head.count, 2 * head.vocab, None)):
+        logits, ref_logits = (kl_logits(x, part, x.inputs(part)) for x in (walk, ref))
+        out[part] = kernels.divergence(logits, ref_logits, head.temperature, reverse)[0]
     return out
 
 
 def kl_bwd(grad, walk: Walk, ref: Walk, reverse, chunk_size, needs, dtypes):
     """(d hidden, d weight, d bias) of the policy: both sides' logits again, and the first side's gradient."""
-    gradients, whole = Gradients(walk, *needs), slice(0, walk.head.vocab)
-    for part in walk.parts(chunk_size or wide_tokens(2 * walk.head.vocab, None)):
-        h = walk.head.inputs(part, walk.kept[part])
-        logits, through = kl_logits(walk, part, h)
-        ref_logits, _ = kl_logits(ref, part, ref.head.inputs(part, ref.kept[part]))
-        dlogits = walk.kernels.divergence_gradient(grad[part], logits, ref_logits, walk.head.temperature, reverse)
-        if (slope := through()) is not None:
-            dlogits *= slope
+    head, kernels, gradients = walk.head, walk.kernels, Gradients(walk, *needs)
+    for part in walk.parts(chunk_size or kernels.wide_tokens(head.count, 2 * head.vocab, None)):
+        h = walk.inputs(part)
+        logits, ref_logits = kl_logits(walk, part, h), kl_logits(ref, part, ref.inputs(part))
+        results = kernels.divergence(logits, ref_logits, head.temperature, reverse)
         dh = gradients.hidden_part(part, h)
-        gradients.add(dlogits, whole, h, dh, part.start == 0)
+        for columns in walk.columns(kernels.gradient_columns(head.vocab)):
+            sides = logits[:, columns], ref_logits[:, columns]
+            dlogits, unit = kernels.divergence_gradient(grad[part], *sides, results, head, reverse)
+            gradients.add(dlogits, unit, columns, h, dh, part.start == 0)
         gradients.finish_part(part, dh)
     return gradients.finish(dtypes, None)
-
-
-def wide_tokens(vocab, group):
-    """Tokens of a chunk that spans the vocabulary; ranks with shards of other sizes must agree."""
-    return TOKENS if group is not None else max(64, WIDE_BYTES // (4 * vocab) // 64 * 64)
 
 
 def ppo_upstream(mask, loss_agg_mode, normalizer, old_log_probs, advantages, clipping, entropy_coef):
@@ -293,3 +360,87 @@ def ppo_upstream(mask, loss_agg_mode, normalizer, old_log_probs, advantages, cli
         return weights[part] * slope, -entropy_coef * weights[part] if entropy_coef else None
 
     return token_gradients
+
+
+class Operators:
+    """The functions of a backend's module, as reference/linear.py defines them; kernels_for(hidden) serves a call."""
+
+    def __init__(self, kernels_for):
+        self.kernels_for = kernels_for
+
+    def walk(self, head, labels, kept, vocab_start=0):
+        return Walk(self.kernels_for(head.hidden), head, labels, kept, vocab_start)
+
+    def linear_logprobs_fwd(
+        self, hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy,
+        chunk_size, group, vocab_start,
+    ):  # fmt: skip
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        path = self.walk(head, labels, labels != ignore_index, vocab_start)
+        logprobs, entropy, row_max, log_sum = logprobs_fwd(path, with_entropy, chunk_size, group)
+        return logprobs, hidden.new_zeros(0, dtype=torch.float32) if entropy is None else entropy, row_max, log_sum
+
+    def linear_logprobs_bwd(
+        self, grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy,
+        row_max, log_sum, temperature, softcap, ignore_index, chunk_size, group, vocab_start, need_hidden, need_weight,
+        need_bias,
+    ):  # fmt: skip
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        path = self.walk(head, labels, labels != ignore_index, vocab_start)
+        upstream = (grad_logprobs, grad_entropy)
+        results = (logprobs, entropy if grad_entropy is not None else None, row_max, log_sum)
+        dtypes = (hidden.dtype, weight.dtype, torch.float32 if bias is None else bias.dtype)
+        needs = (need_hidden, need_weight, need_bias)
+        return logprobs_bwd(path, upstream, results, needs, chunk_size, group, dtypes)
+
+    def linear_cross_entropy_fwd(
+        self, hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, group,
+        vocab_start, need_hidden, need_weight, need_bias,
+    ):  # fmt: skip
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        path = self.walk(head, labels, labels != ignore_index, vocab_start)
+
+        def token_gradients(part, logprob, entropy):
+            return torch.full_like(logprob, -1.0), None
+
+        needs = (need_hidden, need_weight, need_bias)
+        logprobs, _, gradients = with_gradients(path, token_gradients, needs, chunk_size, group, False)
+        return 0.0 - logprobs.sum(), *gradients
+
+    def linear_ppo_fwd(
+        self, hidden, weight, labels, rows, bias, temperatures, old_log_probs, advantages, mask, normalizer,
+        temperature, softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, group,
+        vocab_start, need_hidden, need_weight, need_bias,
+    ):  # fmt: skip
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        path = self.walk(head, labels.reshape(-1), mask.reshape(-1), vocab_start)
+        clipping = {"cliprange": cliprange, "cliprange_high": cliprange_high, "dual_clip": dual_clip}
+        upstream = ppo_upstream(mask, loss_agg_mode, normalizer, old_log_probs, advantages, clipping, entropy_coef)
+        needs = (need_hidden, need_weight, need_bias)
+        logprobs, entropy, gradients = with_gradients(path, upstream, needs, chunk_size, group, True)
+        shape = mask.shape if mask.dim() == 2 else (1, -1)  # packed tokens are one row: only the token modes take them
+        rows = [x.reshape(shape).contiguous() for x in (logprobs, old_log_probs, advantages, mask, entropy)]
+        losses, _, _, _, stats = dispatch.pick("ppo", logprobs).ppo_fwd(
+            *rows[:4], None, None, None, rows[4], normalizer, cliprange, cliprange_high, dual_clip, None, loss_agg_mode,
+        )  # fmt: skip
+        return losses[0] - entropy_coef * losses[2], losses[0].clone(), stats, *gradients
+
+    def kl_walks(self, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap):
+        labels = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        kept = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        for h, w, b in ((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)):
+            yield self.walk(Head(h, w, b, temperature=temperature, softcap=softcap), labels, kept)
+
+    def linear_kl_fwd(
+        self, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap, reverse, chunk_size
+    ):
+        walks = self.kl_walks(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap)
+        return kl_fwd(*walks, reverse, chunk_size)
+
+    def linear_kl_bwd(
+        self, grad, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap, reverse, chunk_size,
+        need_hidden, need_weight, need_bias,
+    ):  # fmt: skip
+        walks = self.kl_walks(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap)
+        dtypes = (hidden.dtype, weight.dtype, torch.float32 if bias is None else bias.dtype)
+        return kl_bwd(grad, *walks, reverse, chunk_size, (need_hidden, need_weight, need_bias), dtypes)

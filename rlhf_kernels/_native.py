@@ -1,10 +1,13 @@
-"""The compiled module _cpu: finds it, and calls its functions; the only file that turns tensors into addresses.
+"""The compiled modules _cpu and _cuda: finds them, and calls their functions; the only file that takes addresses.
 
 RLHF_KERNELS_CPU_ISA=base|avx2|avx512 forces an instruction set; by default the newest that the CPU has is taken.
 RLHF_KERNELS_CPU_POOL_MB (default 512) bounds the memory of freed results that is kept for the next ones; 0 keeps none.
+RLHF_KERNELS_CUDA_ON_CPU names a build of csrc/cuda whose blocks run on CPU tensors, for tests (tests/cuda_on_cpu).
 """
 
 import functools
+import importlib.machinery
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -33,6 +36,40 @@ def missing() -> str | None:
     return _load()[1]
 
 
+CUDA_ON_CPU = "RLHF_KERNELS_CUDA_ON_CPU"
+
+
+@functools.cache
+def _load_cuda() -> tuple[object | None, str | None]:
+    if path := os.environ.get(CUDA_ON_CPU):
+        loader = importlib.machinery.ExtensionFileLoader("_cuda", path)
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_cuda", loader))
+        loader.exec_module(module)
+        return module, None
+    try:
+        from . import _cuda
+    except ImportError as error:
+        note = Path(__file__).with_name("_cuda_build_error.txt")
+        return None, note.read_text().strip() if note.exists() else f"rlhf_kernels._cuda cannot be imported: {error}"
+    return _cuda, None
+
+
+def missing_cuda() -> str | None:
+    """Why the CUDA launchers cannot run here, or None if they can."""
+    reason = _load_cuda()[1]
+    if reason is None and not (torch.version.cuda and torch.cuda.is_available()) and CUDA_ON_CPU not in os.environ:
+        return "there is no NVIDIA GPU"
+    return reason
+
+
+@functools.cache
+def _launchers() -> dict:
+    module, reason = _load_cuda()
+    if reason is not None:
+        raise RuntimeError(f"the cuda backend is missing: {reason}")
+    return module.functions()
+
+
 def isas() -> list[str]:
     """Instruction sets that were built and that this CPU has, plainest first."""
     return _load()[0].isas()
@@ -56,8 +93,18 @@ def run(name: str, *args) -> None:
 
     An empty tensor has no address; it goes as one that nobody reads, because 0 means that an argument is absent.
     """
-    values = [x.data_ptr() or EMPTY if isinstance(x, Tensor) else 0 if x is None else x for x in args]
-    _functions(os.environ.get("RLHF_KERNELS_CPU_ISA", ""))[name](*values, torch.get_num_threads())
+    _functions(os.environ.get("RLHF_KERNELS_CPU_ISA", ""))[name](*_values(args), torch.get_num_threads())
+
+
+def launch(name: str, *args) -> None:
+    """Call a launcher of _cuda on the device of the first tensor, on its current stream; arguments as for `run`."""
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    index, stream = (device.index, torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else (0, 0)
+    _launchers()[name](index, *_values(args), stream)
+
+
+def _values(args) -> list:
+    return [x.data_ptr() or EMPTY if isinstance(x, Tensor) else 0 if x is None else x for x in args]
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 An op's first row that applies to the tensor and whose backend is present serves it. `with backend(name)` or the
 environment variable RLHF_KERNELS_BACKEND names one backend instead; that choice is obeyed or raises, it never falls
 back.
-A backend has a module for each op, whose functions `<name>_fwd` and `<name>_bwd` the op's reference module defines.
+The module rlhf_kernels.<backend>.<op> has the functions `<name>_fwd` and `<name>_bwd` that the op's reference defines.
 """
 
 from __future__ import annotations
@@ -16,32 +16,23 @@ from types import ModuleType
 
 import torch
 
+from ._presence import anywhere, missing, on_cpu, on_gpu, on_nvidia
+
 Applies = Callable[[torch.device, torch.dtype, tuple[int, ...]], bool]
 
 
-def _cpu_up_to_fp32(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16)
+_CPU, _REFERENCE = ("cpu", on_cpu), ("reference", anywhere)
+_TRITON, _CUDA = ("triton", on_gpu), ("cuda", on_nvidia)
 
-
-def _any(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    return True
-
-
-_CPU = "rlhf_kernels.cpu."
-_REFERENCE = "rlhf_kernels.reference."
-
-TABLE: dict[str, list[tuple[str, Applies, str]]] = {
-    "logprobs": [("cpu", _cpu_up_to_fp32, _CPU + "logprobs"), ("reference", _any, _REFERENCE + "logprobs")],
-    "linear": [("cpu", _cpu_up_to_fp32, _CPU + "linear"), ("reference", _any, _REFERENCE + "linear")],
-    "kl": [("cpu", _cpu_up_to_fp32, _CPU + "kl"), ("reference", _any, _REFERENCE + "kl")],
-    "advantages": [("cpu", _cpu_up_to_fp32, _CPU + "advantages"), ("reference", _any, _REFERENCE + "advantages")],
-    "ppo": [("cpu", _cpu_up_to_fp32, _CPU + "ppo"), ("reference", _any, _REFERENCE + "ppo")],
-    "bradley_terry": [
-        ("cpu", _cpu_up_to_fp32, _CPU + "bradley_terry"),
-        ("reference", _any, _REFERENCE + "bradley_terry"),
-    ],
-    "preference": [("cpu", _cpu_up_to_fp32, _CPU + "preference"), ("reference", _any, _REFERENCE + "preference")],
-    "packing": [("reference", _any, _REFERENCE + "packing")],
+TABLE: dict[str, list[tuple[str, Applies]]] = {
+    "logprobs": [_CPU, _TRITON, _CUDA, _REFERENCE],
+    "linear": [_CPU, _TRITON, _REFERENCE],
+    "kl": [_CPU, _TRITON, _CUDA, _REFERENCE],
+    "advantages": [_CPU, _TRITON, _CUDA, _REFERENCE],
+    "ppo": [_CPU, _TRITON, _CUDA, _REFERENCE],
+    "bradley_terry": [_CPU, _TRITON, _CUDA, _REFERENCE],
+    "preference": [_CPU, _TRITON, _REFERENCE],
+    "packing": [_REFERENCE],
 }
 
 BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(row[0] for rows in TABLE.values() for row in rows))
@@ -49,11 +40,8 @@ BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(row[0] for rows in TABLE.values(
 _chosen: str | None = None
 
 
-def _missing(name: str) -> str | None:
-    """Why the backend cannot run on this machine, or None if it can."""
-    if name == "cpu":
-        return importlib.import_module("rlhf_kernels._native").missing()
-    return None
+def _module(name: str, op: str) -> ModuleType:
+    return importlib.import_module(f"rlhf_kernels.{name}.{op}")
 
 
 def _check_backend(name: str, source: str) -> str:
@@ -79,16 +67,16 @@ def pick(op: str, tensor: torch.Tensor) -> ModuleType:
     facts = (tensor.device, tensor.dtype, tuple(tensor.shape))
     explicit = _explicit()
     if explicit is None:
-        for name, applies, module in TABLE[op]:
-            if applies(*facts) and _missing(name) is None:
-                return importlib.import_module(module)
+        for name, applies in TABLE[op]:
+            if applies(*facts) and missing(name) is None:
+                return _module(name, op)
         raise RuntimeError(f"no backend serves {op} on a {tensor.dtype} tensor on {tensor.device}")
     wanted, source = explicit
-    for name, applies, module in TABLE[op]:
+    for name, applies in TABLE[op]:
         if name == wanted:
-            reason = _missing(name)
+            reason = missing(name)
             if reason is None and applies(*facts):
-                return importlib.import_module(module)
+                return _module(name, op)
             reason = reason or f"it does not take a {tensor.dtype} tensor on {tensor.device}"
             raise RuntimeError(f"{source} was asked for, but cannot serve {op}: {reason}")
     has = ", ".join(row[0] for row in TABLE[op])
@@ -140,5 +128,5 @@ def backends() -> dict[str, dict[str, str]]:
         >>> rlhf_kernels.backends()["advantages"]["reference"]
         'available'
     """
-    state = {name: "available" if (why := _missing(name)) is None else f"missing: {why}" for name in BACKENDS}
-    return _Backends({op: {name: state[name] for name, _, _ in rows} for op, rows in TABLE.items()})
+    state = {name: "available" if (why := missing(name)) is None else f"missing: {why}" for name in BACKENDS}
+    return _Backends({op: {name: state[name] for name, _ in rows} for op, rows in TABLE.items()})

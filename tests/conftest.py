@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-import rlhf_kernels
-from rlhf_kernels import dispatch
+# Without a GPU the GPU backends run on CPU tensors: Triton in its interpreter, which must be chosen before its import,
+# CUDA C++ in a build whose blocks are fibers. The tables prefer the cpu backend, so nothing else changes.
+GPU = torch.cuda.is_available()
+if not GPU:
+    from tests.cuda_on_cpu.build import build
 
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "RLHF_KERNELS_CUDA_ON_CPU" not in os.environ and (built := build()) is not None:
+        os.environ["RLHF_KERNELS_CUDA_ON_CPU"] = str(built)
+
+import rlhf_kernels  # noqa: E402
+from rlhf_kernels import dispatch  # noqa: E402
+from tests.on_gpu import OnGPU  # noqa: E402
+
+ON_GPU = ("triton", "cuda")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -30,14 +44,16 @@ def _op_of(module) -> str:
     return getattr(module, "OP", module.__name__.rpartition(".")[2].removeprefix("test_"))
 
 
+def _marks(backend: str, state: str) -> list:
+    marks = [] if state == "available" else [pytest.mark.skip(reason=f"{backend} {state}")]
+    return [*marks, pytest.mark.gpu] if GPU and backend in ON_GPU else marks
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend_name` takes each backend of the op that the file is named after; `isa` each instruction set."""
     if "backend_name" in metafunc.fixturenames:
         states = rlhf_kernels.backends()[_op_of(metafunc.module)]
-        values = [
-            pytest.param(name, marks=() if state == "available" else pytest.mark.skip(reason=f"{name} {state}"))
-            for name, state in states.items()
-        ]
+        values = [pytest.param(name, marks=_marks(name, state)) for name, state in states.items()]
         metafunc.parametrize("backend_name", values, indirect=True)
     if "isa" in metafunc.fixturenames:
         values = machine_isas() or [pytest.param("base", marks=pytest.mark.skip(reason="no native CPU backend"))]
@@ -45,9 +61,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def backend_name(request: pytest.FixtureRequest):
-    """The test runs once per backend, inside `with rlhf_kernels.backend(name)`."""
-    with dispatch.backend(request.param):
+def backend_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """The test runs once per backend, inside `with rlhf_kernels.backend(name)`; on the GPU if that is its place."""
+    if not GPU or request.param not in ON_GPU:
+        with dispatch.backend(request.param):
+            yield request.param
+        return
+    reference = importlib.import_module(f"rlhf_kernels.reference.{_op_of(request.module)}")
+    on_device = functools.partial(reference.example_inputs, device="cuda")
+    monkeypatch.setattr(reference, "example_inputs", on_device)
+    with dispatch.backend(request.param), OnGPU():
         yield request.param
 
 

@@ -42,7 +42,9 @@ def test_every_op_has_its_room(op):
     if op in ops_with("cpu"):
         files.append(ROOT / "csrc" / "cpu" / f"{op}.cpp")
         files += [ROOT / "csrc" / "include" / f"{op}.h"] if op not in COMPOSED else []
-        files.append(PACKAGE / "cpu" / f"{op}.py")
+    if op in ops_with("cuda"):
+        files.append(ROOT / "csrc" / "cuda" / f"{op}.cu")
+    files += [PACKAGE / name / f"{op}.py" for name in ("cpu", "triton", "cuda") if op in ops_with(name)]
     missing = [str(path.relative_to(ROOT)) for path in files if not path.exists()]
     assert not missing, f"the op {op} lacks {', '.join(missing)}"
 
@@ -50,9 +52,12 @@ def test_every_op_has_its_room(op):
 def test_no_orphans():
     ops = set(dispatch.TABLE)
     assert stems(ROOT / "csrc" / "cpu", "*.cpp") == ops_with("cpu") | SUPPORT
-    assert stems(ROOT / "csrc" / "include", "*.h") == ops_with("cpu") - COMPOSED | {"rk"}
+    assert stems(ROOT / "csrc" / "include", "*.h") == ops_with("cpu") - COMPOSED | {"rk", "module"}
+    assert stems(ROOT / "csrc" / "cuda", "*.c*") == ops_with("cuda") | {"module"}
     assert stems(PACKAGE / "reference", "*.py") == ops | {"__init__"}
-    assert stems(PACKAGE / "cpu", "*.py") == ops_with("cpu") | {"__init__"}
+    for name in ("cpu", "triton", "cuda"):
+        modules = {stem for stem in stems(PACKAGE / name, "*.py") if not stem.startswith("_")}
+        assert modules == ops_with(name)
     assert stems(ROOT / "docs" / "ops", "*.md") == ops
     public = {name for name in stems(PACKAGE, "*.py") if not name.startswith("_")}
     assert public == ops | {"dispatch"}
@@ -65,7 +70,7 @@ def test_dispatch_is_short_and_swallows_nothing():
 
 
 def test_files_are_short():
-    kernels = [path for pattern in ("cpu/*.cpp", "include/*.h") for path in (ROOT / "csrc").glob(pattern)]
+    kernels = [path for pattern in ("cpu/*.cpp", "cuda/*.cu", "*/*.h") for path in (ROOT / "csrc").glob(pattern)]
     long = {path.name: len(path.read_text().splitlines()) for path in kernels}
     assert {name: lines for name, lines in long.items() if lines > 400} == {}
     python = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
@@ -73,7 +78,7 @@ def test_files_are_short():
 
 
 def test_the_build_and_the_native_code_know_no_torch():
-    for path in [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")]:
+    for path in [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]:
         assert not re.search(r"import torch|#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
     requires = re.search(r"requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text())[1]
     assert "torch" not in requires
@@ -140,7 +145,7 @@ def test_compiler_flags_are_those_of_setup():
 
 def test_package_data_is_declared():
     text = (ROOT / "pyproject.toml").read_text()
-    for pattern in ("presets/*.yaml", "demo/*.jsonl", "demo/base/*", "_cpu_build_error.txt"):
+    for pattern in ("presets/*.yaml", "demo/*.jsonl", "demo/base/*", "_cpu_build_error.txt", "_cuda_build_error.txt"):
         assert f'"{pattern}"' in text
 
 
@@ -154,6 +159,7 @@ def test_install_without_a_compiler_succeeds_and_says_why(tmp_path):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
     environment = {**os.environ, "CC": "/no/such/cc", "CXX": "/no/such/c++", "RLHF_KERNELS_WERROR": "0"}
+    environment["RLHF_KERNELS_CUDA_ARCHS"] = ""
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "--build-lib", str(out)],
         cwd=source,
@@ -164,6 +170,7 @@ def test_install_without_a_compiler_succeeds_and_says_why(tmp_path):
     )
     note = (out / "rlhf_kernels" / "_cpu_build_error.txt").read_text()
     assert note.startswith("the C++ build failed when the package was installed:")
+    assert (out / "rlhf_kernels" / "_cuda_build_error.txt").exists()
     assert "/no/such/c" in note
     assert not list(out.rglob("*.so"))
     # The finder of an editable install of this very package would add its _cpu to the copy.

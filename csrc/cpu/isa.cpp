@@ -16,15 +16,13 @@
 #endif
 
 #define RK_ISA base
+#include "module.h"
 #include "pool.h"
-#include "rk.h"
 
 namespace py = pybind11;
 
 namespace rk {
 namespace {
-
-Entry* first_entry = nullptr;
 
 struct Isa {
     const char* name;
@@ -61,16 +59,7 @@ py::list isas() {
 }
 
 void call(const Entry* entry, Call variant, const py::args& args) {
-    const size_t count = std::string(entry->signature).size();
-    if (args.size() != count)
-        throw py::type_error(std::string(entry->name) + " takes " + std::to_string(count) + " arguments, got " +
-                             std::to_string(args.size()));
-    std::vector<Value> values(count);
-    for (size_t i = 0; i < count; ++i)
-        if (entry->signature[i] == 'd')
-            values[i].d = args[i].cast<double>();
-        else
-            values[i].i = args[i].cast<int64_t>();
+    const std::vector<Value> values = values_of(entry, args);
     py::gil_scoped_release release;
     variant(values.data());
 }
@@ -80,7 +69,7 @@ py::dict functions(const std::string& name) {
     for (const Isa& isa : kIsas) {
         if (name != isa.name || !isa.present()) continue;
         py::dict table;
-        for (const Entry* entry = first_entry; entry; entry = entry->next) {
+        for (const Entry* entry = entries(); entry; entry = entry->next) {
             const Call variant = entry->*isa.variant;
             table[entry->name] = py::cpp_function([entry, variant](const py::args& args) { call(entry, variant, args); });
         }
@@ -109,8 +98,8 @@ constexpr bool sanitized() {
 }  // namespace
 
 int add(Entry* entry) {
-    entry->next = first_entry;
-    first_entry = entry;
+    entry->next = entries();
+    entries() = entry;
     return 0;
 }
 

@@ -315,11 +315,12 @@ RK_HD T log1p_unit_f32(T u) {
 }  // namespace RK_ISA
 }  // namespace rk
 
-#if defined(RK_BASELINE)
-// RK_REGISTER(f) adds rk::base::f, and its variants where they are built, to the module's table. It expands in the
-// baseline pass only: a static constructor compiled for a newer instruction set would run at import on every CPU.
+#if defined(RK_BASELINE) || defined(__CUDACC__)
+// RK_REGISTER(f) adds rk::base::f, and its variants where they are built, to the module's table; under nvcc it adds
+// rk::device::f, a launcher. It expands in the baseline pass only: a static constructor compiled for a newer instruction
+// set would run at import on every CPU.
 namespace rk {
-namespace base {
+namespace RK_ISA {
 
 template <class T>
 struct Slot {
@@ -356,10 +357,10 @@ struct Unpack<void(A...)> {
     }
 };
 
-}  // namespace base
+}  // namespace RK_ISA
 }  // namespace rk
 
-#define RK_CALL(isa, function) &rk::base::Unpack<decltype(rk::base::function)>::call<rk::isa::function>
+#define RK_CALL(isa, function) &rk::RK_ISA::Unpack<decltype(rk::RK_ISA::function)>::call<rk::isa::function>
 #if defined(RK_X86)
 #define RK_VARIANTS(function)                                      \
     namespace rk {                                                 \
@@ -373,11 +374,11 @@ struct Unpack<void(A...)> {
 #define RK_CALLS(function) RK_CALL(base, function), RK_CALL(avx2, function), RK_CALL(avx512, function)
 #else
 #define RK_VARIANTS(function)
-#define RK_CALLS(function) RK_CALL(base, function), nullptr, nullptr
+#define RK_CALLS(function) RK_CALL(RK_ISA, function), nullptr, nullptr
 #endif
 #define RK_REGISTER(function)                                                                                       \
     RK_VARIANTS(function)                                                                                           \
-    static rk::Entry rk_entry_##function = {#function, rk::base::Unpack<decltype(rk::base::function)>::signature, \
+    static rk::Entry rk_entry_##function = {#function, rk::RK_ISA::Unpack<decltype(rk::RK_ISA::function)>::signature, \
                                             RK_CALLS(function), nullptr};                                           \
     static const int rk_added_##function = rk::add(&rk_entry_##function)
 #else

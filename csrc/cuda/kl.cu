@@ -1,0 +1,335 @@
+// Exact KL of pairs of rows of logits, the KL of samples (k1, k2 and k3: one thread a token), and their gradients.
+//
+// Both directions of the exact KL are one: side a is averaged over, side b is the other; they may differ in dtype. A
+// block takes up to PART entries of both rows, so that a thread holds its own in registers between the maxima and the
+// exps. Longer rows are cut into parts, and a second, small launch merges their statistics. Backward: a block takes
+// PART entries, one read and one write of each side.
+#include "kl.h"
+
+#include "rows.h"
+
+namespace rk {
+namespace RK_ISA {
+
+// On a GPU the special function unit makes powers of 2, within 2 ulp.
+template <>
+RK_HD float exp2_nonpositive_f32<float>(float x) {
+    return exp2f(x);
+}
+
+namespace {
+
+constexpr int THREADS = 256;
+constexpr int EACH = 16;              // entries of each side that a thread takes
+constexpr int PART = THREADS * EACH;  // as in rlhf_kernels/cuda/kl.py
+constexpr int MERGE_THREADS = 128;    // a warp merges a row's parts
+
+// Entries that are read at a time: 16 bytes of the wider side.
+template <class A, class B>
+constexpr int TOGETHER = sizeof(A) == 4 || sizeof(B) == 4 ? 4 : 8;
+
+struct Rows {
+    const void *a, *b;
+    int64_t stride_a, stride_b, V;
+};
+
+struct Forward {
+    Rows rows;
+    double temperature;
+    float scale;  // log2(e) / temperature
+    unsigned parts;
+    KlStats* partial;  // [N, parts], null for one part
+    float *kl, *max_a, *log_sum_a, *max_b, *log_sum_b;
+};
+
+__device__ __forceinline__ void put_result(const Forward& f, int64_t row, KlStats stats) {
+    const KlSide a = kl_side(stats.max_a, stats.sum_a, f.temperature);
+    const KlSide b = kl_side(stats.max_b, stats.sum_b, f.temperature);
+    f.kl[row] = finish_kl(stats, f.scale);
+    f.max_a[row] = a.max;
+    f.log_sum_a[row] = a.log_sum;
+    f.max_b[row] = b.max;
+    f.log_sum_b[row] = b.log_sum;
+}
+
+struct AddGaps {  // an infinite one wins, also over NaN
+    __device__ __forceinline__ double operator()(double a, double b) const {
+        return a == (double)INF || b == (double)INF ? (double)INF : a + b;
+    }
+};
+
+__device__ __forceinline__ KlStats merge_kl(KlStats a, KlStats b, float scale) {
+    const float max_a = fmaxf(a.max_a, b.max_a), max_b = fmaxf(a.max_b, b.max_b);
+    a = raise_kl_max(a, max_a, max_b, scale);
+    b = raise_kl_max(b, max_a, max_b, scale);
+    return {max_a, max_b, a.sum_a + b.sum_a, a.sum_b + b.sum_b, AddGaps()(a.gap, b.gap)};
+}
+
+// The statistics of all lanes of a warp, which every lane gets.
+__device__ __forceinline__ KlStats over_lanes(KlStats own, float scale) {
+    const float max_a = over_warp(own.max_a, Larger()), max_b = over_warp(own.max_b, Larger());
+    own = raise_kl_max(own, max_a, max_b, scale);
+    return {max_a, max_b, over_warp(own.sum_a, Add()), over_warp(own.sum_b, Add()), over_warp(own.gap, AddGaps())};
+}
+
+template <class A, class B>
+__global__ void __launch_bounds__(THREADS) kl_fwd_kernel(Forward f) {
+    constexpr int E = TOGETHER<A, B>, SUMS = 2;
+    __shared__ PerThread<THREADS> sums_a, sums_b, gaps;
+    __shared__ float maxima_a[THREADS / WARP], maxima_b[THREADS / WARP];
+    const int64_t row = blockIdx.x / f.parts;
+    const unsigned part = blockIdx.x % f.parts;
+    const int64_t first = (int64_t)part * PART;
+    float a[EACH], b[EACH];
+    read_part<E>((const A*)f.rows.a + row * f.rows.stride_a, f.rows.V, first, a);
+    read_part<E>((const B*)f.rows.b + row * f.rows.stride_b, f.rows.V, first, b);
+    float max_a = -INF, max_b = -INF;
+    bool impossible = false;  // b has no probability where a has some
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        max_a = fmaxf(max_a, a[i]);
+        max_b = fmaxf(max_b, b[i]);
+        impossible = impossible || (b[i] == -INF && a[i] != -INF);
+    }
+    max_a = over_warp(max_a, Larger());
+    max_b = over_warp(max_b, Larger());
+    const float start_a = start_of(max_a), start_b = start_of(max_b);
+    float sum_a[SUMS] = {}, sum_b[SUMS] = {}, gap[SUMS] = {};
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const KlTerms<float> terms = kl_terms(a[i] - start_a, b[i] - start_b, f.scale);
+        sum_a[i % SUMS] += terms.e_a;
+        sum_b[i % SUMS] += terms.e_b;
+        gap[i % SUMS] += terms.gap;
+    }
+    sums_a.put(sum_a[0] + sum_a[1]);
+    sums_b.put(sum_b[0] + sum_b[1]);
+    gaps.put(impossible ? INF : max_b == INF ? __builtin_nanf("") : gap[0] + gap[1]);
+    if (threadIdx.x % WARP == 0) {
+        maxima_a[threadIdx.x / WARP] = max_a;
+        maxima_b[threadIdx.x / WARP] = max_b;
+    }
+    __syncthreads();
+    if (threadIdx.x >= WARP) return;
+
+    KlStats stats = no_kl_stats();
+    if (threadIdx.x * PER_THREAD_STEPS < blockDim.x) {
+        stats.max_a = maxima_a[threadIdx.x / 4];
+        stats.max_b = maxima_b[threadIdx.x / 4];
+#pragma unroll
+        for (int step = 0; step < PER_THREAD_STEPS; ++step) {
+            stats.sum_a += (double)sums_a.get(step);
+            stats.sum_b += (double)sums_b.get(step);
+            stats.gap = AddGaps()(stats.gap, (double)gaps.get(step));
+        }
+        if (stats.gap != (double)INF)
+            stats.gap += stats.sum_a * ((double)start_of(stats.max_a) - (double)start_of(stats.max_b));
+    }
+    stats = over_lanes(stats, f.scale);
+    if (threadIdx.x != 0) return;
+    if (f.parts == 1)
+        put_result(f, row, stats);
+    else
+        f.partial[row * f.parts + part] = stats;
+}
+
+__global__ void __launch_bounds__(MERGE_THREADS) kl_merge_kernel(Forward f, int64_t N) {
+    const int64_t row = (int64_t)blockIdx.x * (MERGE_THREADS / WARP) + threadIdx.x / WARP;
+    const unsigned lane = threadIdx.x % WARP;
+    if (row >= N) return;
+    KlStats stats = no_kl_stats();
+    for (unsigned part = lane; part < f.parts; part += WARP)
+        stats = merge_kl(stats, f.partial[row * f.parts + part], f.scale);
+    stats = over_lanes(stats, f.scale);
+    if (lane == 0) put_result(f, row, stats);
+}
+
+struct Backward {
+    Rows rows;
+    const float *grad, *kl, *max_a, *log_sum_a, *max_b, *log_sum_b;
+    double temperature;
+    unsigned pieces;
+    void *grad_a, *grad_b;  // [N, V] dense; null: not wanted
+};
+
+// What the entries of a row have in common, and their gradients.
+struct RowGradient {
+    KlLine a, b;
+    float kl, upstream;
+    bool none;  // the row gets no gradient
+
+    struct Slopes {
+        float a, b;
+    };
+    __device__ __forceinline__ Slopes of(float x_a, float x_b) const {
+        if (none) return {0.0f, 0.0f};
+        const float l_a = (x_a - a.start) * a.scale + a.rest, l_b = (x_b - b.start) * b.scale + b.rest;
+        const float p_a = exp_nonpositive_f32(l_a);
+        return {upstream * kl_slope_a(p_a, l_a, l_b, kl), upstream * (exp_nonpositive_f32(l_b) - p_a)};
+    }
+};
+
+__device__ __forceinline__ RowGradient row_gradient(const Backward& j, int64_t row) {
+    RowGradient r;
+    r.kl = j.kl[row];
+    r.a = kl_line({j.max_a[row], j.log_sum_a[row]}, j.temperature);
+    r.b = kl_line({j.max_b[row], j.log_sum_b[row]}, j.temperature);
+    r.upstream = j.grad[row] * r.a.scale;
+    r.none = r.kl == INF || (j.max_a[row] == -INF && r.kl == r.kl);
+    return r;
+}
+
+template <class A, class B>
+__global__ void __launch_bounds__(THREADS) kl_bwd_kernel(Backward j) {
+    constexpr int E = TOGETHER<A, B>, UNITS = EACH / E;
+    const int threads = (int)blockDim.x, step = threads * E;
+    const int64_t row = blockIdx.x / j.pieces, V = j.rows.V;
+    const int64_t piece = blockIdx.x % j.pieces;
+    const A* a = (const A*)j.rows.a + row * j.rows.stride_a;
+    const B* b = (const B*)j.rows.b + row * j.rows.stride_b;
+    A* grad_a = (A*)j.grad_a + row * V;
+    B* grad_b = (B*)j.grad_b + row * V;
+    __shared__ RowGradient shared;
+    if (threadIdx.x == 0) shared = row_gradient(j, row);
+    __syncthreads();
+    const RowGradient r = shared;
+    const int head = entries_to_boundary<E>(a);
+    const bool aligned = head == entries_to_boundary<E>(b) && (!j.grad_a || head == entries_to_boundary<E>(grad_a)) &&
+                         (!j.grad_b || head == entries_to_boundary<E>(grad_b));
+    if (aligned) {
+        const int64_t first = head + piece * PART + threadIdx.x * E;
+        Unit<A, E> units_a[UNITS];
+        Unit<B, E> units_b[UNITS];
+#pragma unroll
+        for (int k = 0; k < UNITS; ++k)
+            if (first + k * step + E <= V && !r.none) {
+                units_a[k].load(a + first + k * step);
+                units_b[k].load(b + first + k * step);
+            }
+#pragma unroll
+        for (int k = 0; k < UNITS; ++k) {
+            const int64_t at = first + k * step;
+            if (at + E > V) break;
+            float d_a[E], d_b[E];
+#pragma unroll
+            for (int i = 0; i < E; ++i) {
+                const RowGradient::Slopes d = r.of(units_a[k][i], units_b[k][i]);
+                d_a[i] = d.a;
+                d_b[i] = d.b;
+            }
+            units_a[k].set(d_a);
+            units_b[k].set(d_b);
+            if (j.grad_a) units_a[k].store(grad_a + at);
+            if (j.grad_b) units_b[k].store(grad_b + at);
+        }
+    }
+    const Singles singles = aligned ? around_units<E>(V, head, piece) : whole_piece(V, piece, PART);
+#pragma unroll 1
+    for (int64_t i = singles.first; i < singles.end; i += threads) {
+        const RowGradient::Slopes d = r.of(as_float(a[i]), as_float(b[i]));
+        if (j.grad_a) grad_a[i] = from_float<A>(d.a);
+        if (j.grad_b) grad_b[i] = from_float<B>(d.b);
+    }
+}
+
+template <class A>
+auto kl_fwd_of(int64_t dtype_b) {
+    return dtype_b == F32    ? kl_fwd_kernel<A, float>
+           : dtype_b == BF16 ? kl_fwd_kernel<A, __nv_bfloat16>
+                             : kl_fwd_kernel<A, __half>;
+}
+
+template <class A>
+auto kl_bwd_of(int64_t dtype_b) {
+    return dtype_b == F32    ? kl_bwd_kernel<A, float>
+           : dtype_b == BF16 ? kl_bwd_kernel<A, __nv_bfloat16>
+                             : kl_bwd_kernel<A, __half>;
+}
+
+__device__ __forceinline__ float estimate(int64_t estimator, float d) {
+    return estimator == KL_K1   ? kl_estimate<KL_K1>(d)
+           : estimator == KL_K2 ? kl_estimate<KL_K2>(d)
+                                : kl_estimate<KL_K3>(d);
+}
+
+__device__ __forceinline__ float slope(int64_t estimator, float d) {
+    return estimator == KL_K1   ? kl_estimate_slope<KL_K1>(d)
+           : estimator == KL_K2 ? kl_estimate_slope<KL_K2>(d)
+                                : kl_estimate_slope<KL_K3>(d);
+}
+
+struct Pair {
+    const void *p, *q;
+    int64_t dtype_p, stride_p, dtype_q, stride_q, columns, count, estimator;
+
+    __device__ __forceinline__ float log_ratio_at(int64_t i) const {
+        const int64_t row = i / columns, column = i % columns;
+        return log_ratio(entry(p, dtype_p, row * stride_p + column), entry(q, dtype_q, row * stride_q + column));
+    }
+};
+
+__global__ void __launch_bounds__(THREADS) approx_kl_fwd_kernel(Pair j, float* kl) {
+    const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < j.count) kl[i] = estimate(j.estimator, j.log_ratio_at(i));
+}
+
+__global__ void __launch_bounds__(THREADS)
+    approx_kl_bwd_kernel(Pair j, const float* grad, int64_t grad_stride, void* grad_p, void* grad_q) {
+    const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= j.count) return;
+    const float g = grad[i / j.columns * grad_stride + i % j.columns] * slope(j.estimator, j.log_ratio_at(i));
+    if (grad_p) put_entry(grad_p, j.dtype_p, i, g);
+    if (grad_q) put_entry(grad_q, j.dtype_q, i, -g);
+}
+
+}  // namespace
+
+// a: the side that is averaged over. `partial`: 32 bytes for each of the N * ceil(V / PART) parts; not used if a row is
+// one part.
+void kl_fwd(const void* a, int64_t dtype_a, int64_t stride_a, const void* b, int64_t dtype_b, int64_t stride_b,
+            int64_t N, int64_t V, double temperature, void* partial, float* kl, float* max_a, float* log_sum_a,
+            float* max_b, float* log_sum_b, void* stream) {
+    const int64_t parts = pieces_of(V, PART);
+    const Forward f = {{a, b, stride_a, stride_b, V}, temperature, (float)(1.4426950408889634 / temperature),
+                       (unsigned)parts, (KlStats*)partial, kl, max_a, log_sum_a, max_b, log_sum_b};
+    const auto kernel = dtype_a == F32    ? kl_fwd_of<float>(dtype_b)
+                        : dtype_a == BF16 ? kl_fwd_of<__nv_bfloat16>(dtype_b)
+                                          : kl_fwd_of<__half>(dtype_b);
+    launch(kernel, N * parts, threads_for(V, EACH, THREADS), stream, f);
+    if (parts > 1) launch(kl_merge_kernel, pieces_of(N, MERGE_THREADS / WARP), MERGE_THREADS, stream, f, N);
+}
+
+// A gradient that is not wanted is null.
+void kl_bwd(const float* grad, const void* a, int64_t dtype_a, int64_t stride_a, const void* b, int64_t dtype_b,
+            int64_t stride_b, const float* kl, const float* max_a, const float* log_sum_a, const float* max_b,
+            const float* log_sum_b, int64_t N, int64_t V, double temperature, void* grad_a, void* grad_b,
+            void* stream) {
+    const int64_t pieces = pieces_of(V, PART);
+    const Backward j = {{a, b, stride_a, stride_b, V}, grad, kl, max_a, log_sum_a, max_b, log_sum_b, temperature,
+                        (unsigned)pieces, grad_a, grad_b};
+    const auto kernel = dtype_a == F32    ? kl_bwd_of<float>(dtype_b)
+                        : dtype_a == BF16 ? kl_bwd_of<__nv_bfloat16>(dtype_b)
+                                          : kl_bwd_of<__half>(dtype_b);
+    launch(kernel, N * pieces, threads_for(V, EACH, THREADS), stream, j);
+}
+
+void approx_kl_fwd(const void* p, int64_t dtype_p, int64_t stride_p, const void* q, int64_t dtype_q, int64_t stride_q,
+                   int64_t rows, int64_t columns, int64_t estimator, float* kl, void* stream) {
+    const Pair j = {p, q, dtype_p, stride_p, dtype_q, stride_q, columns, rows * columns, estimator};
+    launch(approx_kl_fwd_kernel, pieces_of(j.count, THREADS), THREADS, stream, j, kl);
+}
+
+void approx_kl_bwd(const float* grad, int64_t grad_stride, const void* p, int64_t dtype_p, int64_t stride_p,
+                   const void* q, int64_t dtype_q, int64_t stride_q, int64_t rows, int64_t columns, int64_t estimator,
+                   void* grad_p, void* grad_q, void* stream) {
+    const Pair j = {p, q, dtype_p, stride_p, dtype_q, stride_q, columns, rows * columns, estimator};
+    launch(approx_kl_bwd_kernel, pieces_of(j.count, THREADS), THREADS, stream, j, grad, grad_stride, grad_p, grad_q);
+}
+
+}  // namespace RK_ISA
+}  // namespace rk
+
+RK_REGISTER(kl_fwd);
+RK_REGISTER(kl_bwd);
+RK_REGISTER(approx_kl_fwd);
+RK_REGISTER(approx_kl_bwd);

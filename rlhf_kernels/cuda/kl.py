@@ -1,0 +1,75 @@
+"""Calls of csrc/cuda/kl.cu; what the functions mean stands in reference/kl.py."""
+
+import torch
+
+from .._native import DTYPES, dense_rows, launch
+
+ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+PART = 4096  # entries of a row whose statistics one block takes, as in csrc/cuda/kl.cu
+
+
+def _side(rows):
+    """The three arguments of a side: its rows, their dtype and stride."""
+    return rows, DTYPES[rows.dtype], rows.stride(0)
+
+
+def kl_fwd(logits, ref_logits, temperature, reverse):
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    sides = [dense_rows(x.reshape(-1, vocab)) for x in (logits, ref_logits)]
+    count, parts = sides[0].shape[0], (vocab + PART - 1) // PART
+
+    def new(size, dtype=torch.float32):
+        return torch.empty(size, dtype=dtype, device=logits.device)
+
+    partial = new(4 * count * parts, torch.float64) if parts > 1 else None
+    out = [new(count) for _ in range(5)]
+    sides, statistics = (sides, out[1:]) if reverse else (sides[::-1], out[3:] + out[1:3])
+    launch("kl_fwd", *_side(sides[0]), *_side(sides[1]), count, vocab, temperature, partial, out[0], *statistics)
+    return tuple(x.view(shape) for x in out)
+
+
+def kl_bwd(
+    grad, logits, ref_logits, kl, row_max, log_sum, ref_row_max, ref_log_sum, temperature, reverse, need_logits,
+    need_ref,
+):  # fmt: skip
+    vocab = logits.shape[-1]
+    sides = [dense_rows(x.reshape(-1, vocab)) for x in (logits, ref_logits)]
+    needs = (need_logits, need_ref)
+    grads = [
+        torch.empty(x.shape if need else (0,), dtype=x.dtype, device=x.device)
+        for x, need in zip(sides, needs, strict=True)
+    ]
+    wanted = [x if need else None for x, need in zip(grads, needs, strict=True)]
+    statistics = [row_max, log_sum, ref_row_max, ref_log_sum]
+    if not reverse:
+        sides, wanted, statistics = sides[::-1], wanted[::-1], statistics[2:] + statistics[:2]
+    if need_logits or need_ref:
+        launch(
+            "kl_bwd", grad.to(torch.float32).contiguous(), *_side(sides[0]), *_side(sides[1]),
+            *(x.contiguous() for x in (kl, *statistics)), *sides[0].shape, temperature, *wanted,
+        )  # fmt: skip
+    like = (logits, ref_logits)
+    return tuple(g.view(x.shape) if need else g for g, x, need in zip(grads, like, needs, strict=True))
+
+
+def _as_rows(*tensors):
+    """Tensors of one shape as [rows, columns]: in place if they are matrices, else as one row, copied if need be."""
+    if tensors[0].dim() == 2 and not all(x.is_contiguous() for x in tensors):
+        return [dense_rows(x) for x in tensors]
+    return [x.contiguous().view(1, -1) for x in tensors]
+
+
+def approx_kl_fwd(log_probs, ref_log_probs, estimator):
+    p, q = _as_rows(log_probs, ref_log_probs)
+    out = torch.empty(log_probs.shape, dtype=torch.float32, device=log_probs.device)
+    launch("approx_kl_fwd", *_side(p), *_side(q), *p.shape, ESTIMATORS[estimator], out)
+    return out
+
+
+def approx_kl_bwd(grad, log_probs, ref_log_probs, estimator, need_log_probs, need_ref):
+    grad, p, q = _as_rows(grad.to(torch.float32), log_probs, ref_log_probs)
+    needs = (need_log_probs, need_ref)
+    grads = [x.new_empty(x.shape if need else 0) for x, need in zip((log_probs, ref_log_probs), needs)]
+    wanted = [x if need else None for x, need in zip(grads, needs)]
+    launch("approx_kl_bwd", grad, grad.stride(0), *_side(p), *_side(q), *p.shape, ESTIMATORS[estimator], *wanted)
+    return tuple(grads)

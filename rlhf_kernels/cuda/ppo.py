@@ -1,0 +1,52 @@
+"""Calls of csrc/cuda/ppo.cu; what the functions mean stands in reference/ppo.py."""
+
+import torch
+
+from .._native import launch
+from ..reference.ppo import AGG_MODES, STATS
+
+PIECE = 2048  # tokens of a block; this and the rest as in csrc/cuda/ppo.cu
+GROUP = 32  # pieces whose records are merged together
+RECORD = 17  # numbers that a piece adds up to
+COUNTING_BLOCKS = 256
+
+
+def _dense(x):
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def _off(bound):
+    return float("inf") if bound is None else bound
+
+
+def ppo_fwd(
+    log_probs, old_log_probs, advantages, mask, values, old_values, returns, entropy, normalizer,
+    cliprange, cliprange_high, dual_clip, cliprange_value, loss_agg_mode, value_scale=1.0, entropy_scale=1.0,
+):  # fmt: skip
+    inputs = [_dense(x) for x in (log_probs, old_log_probs, advantages)]
+    optional = [_dense(x) for x in (values, old_values, returns, entropy, normalizer)]
+    (B, T), device = log_probs.shape, log_probs.device
+    pieces = max(-(-B * T // PIECE), 1)
+    groups = -(-pieces // GROUP)
+    counts = torch.empty(2 * COUNTING_BLOCKS + B, dtype=torch.int64, device=device)
+    records = torch.empty((pieces + groups, RECORD), dtype=torch.float64, device=device)
+    done = torch.empty(groups + 1, dtype=torch.int32, device=device)
+    losses, stats = (torch.empty(n, dtype=torch.float32, device=device) for n in (3, len(STATS)))
+    shapes = ((0,) if x is None else (B, T) for x in (log_probs, values, entropy))
+    grads = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
+    launch(
+        "ppo_fwd_f32", *inputs, mask, *optional, B, T, cliprange, cliprange_high, _off(dual_clip),
+        _off(cliprange_value), AGG_MODES.index(loss_agg_mode), value_scale, entropy_scale, counts,
+        counts[2 * COUNTING_BLOCKS :], records, done, losses, *grads, stats,
+    )  # fmt: skip
+    return losses, *grads, stats
+
+
+def ppo_bwd(grad_loss, grad_policy_loss, grad_value_loss, grad_log_probs, grad_values, grad_entropy, vf_coef):
+    grads = grad_log_probs, grad_values, grad_entropy
+    products = [torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in grads]
+    launch(
+        "ppo_bwd_f32", grad_loss, grad_policy_loss, grad_value_loss, vf_coef, *grads, *(x.numel() for x in grads),
+        *products,
+    )  # fmt: skip
+    return tuple(products)

@@ -1,0 +1,61 @@
+"""Arithmetic that several kernels share; the names are those of csrc/include."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+NEG_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def exp_f32(x):
+    """exp(x); relative error |x| 2^-24 + 2 ulp."""
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def expm1_f32(x):
+    """exp(x) - 1 for x <= 0, without cancellation near 0."""
+    series = 1.0 + x / 5.0 * (1.0 + x / 6.0 * (1.0 + x / 7.0 * (1.0 + x / 8.0)))
+    series = 1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0 * series))
+    near = x > -0.5
+    return tl.where(near, tl.where(near, x, 0.0) * series, exp_f32(x) - 1.0)
+
+
+@triton.jit
+def log1p_f32(x):
+    """log(1 + x) for x >= 0: what 1 + x loses is put back."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / (y - 1.0)))
+
+
+@triton.jit
+def tanh_f32(x):
+    """tanh(x): a series near 0, where 1 - exp(-2 |x|) would cancel."""
+    square = x * x
+    series = -17.0 / 315.0 + square * (62.0 / 2835.0 - square * (1382.0 / 155925.0))
+    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * series)))
+    e = exp_f32(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def scaled(x, scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+    """z of logits x in fp32: softcap * tanh(x / softcap) * scale; -inf stays -inf."""
+    if CAPPED:
+        return tl.where(x == NEG_INF, x, softcap * tanh_f32(x / softcap) * scale)
+    elif SCALED:
+        return x * scale
+    else:
+        return x
+
+
+@triton.jit
+def scaled_slope(x, scale, softcap, CAPPED: tl.constexpr):
+    """dz/dx."""
+    if CAPPED:
+        t = tanh_f32(x / softcap)
+        return (1.0 - t * t) * scale
+    else:
+        return x * 0.0 + scale

@@ -1,0 +1,348 @@
+"""The walk of _linear_walk.py on a GPU: its chunk kernels, and matrix products in the inputs' dtype with fp32 results.
+
+A chunk of narrow columns is up to TOKENS x COLUMNS logits: so many tokens, because each chunk of tokens reads and
+writes the whole fp32 d weight once; so many columns, because each chunk of columns does the same to d hidden. A chunk
+that spans the vocabulary holds WIDE_BYTES, but at least LEAST_TOKENS tokens. Parts of one call are of equal size.
+
+Logits are fp32 sums of exact products, whatever the inputs' dtype. From bf16 or fp16 inputs d/dlogits is rounded to
+that dtype for the products with the head and the hidden states, which tensor cores then take as they are. Each entry is
+rounded once, to nearest, from its fp32 value, so its error is at most half a unit in the last place and has no sign of
+its own; nothing that is a sum is rounded: products add up in fp32, over columns and over chunks of tokens, and d hidden
+and d weight are rounded once, when all is summed. fp16 has few exponents, so there a chunk's entries are first divided
+by `unit`, a number on the device that brings the largest possible one near 2^14: otherwise small ones would all be
+rounded to 0, which is a bias.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import _linear_walk as walk
+from . import _launch, kl
+from ._launch import pieces, power_of_two, warps
+from ._math import NEG_INF, exp_f32, expm1_f32, scaled, scaled_slope, tanh_f32
+
+TOKENS = 4096
+COLUMNS = 16384
+LEAST_TOKENS = 2048
+WIDE_BYTES = 5 << 29
+PART = 32768  # columns whose statistics one program takes
+BLOCK = 4096  # columns that a program holds in registers at a time
+ROWS = 32  # rows that a program of the merge finishes
+HALVES = (torch.bfloat16, torch.float16)
+# addmm takes an fp32 sum and bf16 or fp16 factors since torch 2.10; before, the product goes through memory
+ADDS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 10)
+
+
+@triton.jit
+def scale_of(row, temperatures, scale):
+    """1 / temperature of a row."""
+    if temperatures is not None:
+        return 1.0 / tl.load(temperatures + row)
+    else:
+        return scale
+
+
+@triton.jit
+def logits_of(logits, offset, bias, columns, inside):
+    """Logits with their bias; -inf outside."""
+    x = tl.load(logits + offset + columns, mask=inside, other=NEG_INF)
+    if bias is not None:
+        x += tl.load(bias + columns, mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
+def statistics_kernel(
+    logits, stride, bias, temperatures, scale, softcap, kept, columns, parts, out_max, out_sum, out_weighted,
+    WITH_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(max z, sum exp(z - max), sum exp(z - max) (z - max)) of one part of a chunk's row; out_* [n, parts]."""
+    program = tl.program_id(0).to(tl.int64)
+    row, part = program // parts, program % parts
+    first = part * PART
+    end = tl.where(tl.load(kept + row), tl.minimum(first + PART, columns), first)
+    scale = scale_of(row, temperatures, scale)
+    row_max = tl.full([], NEG_INF, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    lanes = tl.arange(0, BLOCK)
+    for start in range(first, end, BLOCK):
+        x = logits_of(logits, row * stride, bias, start + lanes, start + lanes < end)
+        z = scaled(x, scale, softcap, SCALED, CAPPED)
+        higher = tl.maximum(row_max, tl.max(z, 0))
+        shift = tl.where(higher == NEG_INF, 0.0, higher)
+        gap = tl.where(row_max == NEG_INF, 0.0, row_max - shift)
+        factor = exp_f32(gap)
+        d = z - shift
+        e = exp_f32(d)
+        if WITH_ENTROPY:
+            weighted = factor * (weighted + total * gap) + e * tl.where(z == NEG_INF, 0.0, d)
+        total = factor * total + e
+        row_max = higher
+    tl.store(out_max + program, row_max)
+    tl.store(out_sum + program, tl.sum(total, 0))
+    if WITH_ENTROPY:
+        tl.store(out_weighted + program, tl.sum(weighted, 0))
+
+
+@triton.jit
+def merge_kernel(
+    logits, stride, bias, temperatures, scale, softcap, labels, first, kept, rows, columns, parts, part_max, part_sum,
+    part_weighted, state_max, state_sum, state_weighted, label_logit, here, WITH_ENTROPY: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Add a chunk's parts to the rows' running statistics, and its label's z where the label is in the chunk."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    part = tl.arange(0, PARTS)
+    at = row[:, None] * parts + part[None, :]
+    there = inside[:, None] & (part[None, :] < parts)
+    maxima = tl.load(part_max + at, mask=there, other=NEG_INF)
+    sums = tl.load(part_sum + at, mask=there, other=0.0)
+    before = tl.load(state_max + row, mask=inside, other=NEG_INF)
+    row_max = tl.maximum(before, tl.max(maxima, 1))
+    shift = tl.where(row_max == NEG_INF, 0.0, row_max)
+    gap = tl.where(maxima == NEG_INF, 0.0, maxima - shift[:, None])
+    factor = exp_f32(gap).to(tl.float64)
+    gap_before = tl.where(before == NEG_INF, 0.0, before - shift)
+    factor_before = exp_f32(gap_before).to(tl.float64)
+    total = tl.load(state_sum + row, mask=inside, other=0.0)
+    if WITH_ENTROPY:
+        parts_weighted = tl.load(part_weighted + at, mask=there, other=0.0).to(tl.float64)
+        weighted = tl.load(state_weighted + row, mask=inside, other=0.0)
+        weighted = factor_before * (weighted + total * gap_before.to(tl.float64))
+        weighted += tl.sum(factor * (parts_weighted + sums.to(tl.float64) * gap.to(tl.float64)), 1)
+        tl.store(state_weighted + row, weighted, mask=inside)
+    total = factor_before * total + tl.sum(factor * sums.to(tl.float64), 1)
+    tl.store(state_sum + row, total, mask=inside)
+    tl.store(state_max + row, row_max, mask=inside)
+    column = tl.load(labels + row, mask=inside, other=-1) - first
+    found = inside & tl.load(kept + row, mask=inside, other=False) & (column >= 0) & (column < columns)
+    x = tl.load(logits + row * stride + column, mask=found, other=0.0)
+    if bias is not None:
+        x += tl.load(bias + column, mask=found, other=0.0)
+    if temperatures is not None:
+        scale = 1.0 / tl.load(temperatures + row, mask=found, other=1.0)
+    tl.store(label_logit + row, scaled(x, scale, softcap, SCALED, CAPPED), mask=found)
+    tl.store(here + row, found, mask=found)
+
+
+@triton.jit
+def gradient_kernel(
+    logits, stride, bias, temperatures, scale, softcap, labels, first, kept, grad_logprob, grad_entropy, unit, logprob,
+    entropy, row_max, log_sum, columns, blocks, out, out_stride, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d/dlogits over unit of one block of a row; 0 if the row is not kept, NaN if its log-prob is."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks
+    lanes = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = lanes < columns
+    place = out + row * out_stride + lanes
+    if tl.load(kept + row):
+        scale = scale_of(row, temperatures, scale)
+        x = logits_of(logits, row * stride, bias, lanes, inside)
+        z = scaled(x, scale, softcap, SCALED, CAPPED)
+        banned = z == NEG_INF
+        label_log_p = tl.load(logprob + row)
+        log_p = tl.where(banned, 0.0, (z - tl.load(row_max + row)) - tl.load(log_sum + row))
+        share = 1.0
+        if unit is not None:
+            share = 1.0 / tl.load(unit)
+        upstream = 0.0
+        if grad_logprob is not None:
+            upstream += tl.load(grad_logprob + row) * share
+        if grad_entropy is not None:
+            upstream += tl.load(grad_entropy + row) * share * (log_p + tl.load(entropy + row))
+        dz = -exp_f32(log_p) * upstream
+        if grad_logprob is not None:
+            at_label = -tl.load(grad_logprob + row) * share * expm1_f32(label_log_p)
+            if grad_entropy is not None:
+                p = exp_f32(label_log_p)
+                through = tl.load(grad_entropy + row) * share * p
+                at_label -= through * (tl.where(p == 0.0, 0.0, label_log_p) + tl.load(entropy + row))
+            dz = tl.where(lanes + first == tl.load(labels + row), at_label, dz)
+        dx = tl.where(banned, 0.0, dz * scaled_slope(x, scale, softcap, CAPPED))
+        dx = tl.where(label_log_p == label_log_p, dx, float("nan"))
+        tl.store(place, dx.to(out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(place, tl.zeros([BLOCK], out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def capped_kernel(logits, stride, bias, softcap, columns, blocks, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+    """softcap(logits + bias) of one block of a row, in place."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks
+    lanes = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    x = logits_of(logits, row * stride, bias, lanes, lanes < columns)
+    if CAPPED:
+        x = tl.where(x == NEG_INF, x, softcap * tanh_f32(x / softcap))
+    tl.store(logits + row * stride + lanes, x, mask=lanes < columns)
+
+
+def product(a, b, out, add=False, unit=None):
+    """out (+)= a b (* unit): bf16 or fp16 factors, fp32 sums. Other devices than CUDA's widen the factors first."""
+    wide = a.dtype == torch.float32 or a.device.type != "cuda"
+    if wide:
+        a, b = a.to(torch.float32), b.to(torch.float32)
+    if unit is None and add and (wide or ADDS):
+        torch.addmm(out, a, b, out=out) if wide else torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        return
+    into = {"out": out} if unit is None and not add else {}
+    result = torch.mm(a, b, **into) if wide else torch.mm(a, b, out_dtype=torch.float32, **into)
+    if unit is None:
+        out.add_(result) if add else None
+    elif add:
+        out.addcmul_(result, unit)
+    else:
+        torch.mul(result, unit, out=out)
+
+
+def fp16_unit(bound):
+    """A number [] such that rows whose entries are at most bound [n] reach no more than about 2^14 of it."""
+    largest = torch.nan_to_num(bound, nan=0.0, posinf=0.0).amax()
+    return largest.clamp(1e-30, 1e30) * 2.0**-14
+
+
+class _Kernels(walk.Kernels):
+    """Of one call: its dtype of factors, and the memory in which d/dlogits wait in that dtype."""
+
+    product = staticmethod(product)
+
+    def __init__(self, hidden):
+        rounds = hidden.dtype in HALVES and hidden.device.type != "cpu"  # the interpreter's products are fp32
+        self.dtype = hidden.dtype if rounds else torch.float32
+        self.narrow = None
+
+    @staticmethod
+    def tokens(count):
+        return _even(count, TOKENS)
+
+    @staticmethod
+    def columns(vocab):
+        return COLUMNS
+
+    @staticmethod
+    def wide_tokens(count, vocab, group):
+        fits = min(max(WIDE_BYTES // (4 * vocab), LEAST_TOKENS), TOKENS)
+        return _even(count, TOKENS if group is not None else fits)
+
+    @staticmethod
+    def gradient_columns(vocab):
+        return COLUMNS
+
+    @staticmethod
+    def row_stride(columns):
+        return (columns + 15) // 16 * 16  # rows that tensor cores can load and store in whole vectors
+
+    def inputs(self, head, part, kept):
+        h = head.hidden[part] if head.rows is None else head.hidden[head.safe_rows(part)]
+        return torch.where(kept.unsqueeze(-1), h.to(self.dtype), 0.0)
+
+    def blocks(self, weight, columns):
+        if weight.dtype != self.dtype:
+            yield from walk.Kernels.blocks(weight, columns)
+        else:
+            yield columns, weight[columns]
+
+    @staticmethod
+    def fold(chunk, state):
+        rows, columns = chunk.logits.shape
+        parts, block = pieces(columns, PART), min(BLOCK, power_of_two(columns))
+        sizes = (rows * parts,) * (2 if state.weighted is None else 3)
+        statistics = [chunk.logits.new_empty(size) for size in sizes]
+        statistics += [None] * (3 - len(statistics))
+        inputs, options = _scaled(chunk)
+        options["WITH_ENTROPY"] = state.weighted is not None
+        _launch.run(
+            statistics_kernel, rows * parts, *inputs, chunk.kept, columns, parts, *statistics, PART=PART, BLOCK=block,
+            num_warps=warps(block), **options,
+        )  # fmt: skip
+        _launch.run(
+            merge_kernel, pieces(rows, ROWS), *inputs, chunk.labels, chunk.first, chunk.kept, rows, columns, parts,
+            *statistics, state.max, state.sum, state.weighted, state.label_logit, state.here, ROWS=ROWS,
+            PARTS=power_of_two(parts), num_warps=1, **options,
+        )  # fmt: skip
+
+    def gradient(self, chunk, upstream, results):
+        rows, columns = chunk.logits.shape
+        upstream = [None if g is None else g.to(torch.float32).contiguous() for g in upstream]
+        unit = None
+        if self.dtype == torch.float16:
+            sizes = [factor * g.abs() for factor, g in zip((1.0, 16.0), upstream) if g is not None]  # 16 > entropy
+            heat = chunk.temperature if chunk.temperatures is None else chunk.temperatures
+            unit = fp16_unit(torch.where(chunk.kept, sum(sizes) / heat, 0.0))
+        out = self._dlogits(chunk.logits)
+        block = min(BLOCK, power_of_two(columns))
+        blocks = pieces(columns, block)
+        inputs, options = _scaled(chunk)
+        _launch.run(
+            gradient_kernel, rows * blocks, *inputs, chunk.labels, chunk.first, chunk.kept, *upstream, unit, *results,
+            columns, blocks, out, out.stride(0), BLOCK=block, num_warps=warps(block), **options,
+        )  # fmt: skip
+        return out, unit
+
+    @staticmethod
+    def capped(logits, bias, softcap):
+        if bias is not None or softcap is not None:
+            rows, columns = logits.shape
+            block = min(BLOCK, power_of_two(columns))
+            blocks = pieces(columns, block)
+            _launch.run(
+                capped_kernel, rows * blocks, logits, logits.stride(0), bias, softcap or 0.0, columns, blocks,
+                CAPPED=softcap is not None, BLOCK=block, num_warps=warps(block),
+            )  # fmt: skip
+        return logits
+
+    @staticmethod
+    def divergence(logits, ref_logits, temperature, reverse):
+        a, b = (logits, ref_logits) if reverse else (ref_logits, logits)
+        return kl.divergence(a, b, temperature)
+
+    def divergence_gradient(self, grad, logits, ref_logits, results, head, reverse):
+        grad, unit = grad.to(torch.float32), None
+        if self.dtype == torch.float16:  # |a (log a - log b - KL)| <= KL + 1, and |b - a| <= 1
+            unit = fp16_unit(grad.abs() * (results[0] + 1.0) / head.temperature)
+            grad = grad / unit
+        out = self._dlogits(logits)
+        sides, outputs = (logits, ref_logits), (out, None)
+        if not reverse:
+            sides, outputs = sides[::-1], outputs[::-1]
+        kl.divergence_gradient(grad, *sides, results, head.temperature, *outputs, softcap=head.softcap)
+        return out, unit
+
+    def _dlogits(self, logits):
+        """Where the gradients of these logits go: over them, or, in the products' dtype, into memory of their own."""
+        if self.dtype == torch.float32:
+            return logits
+        rows, columns = logits.shape
+        stride = self.row_stride(columns)
+        if self.narrow is None or self.narrow.numel() < rows * stride:
+            self.narrow = logits.new_empty(rows * stride, dtype=self.dtype)
+        return self.narrow[: rows * stride].view(rows, stride)[:, :columns]
+
+
+def _even(count, size):
+    """The size of equal parts of `count` tokens, at most `size`, a multiple of 128 unless that is more."""
+    return min(pieces(pieces(count, pieces(max(count, 1), size)), 128) * 128, size) or size
+
+
+def _scaled(chunk):
+    """The arguments that make z from logits, and their constants."""
+    warm = chunk.temperatures is not None
+    scale, softcap = 1.0 / chunk.temperature, chunk.softcap or 0.0
+    inputs = (chunk.logits, chunk.logits.stride(0), chunk.bias, chunk.temperatures, scale, softcap)
+    return inputs, {"SCALED": warm or chunk.temperature != 1.0, "CAPPED": chunk.softcap is not None}
+
+
+operators = walk.Operators(_Kernels)
+linear_logprobs_fwd = operators.linear_logprobs_fwd
+linear_logprobs_bwd = operators.linear_logprobs_bwd
+linear_cross_entropy_fwd = operators.linear_cross_entropy_fwd
+linear_ppo_fwd = operators.linear_ppo_fwd
+linear_kl_fwd = operators.linear_kl_fwd
+linear_kl_bwd = operators.linear_kl_bwd

@@ -1,0 +1,194 @@
+"""Log-probs and entropy from logits.
+
+A row is cut into parts of PART columns, whose statistics (max, sum, weighted sum) are taken by one program each, in one
+read: a maximum per block of columns, one exp2 per entry, and sums that stay in registers until the part ends. A second,
+small kernel merges a row's parts and reads the label's logit. How a row is cut depends on V alone, so its bits do not
+depend on its neighbours. Backwards, each program turns one block of a row into its gradient: one read, one write.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch
+from ._launch import pieces, power_of_two, rows_of, warps
+from ._math import NEG_INF, exp_f32, expm1_f32, scaled, scaled_slope
+
+PART = 32768  # columns whose statistics one program takes
+BLOCK = 4096  # columns that it holds in registers at a time
+GRADIENT_BLOCK = 4096  # columns of a program of the backward
+ROWS = 32  # rows that a program of the merge finishes
+
+
+@triton.jit
+def statistics_kernel(
+    logits, stride, labels, vocab, parts, scale, softcap, ignore_index, out_max, out_sum, out_weighted,
+    HAS_LABELS: tl.constexpr, WITH_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    PART: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(max z, sum exp(z - max), sum exp(z - max) (z - max)) of one part of a row; out_* [N, parts]."""
+    program = tl.program_id(0).to(tl.int64)
+    row, part = program // parts, program % parts
+    first = part * PART
+    end = tl.minimum(first + PART, vocab)
+    if HAS_LABELS:  # an ignored row is not read
+        end = tl.where(tl.load(labels + row) == ignore_index, first, end)
+    row_max = tl.full([], NEG_INF, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    lanes = tl.arange(0, BLOCK)
+    for start in range(first, end, BLOCK):
+        columns = start + lanes
+        x = tl.load(logits + row * stride + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
+        z = scaled(x, scale, softcap, SCALED, CAPPED)
+        higher = tl.maximum(row_max, tl.max(z, 0))
+        shift = tl.where(higher == NEG_INF, 0.0, higher)
+        gap = tl.where(row_max == NEG_INF, 0.0, row_max - shift)
+        factor = exp_f32(gap)
+        d = z - shift
+        e = exp_f32(d)
+        if WITH_ENTROPY:
+            weighted = factor * (weighted + total * gap) + e * tl.where(z == NEG_INF, 0.0, d)
+        total = factor * total + e
+        row_max = higher
+    tl.store(out_max + program, row_max)
+    tl.store(out_sum + program, tl.sum(total, 0))
+    if WITH_ENTROPY:
+        tl.store(out_weighted + program, tl.sum(weighted, 0))
+
+
+@triton.jit
+def merge_kernel(
+    logits, stride, labels, rows, vocab, parts, scale, softcap, ignore_index, part_max, part_sum, part_weighted,
+    logprob, entropy, out_max, out_log_sum, HAS_LABELS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """A row's results from the statistics of its parts; 0 where the label is ignored, NaN where it is no column."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    columns = tl.arange(0, PARTS)
+    at = row[:, None] * parts + columns[None, :]
+    there = inside[:, None] & (columns[None, :] < parts)
+    maxima = tl.load(part_max + at, mask=there, other=NEG_INF)
+    sums = tl.load(part_sum + at, mask=there, other=0.0)
+    row_max = tl.max(maxima, 1)
+    shift = tl.where(row_max == NEG_INF, 0.0, row_max)
+    gap = tl.where(maxima == NEG_INF, 0.0, maxima - shift[:, None])
+    factor = exp_f32(gap)
+    total = tl.sum(factor * sums, 1)
+    dead = total == 0.0
+    log_sum = tl.log(tl.where(dead, 1.0, total))
+    kept = inside
+    astray = row < 0
+    if HAS_LABELS:
+        label = tl.load(labels + row, mask=inside, other=0)
+        kept = label != ignore_index
+        astray = kept & ((label < 0) | (label >= vocab))
+        safe = tl.where(kept & (astray == 0), label, 0)
+        x = tl.load(logits + row * stride + safe, mask=inside & kept, other=0.0).to(tl.float32)
+        centred = scaled(x, scale, softcap, SCALED, CAPPED) - shift
+        value = tl.where(dead, NEG_INF, centred - log_sum)
+        value = tl.where(kept, value, 0.0)
+        tl.store(logprob + row, tl.where(astray, float("nan"), value), mask=inside)
+    if WITH_ENTROPY:
+        weights = tl.load(part_weighted + at, mask=there, other=0.0)
+        weighted = tl.sum(factor * (weights + sums * gap), 1)
+        value = tl.where(dead | (kept == 0), 0.0, log_sum - weighted / tl.where(dead, 1.0, total))
+        tl.store(entropy + row, tl.where(astray, float("nan"), value), mask=inside)
+    tl.store(out_max + row, tl.where(astray, float("nan"), tl.where(kept, row_max, 0.0)), mask=inside)
+    tl.store(out_log_sum + row, tl.where(astray, float("nan"), tl.where(kept, log_sum, 0.0)), mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    logits, stride, labels, grad_logprob, grad_entropy, logprob, entropy, row_max, log_sum, vocab, blocks, scale,
+    softcap, ignore_index, out, out_stride, HAS_LABELS: tl.constexpr, HAS_LOGPROB: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """-p (g + h (log p + entropy)) dz/dx of one block of a row; at the label g (1 - p) - h p (log p + entropy)."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks
+    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < vocab
+    place = out + row * out_stride + columns
+    label = tl.full([], -1, tl.int64)
+    kept = row >= 0
+    if HAS_LABELS:
+        label = tl.load(labels + row)
+        kept = label != ignore_index
+    if kept:
+        x = tl.load(logits + row * stride + columns, mask=inside, other=NEG_INF).to(tl.float32)
+        z = scaled(x, scale, softcap, SCALED, CAPPED)
+        banned = z == NEG_INF
+        log_p = tl.where(banned, 0.0, (z - tl.load(row_max + row)) - tl.load(log_sum + row))
+        upstream = 0.0
+        if HAS_LOGPROB:
+            upstream += tl.load(grad_logprob + row)
+        if HAS_ENTROPY:
+            upstream += tl.load(grad_entropy + row) * (log_p + tl.load(entropy + row))
+        dz = -exp_f32(log_p) * upstream
+        if HAS_LABELS and HAS_LOGPROB:
+            log_p_label = tl.load(logprob + row)
+            at_label = -tl.load(grad_logprob + row) * expm1_f32(log_p_label)
+            if HAS_ENTROPY:
+                p = exp_f32(log_p_label)
+                surprise = tl.where(p == 0.0, 0.0, log_p_label) + tl.load(entropy + row)
+                at_label -= tl.load(grad_entropy + row) * p * surprise
+            dz = tl.where(columns == label, at_label, dz)
+        dx = tl.where(banned, 0.0, dz * scaled_slope(x, scale, softcap, CAPPED))
+        if HAS_LABELS:
+            dx = tl.where((label < 0) | (label >= vocab), float("nan"), dx)
+        tl.store(place, dx.to(out.dtype.element_ty), mask=inside)
+    else:
+        tl.store(place, tl.zeros([BLOCK], out.dtype.element_ty), mask=inside)
+
+
+def _options(temperature, softcap):
+    return {"SCALED": temperature != 1.0, "CAPPED": softcap is not None}
+
+
+def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entropy):
+    shape, rows = logits.shape[:-1], rows_of(logits)
+    count, vocab = rows.shape
+    labels = None if labels is None else labels.reshape(-1).contiguous()
+    parts = pieces(vocab, PART)
+    new = rows.new_empty
+    statistics = [new(count * parts, dtype=torch.float32) for _ in range(3 if with_entropy else 2)]
+    statistics += [None] * (3 - len(statistics))
+    sizes = (0 if labels is None else count, count if with_entropy else 0, count, count)
+    results = [new(size, dtype=torch.float32) for size in sizes]
+    block = min(BLOCK, power_of_two(vocab))
+    scalars = (1.0 / temperature, softcap or 0.0, ignore_index)
+    options = {"HAS_LABELS": labels is not None, "WITH_ENTROPY": with_entropy, **_options(temperature, softcap)}
+    _launch.run(
+        statistics_kernel, count * parts, rows, rows.stride(0), labels, vocab, parts, *scalars, *statistics,
+        PART=PART, BLOCK=block, num_warps=warps(block), **options,
+    )  # fmt: skip
+    _launch.run(
+        merge_kernel, pieces(count, ROWS), rows, rows.stride(0), labels, count, vocab, parts, *scalars, *statistics,
+        *results, ROWS=ROWS, PARTS=power_of_two(parts), num_warps=1, **options,
+    )  # fmt: skip
+    return tuple(x.view(shape) if size == count else x for x, size in zip(results, sizes))
+
+
+def logprobs_bwd(
+    grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, temperature, softcap,
+    ignore_index, inplace=False,
+):  # fmt: skip
+    rows = rows_of(logits)
+    over = inplace and rows.data_ptr() == logits.data_ptr()
+    out = rows if over else torch.empty_like(rows, memory_format=torch.contiguous_format)
+    count, vocab = rows.shape
+    labels = None if labels is None else labels.reshape(-1).contiguous()
+    upstream = [None if g is None else g.to(torch.float32).contiguous() for g in (grad_logprobs, grad_entropy)]
+    block = min(GRADIENT_BLOCK, power_of_two(vocab))
+    blocks = pieces(vocab, block)
+    _launch.run(
+        gradient_kernel, count * blocks, rows, rows.stride(0), labels, *upstream, logprobs, entropy, row_max, log_sum,
+        vocab, blocks, 1.0 / temperature, softcap or 0.0, ignore_index, out, out.stride(0),
+        HAS_LABELS=labels is not None, HAS_LOGPROB=grad_logprobs is not None, HAS_ENTROPY=grad_entropy is not None,
+        BLOCK=block, num_warps=warps(block), **_options(temperature, softcap),
+    )  # fmt: skip
+    if inplace and not over:
+        logits.copy_(out.view(logits.shape))
+    return out.view(logits.shape)

@@ -1,0 +1,240 @@
+// CUDA's blocks on a CPU, for tests: csrc/cuda compiles against this instead of the toolkit's headers.
+//
+// The threads of a block are fibers that take turns on one thread of the CPU; a fiber runs until it waits for its warp
+// or its block. Blocks come one after the other, the last first, so that nothing may lean on their order. A wait that
+// can never end, because some threads have left or wait for something else, ends the process with a message.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct Index {
+    unsigned x;
+};
+
+namespace on_cpu {
+
+enum Waits { FOR_NOTHING, FOR_WARP, FOR_BLOCK, LEFT };
+constexpr int LANES = 32, MOST_WORDS = 8;
+constexpr size_t STACK = 256 << 10;
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[STACK]};
+    Waits waits;
+};
+
+struct Block {
+    std::vector<Fiber> fibers;
+    std::vector<unsigned> slots;  // a word of each thread, for shuffles
+    std::function<void()> body;
+    ucontext_t scheduler;
+    int current = 0;
+};
+
+inline Block block;
+inline Index block_index, block_size, grid_size;
+inline Index thread_index() { return {(unsigned)block.current}; }
+
+inline void enter() {
+    block.body();
+    block.fibers[block.current].waits = LEFT;
+    swapcontext(&block.fibers[block.current].context, &block.scheduler);
+}
+
+inline void wait(Waits what) {
+    Fiber& fiber = block.fibers[block.current];
+    fiber.waits = what;
+    swapcontext(&fiber.context, &block.scheduler);
+}
+
+// Lets the threads [begin, end) go on if all of them wait for `what`.
+inline bool release(int begin, int end, Waits what) {
+    for (int i = begin; i < end; ++i)
+        if (block.fibers[i].waits != what) return false;
+    for (int i = begin; i < end; ++i) block.fibers[i].waits = FOR_NOTHING;
+    return true;
+}
+
+inline void run_block(int threads) {
+    for (int i = 0; i < threads; ++i) {
+        Fiber& fiber = block.fibers[i];
+        fiber.waits = FOR_NOTHING;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = STACK;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, enter, 0);
+    }
+    for (;;) {
+        bool moved = false, all_left = true;
+        for (int i = threads - 1; i >= 0; --i) {
+            if (block.fibers[i].waits == FOR_NOTHING) {
+                moved = true;
+                block.current = i;
+                swapcontext(&block.scheduler, &block.fibers[i].context);
+            }
+            all_left = all_left && block.fibers[i].waits == LEFT;
+        }
+        if (all_left) return;
+        for (int i = 0; i < threads; i += LANES) moved = release(i, i + LANES, FOR_WARP) || moved;
+        moved = release(0, threads, FOR_BLOCK) || moved;
+        if (!moved) {
+            fprintf(stderr, "cuda_on_cpu: block %u waits for ever: its threads do not meet at the same barrier\n",
+                    block_index.x);
+            abort();
+        }
+    }
+}
+
+inline void run(std::function<void()> body, int64_t blocks, int threads) {
+    if (threads % LANES != 0 || threads > 1024 || blocks > 0x7fffffff) {
+        fprintf(stderr, "cuda_on_cpu: %lld blocks of %d threads\n", (long long)blocks, threads);
+        abort();
+    }
+    if ((int)block.fibers.size() < threads) block.fibers.resize((size_t)threads);
+    block.slots.assign((size_t)threads, 0);
+    block.body = std::move(body);
+    block_size.x = (unsigned)threads;
+    grid_size.x = (unsigned)blocks;
+    for (int64_t i = blocks; i-- > 0;) {
+        block_index.x = (unsigned)i;
+        run_block(threads);
+    }
+}
+
+inline unsigned exchange(unsigned word, int lane) {
+    const int first = block.current / LANES * LANES;
+    block.slots[(size_t)block.current] = word;
+    wait(FOR_WARP);
+    word = block.slots[(size_t)(first + lane)];
+    wait(FOR_WARP);
+    return word;
+}
+
+template <class T>
+T shuffle(T x, int lane) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "CUDA shuffles words of 4 or 8 bytes");
+    unsigned words[sizeof(T) / 4];
+    memcpy(words, &x, sizeof(T));
+    for (unsigned& word : words) word = exchange(word, lane);
+    memcpy(&x, words, sizeof(T));
+    return x;
+}
+
+inline void whole(unsigned mask) {
+    if (mask == 0xffffffffu) return;
+    fprintf(stderr, "cuda_on_cpu: only whole warps are supported\n");
+    abort();
+}
+
+inline int lane() { return block.current % LANES; }
+
+}  // namespace on_cpu
+
+#define threadIdx on_cpu::thread_index()
+#define blockIdx on_cpu::block_index
+#define blockDim on_cpu::block_size
+#define gridDim on_cpu::grid_size
+
+inline void __syncthreads() { on_cpu::wait(on_cpu::FOR_BLOCK); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+    on_cpu::whole(mask);
+    on_cpu::wait(on_cpu::FOR_WARP);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T x, int lane) {
+    on_cpu::whole(mask);
+    return on_cpu::shuffle(x, lane % on_cpu::LANES);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T x, int flip) {
+    on_cpu::whole(mask);
+    return on_cpu::shuffle(x, on_cpu::lane() ^ flip);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T x, int by) {
+    on_cpu::whole(mask);
+    const int from = on_cpu::lane() - by;
+    return on_cpu::shuffle(x, from < 0 ? on_cpu::lane() : from);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T x, int by) {
+    on_cpu::whole(mask);
+    const int from = on_cpu::lane() + by;
+    return on_cpu::shuffle(x, from >= on_cpu::LANES ? on_cpu::lane() : from);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    on_cpu::whole(mask);
+    const size_t first = (size_t)(on_cpu::block.current / on_cpu::LANES * on_cpu::LANES);
+    on_cpu::block.slots[(size_t)on_cpu::block.current] = predicate != 0;
+    on_cpu::wait(on_cpu::FOR_WARP);
+    unsigned bits = 0;
+    for (int lane = 0; lane < on_cpu::LANES; ++lane) bits |= on_cpu::block.slots[first + (size_t)lane] << lane;
+    on_cpu::wait(on_cpu::FOR_WARP);
+    return bits;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz((unsigned)bits); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __saturatef(float x) { return x > 0.0f ? x < 1.0f ? x : 1.0f : 0.0f; }
+inline void __threadfence() {}
+// Fibers do not run at the same time, so an atomic is the plain operation.
+template <class T>
+T atomicAdd(T* at, T x) {
+    const T before = *at;
+    *at = before + x;
+    return before;
+}
+template <class T>
+T atomicInc(T* at, T most) {
+    const T before = *at;
+    *at = before >= most ? 0 : before + 1;
+    return before;
+}
+
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+typedef int cudaError_t;
+typedef struct Stream* cudaStream_t;
+constexpr cudaError_t cudaSuccess = 0;
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t count, cudaStream_t) {
+    return memset(to, byte, count), cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaSuccess"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
