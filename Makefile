@@ -2,6 +2,7 @@
 # make test [OP=name]                                             the tests (of one op)
 # make bench [OP=name]                                            tests, then benchmarks: results file, README's table, curves
 # make bench OP=name BASE=commit                                  the op now beside the op at that commit
+# make gpu OUT=DIR                                                what needs a GPU: tests, sanitizers, measurements
 # make lint                                                       ruff
 # make sanitize [ARGS=...]                                        the native kernels' tests, with bounds and arithmetic checked
 # make fuzz [SECONDS=3600] [ISA=avx2]                             random calls of the native kernels; needs clang
@@ -11,12 +12,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := $(wildcard csrc/*/*)
 
-.PHONY: demo test lint sanitize fuzz
+.PHONY: demo test gpu lint sanitize fuzz
 demo: $(VENV)/ready $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2)
 	$(BIN)/rlhf demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--output_dir $(OUT)) $(if $(SEED),--seed $(SEED))
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest $(if $(OP),tests/test_$(OP)*.py,tests) $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(if $(OP),tests/test_$(OP)*.py,tests) $(ARGS)
+
+# On the machine's own python (PYTHON=), whose torch and triton see the GPU.
+gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu.sh $(or $(OUT),build/gpu)
 
 BENCH := .venv-bench
 BENCH_PIP := $(subst $(BIN),$(BENCH)/bin,$(PIP))

@@ -1,0 +1,289 @@
+"""Every Triton kernel, compiled without a GPU in each specialisation that calls of usual sizes launch.
+
+    python -m benchmarks.compile_triton [OP ...] [--target sm_90 ...] [--json]
+
+The calls run on `meta` tensors: the launchers compute their grids and block sizes, and what they would launch is
+compiled instead. Printed: registers a thread, shared memory, and bytes that spill; a spill is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rlhf_kernels.triton import _launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+            torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1", torch.uint8: "*u8"}  # fmt: skip
+F32, BF16, I64, BOOL = torch.float32, torch.bfloat16, torch.int64, torch.bool
+
+
+def new(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def logprobs(op) -> None:
+    rows = new(64)
+    plain, capped = (1.0, None), (0.7, 30.0)
+    for vocab, dtype, (temperature, softcap), entropy in (
+        (151936, BF16, plain, True), (151936, BF16, plain, False), (151936, BF16, (0.7, None), True),
+        (151936, BF16, capped, True), (50257, F32, plain, True), (50257, torch.float16, plain, True),
+        (1000, BF16, plain, True),
+    ):  # fmt: skip
+        logits, labels, options = new(64, vocab, dtype=dtype), new(64, dtype=I64), (temperature, softcap, -100)
+        op.logprobs_fwd(logits, labels, *options, entropy)
+        op.logprobs_bwd(rows, rows if entropy else None, logits, labels, rows, rows, rows, rows, *options)
+    logits = new(64, 151936, dtype=BF16)
+    op.logprobs_fwd(logits, None, 1.0, None, 0, True)
+    op.logprobs_bwd(None, rows, logits, None, rows, rows, rows, rows, 1.0, None, 0)
+
+
+def bradley_terry(op) -> None:
+    prompts, total = 1024, 1024 * 9
+    cu_groups, ranks = new(prompts + 1, dtype=I64), new(total, dtype=I64)
+    for margins in (None, new(prompts), new(total, 16)):
+        for ties_half in (False, True):
+            op.bradley_terry_fwd(new(total), ranks, cu_groups, margins, ties_half)
+    for dtype in (F32, BF16, torch.float16):  # the dtype changes one conversion
+        op.bradley_terry_fwd(new(total, dtype=dtype), ranks, cu_groups, None, False)
+        op.plackett_luce_fwd(new(total, dtype=dtype), ranks, cu_groups)
+    op.bradley_terry_bwd(new(prompts), new(total), cu_groups)
+
+
+def preference(op) -> None:
+    lengths, numbers = new(512, dtype=I64), (0.1, 0.1, 0.5, 1.0, 1.0)
+    for dtype in (F32, BF16, torch.float16):
+        x = new(512, dtype=dtype)
+        for of_tokens in (None, lengths):
+            for loss_type in ("sigmoid", "ipo", "hinge"):
+                op.preference_fwd(x, x, x, x, of_tokens, of_tokens, None, loss_type, *numbers)
+            op.preference_fwd(x, x, x, x, of_tokens, of_tokens, new(), "kto", *numbers)
+        for loss_type in ("orpo", "simpo"):
+            op.preference_fwd(x, x, None, None, lengths, lengths, None, loss_type, *numbers)
+    op.preference_bwd(new(512), new(512), new(512))
+    op.preference_bwd(new(1024), new(512), new(512))
+
+
+def kl(op) -> None:
+    rows, needs = new(64), ((True, False), (True, True))
+    for vocab, policy, ref, temperature in (
+        (151936, BF16, BF16, 1.0), (151936, F32, BF16, 0.7), (50257, torch.float16, torch.float16, 1.0),
+        (50257, F32, F32, 1.0), (1000, BF16, BF16, 1.0),
+    ):  # fmt: skip
+        sides = new(64, vocab, dtype=policy), new(64, vocab, dtype=ref)
+        for reverse in (True, False):
+            op.kl_fwd(*sides, temperature, reverse)
+            for need in needs:
+                op.kl_bwd(rows, *sides, *(rows,) * 5, temperature, reverse, *need)
+    for dtype in (F32, BF16):
+        for tokens in (new(512, 1024, dtype=dtype), new(512, 2048, dtype=dtype)[:, ::2]):
+            for estimator in ("k1", "k2", "k3"):
+                op.approx_kl_fwd(tokens, tokens, estimator)
+                op.approx_kl_bwd(new(512, 1024), tokens, tokens, estimator, True, True)
+
+
+def linear(op) -> None:
+    count, columns, no_group = 4096, 256, (0, None, 0)
+    flat, labels, mask = new(count), new(count, dtype=I64), new(count, dtype=BOOL)
+    plain, warm, capped = (None, None, 1.0, None), (None, flat, 1.0, None), (new(151936), None, 0.7, 30.0)
+    for vocab, dtype, (bias, heat, temperature, softcap) in (
+        (151936, BF16, plain), (151936, BF16, warm), (151936, BF16, capped), (50257, torch.float16, plain),
+        (50257, F32, plain),
+    ):  # fmt: skip
+        hidden, weight = new(count, columns, dtype=dtype), new(vocab, columns, dtype=dtype)
+        head, scale = (hidden, weight, labels, None, bias, heat), (temperature, softcap, -100)
+        needs = (True, True, bias is not None)
+        op.linear_logprobs_fwd(*head, *scale, False, *no_group)
+        op.linear_logprobs_fwd(*head, *scale, True, *no_group)
+        for upstream in ((flat, None), (flat, flat)):
+            op.linear_logprobs_bwd(*upstream, *head, *(flat,) * 4, *scale, *no_group, *needs)
+        op.linear_cross_entropy_fwd(*head, *scale, *no_group, *needs)
+        op.linear_ppo_fwd(
+            hidden, weight, labels, None, bias, heat, flat, flat, mask, None, *scale[:2], 0.2, 0.2, None, 0.1,
+            "token-mean", *no_group, *needs,
+        )  # fmt: skip
+        for reverse in (True, False):
+            sides = (hidden, weight, hidden, weight, bias, bias, temperature, softcap, reverse, 0)
+            op.linear_kl_fwd(*sides)
+            op.linear_kl_bwd(flat, *sides, *needs)
+
+
+def advantages(op) -> None:
+    for rows, length, tokens in (
+        (512, 1024, 0), (64, 32768, 0), (1024, 8192, 0), (512, 100, 0), (512, None, 2**20), (1024, None, 2**24)
+    ):  # fmt: skip
+        shape, packed = ((tokens,), new(rows + 1, dtype=I64)) if length is None else ((rows, length), None)
+        x, mask, scores = new(*shape), new(*shape, dtype=BOOL), new(rows)
+        op.gae_fwd(x, x, mask, 1.0, 0.95, packed, None)
+        op.gae_fwd(x, x, None, 1.0, 0.95, packed, scores)
+        for estimator in op.ESTIMATORS:
+            op.rlhf_advantages_fwd(scores, x, x, x, mask, 0.1, 1.0, 0.95, estimator, None, True, packed)
+        op.rlhf_advantages_fwd(scores, x, x, x, None, 0.1, 1.0, 0.95, "k3", 1.0, False, packed)
+        for keep in (mask, None):
+            op.whiten_fwd(x, keep, op.whiten_stats_fwd(x, keep), False)
+
+
+def ppo(op) -> None:
+    x, mask, number, limits = new(512, 1024), new(512, 1024, dtype=BOOL), new(1)[0], (0.2, 0.2, None, 0.2)
+    for mode in op.AGG_MODES:
+        for count in (None, number):
+            op.ppo_fwd(x, x, x, mask, None, None, None, None, count, *limits, mode)
+            op.ppo_fwd(x, x, x, mask, x, x, x, None, count, *limits, mode)
+            op.ppo_fwd(x, x, x, mask, x, None, x, x, count, *limits, mode)
+    short, mask = new(512, 100, dtype=BF16), new(512, 100, dtype=BOOL)
+    op.ppo_fwd(short, short, short, mask, short, short, short, short, None, *limits, "seq-mean-token-mean")
+    for values in (x, new(0)):
+        op.ppo_bwd(number, None, None, x, values, values, 0.1)
+        op.ppo_bwd(None, number, number, x, values, values, 0.1)
+
+
+# op -> calls of its Triton functions at usual sizes, which between them launch every specialisation
+CALLS: dict[str, Callable] = {
+    "logprobs": logprobs, "bradley_terry": bradley_terry, "preference": preference, "kl": kl, "linear": linear,
+    "advantages": advantages, "ppo": ppo,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel in one specialisation: types and constants of its parameters, which of them 16 divides, its warps."""
+
+    kernel: object
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    aligned: tuple[int, ...]
+    warps: int
+    registers: int | None  # a thread's bound on NVIDIA
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.fn.__name__}"
+
+
+def described(kernel, args, options) -> Launch:
+    warps, registers = options.pop("num_warps", 4), options.pop("registers", None)
+    values = dict(zip(kernel.arg_names, args)) | options
+    types, constants, aligned = [], [], []
+    constexpr = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    for index, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if name in constexpr or value is None or (type(value) is int and value == 1):
+            types.append((name, "constexpr"))
+            constants.append((name, value))
+            continue
+        if isinstance(value, torch.Tensor):
+            types.append((name, POINTERS[value.dtype]))
+        elif isinstance(value, bool):
+            types.append((name, "i1"))
+        elif isinstance(value, int):
+            types.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+        else:
+            types.append((name, "fp32"))
+        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
+            aligned.append(index)
+    return Launch(kernel, tuple(types), tuple(constants), tuple(aligned), warps, registers)
+
+
+def launches(op: str) -> list[Launch]:
+    """What the op's CALLS launch, each specialisation once."""
+    found: dict[Launch, None] = {}
+
+    def record(kernel, programs, *args, **options):
+        found[described(kernel, args, dict(options))] = None
+
+    run, _launch.run = _launch.run, record
+    try:
+        CALLS[op](importlib.import_module(f"rlhf_kernels.triton.{op}"))
+    finally:
+        _launch.run = run
+    return list(found)
+
+
+def compiled(launch: Launch, target: str):
+    """The compiled kernel; raises what the compiler raises."""
+    attributes = {(index,): [["tt.divisibility", 16]] for index in launch.aligned}
+    source = ASTSource(launch.kernel, dict(launch.types), dict(launch.constants), attributes)
+    options = {"num_warps": launch.warps, "enable_fp_fusion": False}
+    if launch.registers is not None and not target.startswith("gfx"):
+        options["maxnreg"] = launch.registers
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def resources(kernel, target: str) -> tuple[int, int, int]:
+    """(registers a thread, bytes of shared memory, bytes spilled) of a compiled kernel."""
+    if target.startswith("gfx"):
+        text = kernel.asm["amdgcn"]
+
+        def number(field):
+            return int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
+
+        spilled = number("private_segment_fixed_size")
+        return number("vgpr_count"), kernel.metadata.shared, spilled
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [str(tool) if tool.exists() else "cuobjdump", "-res-usage", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    registers, stack, local = (int(re.search(rf"{field}:(\d+)", done.stdout)[1]) for field in ("REG", "STACK", "LOCAL"))
+    return registers, kernel.metadata.shared, stack + local
+
+
+def report(ops: list[str], targets: list[str]) -> Iterator[tuple[str, str, int, int, int, int]]:
+    """(kernel, target, specialisations, most registers, most shared memory, most bytes spilled)."""
+    for op in ops:
+        jobs = [(launch, target) for launch in launches(op) for target in targets]
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            results = list(pool.map(lambda job: resources(compiled(*job), job[1]), jobs))
+        worst: dict[tuple[str, str], list[int]] = {}
+        for (launch, target), found in zip(jobs, results):
+            row = worst.setdefault((launch.name, target), [0, 0, 0, 0])
+            row[0] += 1
+            row[1:] = map(max, row[1:], found)
+        for (name, target), row in worst.items():
+            yield name, target, *row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", help=f"of {', '.join(CALLS)}; all by default")
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="all by default")
+    parser.add_argument("--json", action="store_true", help="a list of rows instead of a table")
+    options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.ops) - set(CALLS)):
+        parser.error(f"unknown op {unknown[0]}; known: {', '.join(CALLS)}")
+    fields = ("kernel", "target", "variants", "registers", "shared", "spilled")
+    if not options.json:
+        print("{:44}{:9}{:>9}{:>10}{:>8}{:>8}".format(*fields))
+    rows = []
+    for row in report(options.ops or list(CALLS), options.target or list(TARGETS)):
+        rows.append(dict(zip(fields, row)))
+        if not options.json:
+            print("{:44}{:9}{:9}{:10}{:8}{:8}".format(*row), flush=True)
+    if options.json:
+        print(json.dumps(rows))
+    return 1 if any(row["spilled"] for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
