@@ -207,17 +207,12 @@ def test_readme_shows_the_results_file():
     assert block.lstrip("\n") == plot.readme_block(plot.the_file()), "run `python -m benchmarks.plot`"
 
 
-UNMEASURED = {"train_ppo": "takes an environment with TRL 1.12, which `make bench` does not set up yet"}
-
-
 def test_every_case_has_its_result_or_a_reason():
     path = plot.the_file()
     if path is None:
         pytest.skip("no results file is committed yet")
     groups = {plot.group_name(group): group for group in plot.load(path)["groups"]}
     for name in NAMES:
-        if name in UNMEASURED:
-            continue
         for case in module(name).CASES:
             group = groups.get(case.group)
             assert group is not None, f"{path.name} lacks {case.group}: run `make bench OP={name}`"

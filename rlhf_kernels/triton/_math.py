@@ -59,3 +59,17 @@ def scaled_slope(x, scale, softcap, CAPPED: tl.constexpr):
         return (1.0 - t * t) * scale
     else:
         return x * 0.0 + scale
+
+
+@triton.jit
+def add_block(row_max, total, weighted, z, WITH_ENTROPY: tl.constexpr):
+    """A row's running maximum and sums, lane by lane, with one more block of z: one maximum, one exp an entry."""
+    higher = tl.maximum(row_max, tl.max(z, 0))
+    shift = tl.where(higher == NEG_INF, 0.0, higher)
+    gap = tl.where(row_max == NEG_INF, 0.0, row_max - shift)
+    factor = exp_f32(gap)
+    d = z - shift
+    e = exp_f32(d)
+    if WITH_ENTROPY:
+        weighted = factor * (weighted + total * gap) + e * tl.where(z == NEG_INF, 0.0, d)
+    return higher, factor * total + e, weighted

@@ -22,7 +22,7 @@ import triton.language as tl
 from .. import _linear_walk as walk
 from . import _launch, kl
 from ._launch import pieces, power_of_two, warps
-from ._math import NEG_INF, exp_f32, expm1_f32, scaled, scaled_slope, tanh_f32
+from ._math import NEG_INF, add_block, exp_f32, expm1_f32, scaled, scaled_slope, tanh_f32
 
 TOKENS = 4096
 COLUMNS = 16384
@@ -72,16 +72,7 @@ def statistics_kernel(
     for start in range(first, end, BLOCK):
         x = logits_of(logits, row * stride, bias, start + lanes, start + lanes < end)
         z = scaled(x, scale, softcap, SCALED, CAPPED)
-        higher = tl.maximum(row_max, tl.max(z, 0))
-        shift = tl.where(higher == NEG_INF, 0.0, higher)
-        gap = tl.where(row_max == NEG_INF, 0.0, row_max - shift)
-        factor = exp_f32(gap)
-        d = z - shift
-        e = exp_f32(d)
-        if WITH_ENTROPY:
-            weighted = factor * (weighted + total * gap) + e * tl.where(z == NEG_INF, 0.0, d)
-        total = factor * total + e
-        row_max = higher
+        row_max, total, weighted = add_block(row_max, total, weighted, z, WITH_ENTROPY)
     tl.store(out_max + program, row_max)
     tl.store(out_sum + program, tl.sum(total, 0))
     if WITH_ENTROPY:

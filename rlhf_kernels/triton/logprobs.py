@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import _launch
 from ._launch import pieces, power_of_two, rows_of, warps
-from ._math import NEG_INF, exp_f32, expm1_f32, scaled, scaled_slope
+from ._math import NEG_INF, add_block, exp_f32, expm1_f32, scaled, scaled_slope
 
 PART = 32768  # columns whose statistics one program takes
 BLOCK = 4096  # columns that it holds in registers at a time
@@ -41,16 +41,7 @@ def statistics_kernel(
         columns = start + lanes
         x = tl.load(logits + row * stride + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
         z = scaled(x, scale, softcap, SCALED, CAPPED)
-        higher = tl.maximum(row_max, tl.max(z, 0))
-        shift = tl.where(higher == NEG_INF, 0.0, higher)
-        gap = tl.where(row_max == NEG_INF, 0.0, row_max - shift)
-        factor = exp_f32(gap)
-        d = z - shift
-        e = exp_f32(d)
-        if WITH_ENTROPY:
-            weighted = factor * (weighted + total * gap) + e * tl.where(z == NEG_INF, 0.0, d)
-        total = factor * total + e
-        row_max = higher
+        row_max, total, weighted = add_block(row_max, total, weighted, z, WITH_ENTROPY)
     tl.store(out_max + program, row_max)
     tl.store(out_sum + program, tl.sum(total, 0))
     if WITH_ENTROPY:
