@@ -21,7 +21,7 @@ test: $(VENV)/ready
 
 # On the machine's own python (PYTHON=), whose torch and triton see the GPU.
 gpu:
-	PYTHON=$(PYTHON) benchmarks/gpu.sh $(or $(OUT),build/gpu)
+	PYTHON=$(PYTHON) benchmarks/gpu.sh $(or $(OUT),$(error make gpu needs OUT=DIR for its results))
 
 BENCH := .venv-bench
 BENCH_PIP := $(subst $(BIN),$(BENCH)/bin,$(PIP))

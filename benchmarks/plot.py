@@ -154,7 +154,8 @@ def _heading(data: dict, path: Path) -> list[str]:
     days = ", ".join(sorted({run["date"].split()[0] for run in runs.values()}))
     return [
         f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {told['threads']} threads, "
-        f"torch {told['torch']}, commit {told['commit']}, {days}: `make bench`,",
+        f"torch {told['torch']}, commit {told['commit']}, {days}: `make bench`",
+        "(`ppo_iteration`: `make bench OP=train_ppo`),",
         f"all rows in `{path.relative_to(ROOT).as_posix()}`. Implementations of a row take turns in one run, and the",
         "best time of each counts: `9 × eager` is nine times as fast as eager PyTorch. `read` is `x.amax()` of the",
         "inputs, `copy` a copy of as many bytes, `matmuls` the op's own matrix products. In brackets stands the goal.",
