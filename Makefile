@@ -45,8 +45,11 @@ SANITIZED := build/sanitize
 SANITIZED_TESTS = $(foreach name,native properties $(notdir $(basename $(wildcard csrc/cpu/*.cpp))),$(wildcard tests/test_$(name)*.py))
 
 # The sanitizer and libstdc++, whose exceptions it watches, must be loaded before a Python that was built without them.
+# The GPU backends are left out: they are not sanitized.
 sanitize: export RLHF_KERNELS_SANITIZE := address,undefined
 sanitize: export RLHF_KERNELS_WERROR := 1
+sanitize: export TRITON_INTERPRET := 0
+sanitize: export RLHF_KERNELS_CUDA_ON_CPU :=
 sanitize: $(VENV)/ready
 	rm -rf $(SANITIZED)/lib
 	$(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib

@@ -57,7 +57,7 @@ def _load_cuda() -> tuple[object | None, str | None]:
 def missing_cuda() -> str | None:
     """Why the CUDA launchers cannot run here, or None if they can."""
     reason = _load_cuda()[1]
-    if reason is None and not (torch.version.cuda and torch.cuda.is_available()) and CUDA_ON_CPU not in os.environ:
+    if reason is None and not os.environ.get(CUDA_ON_CPU) and not (torch.version.cuda and torch.cuda.is_available()):
         return "there is no NVIDIA GPU"
     return reason
 

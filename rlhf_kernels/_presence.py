@@ -21,9 +21,8 @@ def on_gpu(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> 
 
 
 def on_nvidia(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    return (device.type == "cuda" or (device.type == "cpu" and _native.CUDA_ON_CPU in os.environ)) and (
-        dtype in _UP_TO_FP32
-    )
+    fibers = device.type == "cpu" and bool(os.environ.get(_native.CUDA_ON_CPU))
+    return (device.type == "cuda" or fibers) and dtype in _UP_TO_FP32
 
 
 def anywhere(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:

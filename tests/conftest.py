@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ if not GPU:
     from tests.cuda_on_cpu.build import build
 
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton") is not None:
+        importlib.import_module("triton.language")  # now: a test that unsets the variable may be the first to need it
     if "RLHF_KERNELS_CUDA_ON_CPU" not in os.environ and (built := build()) is not None:
         os.environ["RLHF_KERNELS_CUDA_ON_CPU"] = str(built)
 

@@ -456,7 +456,7 @@ def test_contract_fullgraph(backend_name):
 
 def test_contract_deterministic_and_row_independent(backend_name):
     generator = torch.Generator().manual_seed(5)
-    B, T = 120, 700
+    B, T = 12 if backend_name == "triton" else 120, 700  # the interpreter is slow
     tensors = [torch.randn(B, T, generator=generator) for _ in range(3)]
     scores = torch.randn(B, generator=generator)
     mask = torch.arange(T) < torch.randint(0, T + 1, (B, 1), generator=generator)
@@ -464,7 +464,7 @@ def test_contract_deterministic_and_row_independent(backend_name):
     shaped = on_threads((1, 2, 2), lambda: rlhf_advantages(scores, *tensors, mask, kl_coef=0.1))
     whole = on_threads((1, 2, 2), lambda: rlhf_advantages(scores, *tensors, mask, **options))
     assert torch.equal(shaped.returns, whole.returns)
-    for b in range(0, B, 37):
+    for b in range(0, B, B // 3):
         row = slice(b, b + 1)
         alone = rlhf_advantages(scores[row], *(x[row] for x in tensors), mask[row], **options)
         assert all(torch.equal(a, all_rows[row]) for a, all_rows in zip(alone, whole))
