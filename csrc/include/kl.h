@@ -19,7 +19,7 @@ RK_HD T log_ratio(T log_p, T log_q) {
 template <class T>
 RK_HD T kl_k3(T d) {
     const float shift = 12582912.0f;  // 1.5 * 2^23, as in exp_f32
-    const T x = d < splat<T>(-89.0f) ? splat<T>(89.0f) : -d;
+    const T x = d < splat<T>(-89.0f) ? splat<T>(89.0f) : d > splat<T>(89.0f) ? splat<T>(-89.0f) : -d;
     const T shifted = x * 1.44269504f + shift;
     const T n = shifted - shift;
     const auto k = to_bits(shifted) - to_bits(splat<T>(shift));
