@@ -94,11 +94,13 @@ RK_HD Lanes load(const Bf16* from) {
     return lanes;
 }
 
+typedef uint32_t Words __attribute__((vector_size(4 * RK_LANES)));  // bits of a NaN may overflow an int when rounded
+
 RK_HD Shorts to_bf16(Lanes lanes) {  // to nearest, ties to even
     Ints bits;
     __builtin_memcpy(&bits, &lanes, sizeof(bits));
     const Ints odd = (bits >> 16) & 1;
-    const Ints rounded = lanes == lanes ? bits + 0x7fff + odd : bits | 0x400000;
+    const Ints rounded = lanes == lanes ? (Ints)((Words)bits + 0x7fff + (Words)odd) : bits | 0x400000;
     return __builtin_convertvector(rounded >> 16, Shorts);
 }
 
@@ -142,7 +144,8 @@ RK_HD Shorts to_half(Lanes lanes) {
     const Ints sign = (bits >> 16) & 0x8000;
     const Ints magnitude = bits & 0x7fffffff;
     // Normal results: move the exponent's bias, round the 13 bits that fall off to even; a carry may reach infinity.
-    const Ints normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const Words odd = ((Words)magnitude >> 13) & 1;
+    const Ints normal = (Ints)(((Words)magnitude - 0x37fff001u + odd) >> 13);
     // Subnormal results: adding 0.5 puts the half's last bit at the float's last bit and rounds to even.
     Lanes size;
     __builtin_memcpy(&size, &magnitude, sizeof(size));
