@@ -65,8 +65,9 @@ class BuildNative(build_ext):
             name = note_of(ext.name.rpartition(".")[2])
             built, note = Path(self.build_lib) / "rlhf_kernels" / name, Path("rlhf_kernels") / name
             note.unlink(missing_ok=True)
-            if built.exists():
+            if built.exists():  # and no module of an earlier build may stand in for the one that is missing
                 shutil.copy(built, note)
+                Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
 
     def build_extension(self, ext):
         module = ext.name.rpartition(".")[2]
@@ -109,7 +110,7 @@ class BuildNative(build_ext):
         flags = ["-std=c++17", "-O3", f"-Xcompiler={','.join(host)}", *(["-Werror=all-warnings"] if STRICT else [])]
         includes = [CSRC / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
         flags += [f"-I{path}" for path in includes] + [f'-DRK_ARCHITECTURES="{" ".join(archs)}"']
-        folder = Path(self.build_temp) / "cuda"
+        folder = Path(self.build_temp) / f"cuda-{'-'.join(archs)}"
         folder.mkdir(parents=True, exist_ok=True)
         headers = max(
             path.stat().st_mtime for path in [*CSRC.glob("include/*.h"), *CSRC.glob("cuda/*.h"), Path(__file__)]

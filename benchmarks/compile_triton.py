@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rlhf_kernels._native import KL_ESTIMATORS
 from rlhf_kernels.triton import _launch
 
 TARGETS = {
@@ -135,7 +136,7 @@ def advantages(op) -> None:
         x, mask, scores = new(*shape), new(*shape, dtype=BOOL), new(rows)
         op.gae_fwd(x, x, mask, 1.0, 0.95, packed, None)
         op.gae_fwd(x, x, None, 1.0, 0.95, packed, scores)
-        for estimator in op.ESTIMATORS:
+        for estimator in KL_ESTIMATORS:
             op.rlhf_advantages_fwd(scores, x, x, x, mask, 0.1, 1.0, 0.95, estimator, None, True, packed)
         op.rlhf_advantages_fwd(scores, x, x, x, None, 0.1, 1.0, 0.95, "k3", 1.0, False, packed)
         for keep in (mask, None):

@@ -11,6 +11,7 @@ and the median counts; where latency rules, what is timed is the replay of a CUD
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import subprocess
@@ -46,17 +47,26 @@ class Row:
 
 def ours(op: str, call: Callable) -> dict[str, Callable]:
     """The call on each backend of the op that runs here."""
+    return {name: on(name, call) for name in gpu_backends(op)}
 
-    def on(name):
-        def run():
-            with rk.backend(name):
-                return call()
 
-        return run
-
+def gpu_backends(op: str) -> list[str]:
     states = rk.backends()[op]
-    names = [name for name, _ in dispatch.TABLE[op] if name not in ("cpu", "reference")]
-    return {name: on(name) for name in names if states[name] == "available"}
+    return [name for name, _ in dispatch.TABLE[op] if name not in ("cpu", "reference") and states[name] == "available"]
+
+
+def on(name: str, call: Callable) -> Callable:
+    def run():
+        with rk.backend(name):
+            return call()
+
+    return run
+
+
+def backwards(op: str, forward: Callable, eager: Callable, leaf: torch.Tensor, upstream) -> dict[str, Callable]:
+    """The backward alone on each backend of the op, which must also have made the forward, and of eager."""
+    mine = {name: on(name, differentiated(forward, leaf, upstream)) for name in gpu_backends(op)}
+    return {**mine, "eager": differentiated(eager, leaf, upstream)}
 
 
 @dataclass(frozen=True)
@@ -110,11 +120,9 @@ def logits_rows(place):
         )  # fmt: skip
         leaf = logits.detach().requires_grad_()
         upstream = torch.randn(2, n, device=device) / n
-        forwards = {
-            **ours("logprobs", lambda call=call, leaf=leaf: call(leaf)),
-            "eager": lambda eager=eager, leaf=leaf: eager(leaf),
-        }
-        backward = {name: differentiated(f, leaf, tuple(upstream)) for name, f in forwards.items()}
+        backward = backwards(
+            "logprobs", functools.partial(call, leaf), functools.partial(eager, leaf), leaf, tuple(upstream)
+        )
 
         def exact_gradient(x=logits, y=labels, upstream=upstream):
             x = x[:CHECKED].double().requires_grad_()
@@ -149,8 +157,7 @@ def kl_rows(place):
     calls |= {"eager": lambda: (eager(detached, ref),), "compile": lambda: (compiled(detached, ref),)}
     yield Row("kl_from_logits, forward", f"{n}x{v}", calls, n * v * 4, goal_share=0.88, exact=exact)
     upstream = torch.randn(n, device=device) / n
-    forwards = {**ours("kl", lambda: rk.kl_from_logits(logits, ref)), "eager": lambda: eager(logits, ref)}
-    backward = {name: differentiated(forward, logits, upstream) for name, forward in forwards.items()}
+    backward = backwards("kl", lambda: rk.kl_from_logits(logits, ref), lambda: eager(logits, ref), logits, upstream)
     yield Row("kl_from_logits, backward", f"{n}x{v}", backward, n * v * 6, goal_share=0.88)
 
 

@@ -19,6 +19,7 @@ POOLED_BYTES = 4 << 20
 POOL = "RLHF_KERNELS_CPU_POOL_MB"
 EMPTY = 64
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/include/rk.h
+KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}  # enum KlEstimator of csrc/include/kl.h
 
 
 @functools.cache
@@ -54,10 +55,16 @@ def _load_cuda() -> tuple[object | None, str | None]:
     return _cuda, None
 
 
+@functools.cache
+def has_gpu() -> bool:
+    """Whether PyTorch finds a CUDA or ROCm device; asked once, because every call on one would ask."""
+    return torch.cuda.is_available()
+
+
 def missing_cuda() -> str | None:
     """Why the CUDA launchers cannot run here, or None if they can."""
     reason = _load_cuda()[1]
-    if reason is None and not os.environ.get(CUDA_ON_CPU) and not (torch.version.cuda and torch.cuda.is_available()):
+    if reason is None and not os.environ.get(CUDA_ON_CPU) and not (torch.version.cuda and has_gpu()):
         return "there is no NVIDIA GPU"
     return reason
 
@@ -142,6 +149,28 @@ def dense_rows(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
         return tensor
     return tensor.contiguous()
+
+
+def dense_fp32(tensor: Tensor | None) -> Tensor | None:
+    """The tensor in fp32 and contiguous."""
+    return None if tensor is None else tensor.to(torch.float32).contiguous()
+
+
+def alike_as_rows(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one shape as [rows, columns]: in place if they are matrices, else as one row, copied if need be."""
+    if tensors[0].dim() == 2 and not all(x.is_contiguous() for x in tensors):
+        return [dense_rows(x) for x in tensors]
+    return [x.contiguous().view(1, -1) for x in tensors]
+
+
+def typed_rows(tensor: Tensor) -> tuple[Tensor, int, int]:
+    """The three arguments of a matrix of any dtype: itself, its dtype and its row stride."""
+    return tensor, DTYPES[tensor.dtype], tensor.stride(0)
+
+
+def or_infinite(bound: float | None) -> float:
+    """A bound as the kernels take it: no bound is an infinite one."""
+    return float("inf") if bound is None else bound
 
 
 def as_rows(tensor: Tensor | None) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -29,6 +30,11 @@ def anywhere(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -
     return True
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _interpreting() -> bool:
     """Whether Triton's kernels run on CPU tensors, in its interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -40,8 +46,8 @@ def missing(name: str) -> str | None:
         return _native.missing()
     if name == "cuda":
         return _native.missing_cuda()
-    if name == "triton" and importlib.util.find_spec("triton") is None:
+    if name == "triton" and not _has_triton():
         return "the package triton is not installed"
-    if name == "triton" and not torch.cuda.is_available() and not _interpreting():
+    if name == "triton" and not _native.has_gpu() and not _interpreting():
         return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
     return None

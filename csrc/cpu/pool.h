@@ -1,5 +1,5 @@
-// Memory of large results, kept for the next one. Fresh pages cost more than the kernels that write them: 64 MiB take
-// 20 to 150 ms to fault in on a virtual machine, 3 ms to overwrite. Kept blocks are marked as free (MADV_FREE), so that
+// Memory of large results, kept for the next one. Fresh pages cost more than the kernels that write them: 64 MiB took
+// 90 to 150 ms to fault in on a virtual machine, 3 to 7 ms to overwrite. Kept blocks are marked as free (MADV_FREE), so that
 // the system takes their pages back when it runs short. Every call holds the GIL, which serves as the pool's lock.
 #pragma once
 #if defined(__linux__)

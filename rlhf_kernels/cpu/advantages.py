@@ -2,9 +2,7 @@
 
 import torch
 
-from .._native import as_rows, dense_rows, fresh, rows, run
-
-KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
+from .._native import KL_ESTIMATORS, as_rows, dense_rows, fresh, or_infinite, rows, run
 
 
 def _shape(tensor, cu_seqlens):
@@ -34,11 +32,10 @@ def rlhf_advantages_fwd(
     log_probs, ref_log_probs, values, mask = (dense_rows(x) for x in (log_probs, ref_log_probs, values, mask))
     advantages, returns, rewards, kl = (fresh(*log_probs.shape) for _ in range(4))
     row_stats = torch.empty((scores.shape[0], 3), dtype=torch.float64) if whiten else None
-    clip = float("inf") if reward_clip is None else reward_clip
     run(
         "rlhf_advantages_fwd_f32", scores, *rows(log_probs), *rows(ref_log_probs), *rows(values), *rows(mask),
-        cu_seqlens, *_shape(log_probs, cu_seqlens), kl_coef, gamma, lam, KL_ESTIMATORS[kl_estimator], clip, whiten,
-        row_stats, advantages, returns, rewards, kl,
+        cu_seqlens, *_shape(log_probs, cu_seqlens), kl_coef, gamma, lam, KL_ESTIMATORS[kl_estimator],
+        or_infinite(reward_clip), whiten, row_stats, advantages, returns, rewards, kl,
     )  # fmt: skip
     return advantages, returns, rewards, kl
 

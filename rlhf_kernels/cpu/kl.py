@@ -2,14 +2,7 @@
 
 import torch
 
-from .._native import DTYPES, dense_rows, fresh, run
-
-ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
-
-
-def _side(rows):
-    """The three arguments of a side: its rows, their dtype and stride."""
-    return rows, DTYPES[rows.dtype], rows.stride(0)
+from .._native import KL_ESTIMATORS, alike_as_rows, dense_rows, fresh, run, typed_rows
 
 
 def _gradient(rows, needed):
@@ -25,7 +18,7 @@ def kl_fwd(logits, ref_logits, temperature, reverse):
     sides = [dense_rows(x.reshape(-1, vocab)) for x in (logits, ref_logits)]
     out = [torch.empty(sides[0].shape[0]) for _ in range(5)]
     sides, statistics = (sides, out[1:]) if reverse else (sides[::-1], out[3:] + out[1:3])
-    run("kl_fwd", *_side(sides[0]), *_side(sides[1]), *sides[0].shape, temperature, out[0], *statistics)
+    run("kl_fwd", *typed_rows(sides[0]), *typed_rows(sides[1]), *sides[0].shape, temperature, out[0], *statistics)
     return tuple(x.view(shape) for x in out)
 
 
@@ -42,7 +35,7 @@ def kl_bwd(
         sides, wanted, statistics = sides[::-1], wanted[::-1], statistics[2:] + statistics[:2]
     if need_logits or need_ref:
         run(
-            "kl_bwd", grad.to(torch.float32).contiguous(), *_side(sides[0]), *_side(sides[1]),
+            "kl_bwd", grad.to(torch.float32).contiguous(), *typed_rows(sides[0]), *typed_rows(sides[1]),
             *(x.contiguous() for x in (kl, *statistics)), *sides[0].shape, temperature, *wanted,
         )  # fmt: skip
     like = (logits, ref_logits)
@@ -51,26 +44,20 @@ def kl_bwd(
     )
 
 
-def _as_rows(*tensors):
-    """Tensors of one shape as [rows, columns]: in place if they are matrices, else as one row, copied if need be."""
-    if tensors[0].dim() == 2 and not all(x.is_contiguous() for x in tensors):
-        return [dense_rows(x) for x in tensors]
-    return [x.contiguous().view(1, -1) for x in tensors]
-
-
 def approx_kl_fwd(log_probs, ref_log_probs, estimator):
-    p, q = _as_rows(log_probs, ref_log_probs)
+    p, q = alike_as_rows(log_probs, ref_log_probs)
     out = fresh(*log_probs.shape)
-    run("approx_kl_fwd", *_side(p), *_side(q), *p.shape, ESTIMATORS[estimator], out)
+    run("approx_kl_fwd", *typed_rows(p), *typed_rows(q), *p.shape, KL_ESTIMATORS[estimator], out)
     return out
 
 
 def approx_kl_bwd(grad, log_probs, ref_log_probs, estimator, need_log_probs, need_ref):
-    grad, p, q = _as_rows(grad.to(torch.float32), log_probs, ref_log_probs)
+    grad, p, q = alike_as_rows(grad.to(torch.float32), log_probs, ref_log_probs)
     needs = (need_log_probs, need_ref)
     grads = [_gradient(x, need) for x, need in zip((log_probs, ref_log_probs), needs, strict=True)]
     wanted = [_wanted(x, need) for x, need in zip(grads, needs, strict=True)]
     run(
-        "approx_kl_bwd", grad, grad.stride(0), *_side(p), *_side(q), *p.shape, ESTIMATORS[estimator], *wanted,
+        "approx_kl_bwd", grad, grad.stride(0), *typed_rows(p), *typed_rows(q), *p.shape, KL_ESTIMATORS[estimator],
+        *wanted,
     )  # fmt: skip
     return tuple(grads)

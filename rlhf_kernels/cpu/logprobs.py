@@ -2,11 +2,7 @@
 
 import torch
 
-from .._native import DTYPES, dense_rows, fresh, run
-
-
-def _float_row(tensor):
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+from .._native import DTYPES, dense_fp32, dense_rows, fresh, run
 
 
 def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entropy):
@@ -39,7 +35,7 @@ def logprobs_bwd(
     out = rows if over else fresh(*rows.shape, dtype=rows.dtype)
     flat_labels = None if labels is None else labels.reshape(-1).contiguous()
     run(
-        "logprobs_bwd", _float_row(grad_logprobs), _float_row(grad_entropy), rows, DTYPES[rows.dtype], rows.stride(0),
+        "logprobs_bwd", dense_fp32(grad_logprobs), dense_fp32(grad_entropy), rows, DTYPES[rows.dtype], rows.stride(0),
         flat_labels, logprobs, entropy, row_max, log_sum, *rows.shape, temperature, softcap or 0.0, ignore_index, out,
         out.stride(0),
     )  # fmt: skip

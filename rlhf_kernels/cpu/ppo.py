@@ -2,36 +2,28 @@
 
 import torch
 
-from .._native import fresh, run
+from .._native import dense_fp32, fresh, or_infinite, run
 from ..reference.ppo import AGG_MODES, STATS
 
 PIECE = 16384  # tokens of which a thread takes one lot at a time, about 20 us of work
 TOTALS = 25  # numbers that the kernel keeps of each piece
 
 
-def _dense(x):
-    return None if x is None else x.to(torch.float32).contiguous()
-
-
-def _off(bound):
-    return float("inf") if bound is None else bound
-
-
 def ppo_fwd(
     log_probs, old_log_probs, advantages, mask, values, old_values, returns, entropy, normalizer,
     cliprange, cliprange_high, dual_clip, cliprange_value, loss_agg_mode, value_scale=1.0, entropy_scale=1.0,
 ):  # fmt: skip
-    inputs = [_dense(x) for x in (log_probs, old_log_probs, advantages)]
-    optional = [_dense(x) for x in (values, old_values, returns, entropy, normalizer)]
+    inputs = [dense_fp32(x) for x in (log_probs, old_log_probs, advantages)]
+    optional = [dense_fp32(x) for x in (values, old_values, returns, entropy, normalizer)]
     B, T = log_probs.shape
     lengths = torch.empty(B, dtype=torch.int64)
     workspace = torch.empty((B * T + PIECE - 1) // PIECE * TOTALS, dtype=torch.float64)
     losses, stats = torch.empty(3), torch.empty(len(STATS))
     grads = [fresh(0) if x is None else fresh(B, T) for x in (log_probs, values, entropy)]
     run(
-        "ppo_fwd_f32", *inputs, mask, *optional, B, T, cliprange, cliprange_high, _off(dual_clip),
-        _off(cliprange_value), AGG_MODES.index(loss_agg_mode), value_scale, entropy_scale, PIECE, lengths, workspace,
-        losses, *grads, stats,
+        "ppo_fwd_f32", *inputs, mask, *optional, B, T, cliprange, cliprange_high, or_infinite(dual_clip),
+        or_infinite(cliprange_value), AGG_MODES.index(loss_agg_mode), value_scale, entropy_scale, PIECE, lengths,
+        workspace, losses, *grads, stats,
     )  # fmt: skip
     return losses, *grads, stats
 

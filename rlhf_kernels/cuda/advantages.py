@@ -6,9 +6,8 @@ choice is made from shapes, so that nothing waits for offsets that lie on the de
 
 import torch
 
-from .._native import as_rows, dense_rows, launch, rows
+from .._native import KL_ESTIMATORS, as_rows, dense_rows, launch, or_infinite, rows
 
-KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 TILE = 1024  # tokens; as in csrc/cuda/advantage_tokens.h
 WHITEN_TOKENS = 4096  # of a block that whitens; as in csrc/cuda/advantages.cu
 FEW_ROWS = 256  # fewer do not occupy a large GPU
@@ -61,11 +60,10 @@ def rlhf_advantages_fwd(
     device, moments = log_probs.device, None
     if whiten:
         moments = torch.empty(((units or B) + 1, 3), dtype=torch.float64, device=device)
-    clip = float("inf") if reward_clip is None else reward_clip
     launch(
         "rlhf_advantages_fwd_f32", scores, *rows(log_probs), *rows(ref_log_probs), *rows(values), *rows(mask),
         *_offsets(cu_seqlens), B, T, log_probs.numel(), kl_coef, gamma, lam, KL_ESTIMATORS[kl_estimator],
-        clip, units, *_workspace(units, device), moments, advantages, returns, rewards, kl,
+        or_infinite(reward_clip), units, *_workspace(units, device), moments, advantages, returns, rewards, kl,
     )  # fmt: skip
     return advantages, returns, rewards, kl
 

@@ -2,15 +2,9 @@
 
 import torch
 
-from .._native import DTYPES, dense_rows, launch
+from .._native import KL_ESTIMATORS, alike_as_rows, dense_rows, launch, typed_rows
 
-ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 PART = 4096  # entries of a row whose statistics one block takes, as in csrc/cuda/kl.cu
-
-
-def _side(rows):
-    """The three arguments of a side: its rows, their dtype and stride."""
-    return rows, DTYPES[rows.dtype], rows.stride(0)
 
 
 def kl_fwd(logits, ref_logits, temperature, reverse):
@@ -24,7 +18,9 @@ def kl_fwd(logits, ref_logits, temperature, reverse):
     partial = new(4 * count * parts, torch.float64) if parts > 1 else None
     out = [new(count) for _ in range(5)]
     sides, statistics = (sides, out[1:]) if reverse else (sides[::-1], out[3:] + out[1:3])
-    launch("kl_fwd", *_side(sides[0]), *_side(sides[1]), count, vocab, temperature, partial, out[0], *statistics)
+    launch(
+        "kl_fwd", *typed_rows(sides[0]), *typed_rows(sides[1]), count, vocab, temperature, partial, out[0], *statistics
+    )
     return tuple(x.view(shape) for x in out)
 
 
@@ -45,31 +41,33 @@ def kl_bwd(
         sides, wanted, statistics = sides[::-1], wanted[::-1], statistics[2:] + statistics[:2]
     if need_logits or need_ref:
         launch(
-            "kl_bwd", grad.to(torch.float32).contiguous(), *_side(sides[0]), *_side(sides[1]),
+            "kl_bwd", grad.to(torch.float32).contiguous(), *typed_rows(sides[0]), *typed_rows(sides[1]),
             *(x.contiguous() for x in (kl, *statistics)), *sides[0].shape, temperature, *wanted,
         )  # fmt: skip
     like = (logits, ref_logits)
     return tuple(g.view(x.shape) if need else g for g, x, need in zip(grads, like, needs, strict=True))
 
 
-def _as_rows(*tensors):
-    """Tensors of one shape as [rows, columns]: in place if they are matrices, else as one row, copied if need be."""
-    if tensors[0].dim() == 2 and not all(x.is_contiguous() for x in tensors):
-        return [dense_rows(x) for x in tensors]
-    return [x.contiguous().view(1, -1) for x in tensors]
-
-
 def approx_kl_fwd(log_probs, ref_log_probs, estimator):
-    p, q = _as_rows(log_probs, ref_log_probs)
+    p, q = alike_as_rows(log_probs, ref_log_probs)
     out = torch.empty(log_probs.shape, dtype=torch.float32, device=log_probs.device)
-    launch("approx_kl_fwd", *_side(p), *_side(q), *p.shape, ESTIMATORS[estimator], out)
+    launch("approx_kl_fwd", *typed_rows(p), *typed_rows(q), *p.shape, KL_ESTIMATORS[estimator], out)
     return out
 
 
 def approx_kl_bwd(grad, log_probs, ref_log_probs, estimator, need_log_probs, need_ref):
-    grad, p, q = _as_rows(grad.to(torch.float32), log_probs, ref_log_probs)
+    grad, p, q = alike_as_rows(grad.to(torch.float32), log_probs, ref_log_probs)
     needs = (need_log_probs, need_ref)
     grads = [x.new_empty(x.shape if need else 0) for x, need in zip((log_probs, ref_log_probs), needs)]
     wanted = [x if need else None for x, need in zip(grads, needs)]
-    launch("approx_kl_bwd", grad, grad.stride(0), *_side(p), *_side(q), *p.shape, ESTIMATORS[estimator], *wanted)
+    launch(
+        "approx_kl_bwd",
+        grad,
+        grad.stride(0),
+        *typed_rows(p),
+        *typed_rows(q),
+        *p.shape,
+        KL_ESTIMATORS[estimator],
+        *wanted,
+    )
     return tuple(grads)

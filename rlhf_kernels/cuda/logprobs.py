@@ -2,17 +2,13 @@
 
 import torch
 
-from .._native import DTYPES, dense_rows, launch
+from .._native import DTYPES, dense_fp32, dense_rows, launch
 
 PART = 8192  # entries of a row whose statistics one block takes, as in csrc/cuda/logprobs.cu
 
 
 def _flat(labels):
     return None if labels is None else labels.reshape(-1).contiguous()
-
-
-def _float_row(tensor):
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
 
 
 def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entropy):
@@ -46,7 +42,7 @@ def logprobs_bwd(
     over = inplace and rows.data_ptr() == logits.data_ptr()
     out = rows if over else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     launch(
-        "logprobs_bwd", _float_row(grad_logprobs), _float_row(grad_entropy), rows, DTYPES[rows.dtype], rows.stride(0),
+        "logprobs_bwd", dense_fp32(grad_logprobs), dense_fp32(grad_entropy), rows, DTYPES[rows.dtype], rows.stride(0),
         _flat(labels), logprobs, entropy, row_max, log_sum, *rows.shape, temperature, softcap or 0.0, ignore_index,
         out, out.stride(0),
     )  # fmt: skip

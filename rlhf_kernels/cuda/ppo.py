@@ -2,7 +2,7 @@
 
 import torch
 
-from .._native import launch
+from .._native import dense_fp32, launch, or_infinite
 from ..reference.ppo import AGG_MODES, STATS
 
 PIECE = 2048  # tokens of a block; this and the rest as in csrc/cuda/ppo.cu
@@ -11,20 +11,12 @@ RECORD = 17  # numbers that a piece adds up to
 COUNTING_BLOCKS = 256
 
 
-def _dense(x):
-    return None if x is None else x.to(torch.float32).contiguous()
-
-
-def _off(bound):
-    return float("inf") if bound is None else bound
-
-
 def ppo_fwd(
     log_probs, old_log_probs, advantages, mask, values, old_values, returns, entropy, normalizer,
     cliprange, cliprange_high, dual_clip, cliprange_value, loss_agg_mode, value_scale=1.0, entropy_scale=1.0,
 ):  # fmt: skip
-    inputs = [_dense(x) for x in (log_probs, old_log_probs, advantages)]
-    optional = [_dense(x) for x in (values, old_values, returns, entropy, normalizer)]
+    inputs = [dense_fp32(x) for x in (log_probs, old_log_probs, advantages)]
+    optional = [dense_fp32(x) for x in (values, old_values, returns, entropy, normalizer)]
     (B, T), device = log_probs.shape, log_probs.device
     pieces = max(-(-B * T // PIECE), 1)
     groups = -(-pieces // GROUP)
@@ -35,8 +27,8 @@ def ppo_fwd(
     shapes = ((0,) if x is None else (B, T) for x in (log_probs, values, entropy))
     grads = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
     launch(
-        "ppo_fwd_f32", *inputs, mask, *optional, B, T, cliprange, cliprange_high, _off(dual_clip),
-        _off(cliprange_value), AGG_MODES.index(loss_agg_mode), value_scale, entropy_scale, counts,
+        "ppo_fwd_f32", *inputs, mask, *optional, B, T, cliprange, cliprange_high, or_infinite(dual_clip),
+        or_infinite(cliprange_value), AGG_MODES.index(loss_agg_mode), value_scale, entropy_scale, counts,
         counts[2 * COUNTING_BLOCKS :], records, done, losses, *grads, stats,
     )  # fmt: skip
     return losses, *grads, stats

@@ -58,7 +58,7 @@ def scaled_slope(x, scale, softcap, CAPPED: tl.constexpr):
         t = tanh_f32(x / softcap)
         return (1.0 - t * t) * scale
     else:
-        return x * 0.0 + scale
+        return scale
 
 
 @triton.jit

@@ -21,9 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .._native import KL_ESTIMATORS
 from . import _launch
 from ._launch import pieces, power_of_two
-from .kl import ESTIMATORS, k3
+from .kl import k3
 
 # Tokens of a row that a program takes where rows are few, tokens that it, a single warp, holds in registers at a time,
 # and rows that keep a GPU busy with a program each. In the interpreter they are small: small tests walk every path.
@@ -381,7 +382,7 @@ def rlhf_advantages_fwd(
     out = [values.new_empty(values.shape) for _ in range(4)]
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     clip = float("inf") if reward_clip is None else float(reward_clip)
-    shaping = scores.contiguous(), log_probs, ref_log_probs, float(kl_coef), ESTIMATORS[kl_estimator], clip
+    shaping = scores.contiguous(), log_probs, ref_log_probs, float(kl_coef), KL_ESTIMATORS[kl_estimator], clip
     moments = _gae(None, values, mask, None, shaping, cu_seqlens, gamma, lam, out, with_moments=whiten)
     if whiten:
         _whiten(out[0], mask, _merged(moments), True, out[0])

@@ -109,6 +109,17 @@ def lowest(score, rank, AXIS: tl.constexpr):
 
 
 @triton.jit
+def add_rewards(s, r, rewards, present, dirty, low, high):
+    """Sum, count, count of NaN, lowest and lowest negated score of a prompt, with one more block of responses."""
+    there, clean = r >= 0, s == s
+    rewards += tl.sum(s.to(tl.float64), 0)
+    present += tl.sum(there.to(tl.int64), 0)
+    dirty += tl.sum((clean == 0).to(tl.int32), 0)
+    low = tl.where(there & clean & (s < low), s, low)
+    return rewards, present, dirty, low, tl.where(there & clean & (-s < high), -s, high)
+
+
+@triton.jit
 def store_stats(stats, p, mask, pairs, strict, right, margin, present, rewards, low, high):
     row = stats + p * WIDTH
     tl.store(row, pairs.to(tl.float32), mask=mask)
@@ -211,21 +222,16 @@ def large_pairs(
         better = tl.sum(won, 1)
         total += tl.sum(tl.sum(costs, 1).to(tl.float64), 0)
         margin += tl.sum(s.to(tl.float64) * (better - tl.sum(lost, 1)).to(tl.float64), 0)
-        rewards += tl.sum(s.to(tl.float64), 0)
         strict += tl.sum(better.to(tl.int64), 0)
         ties += tl.sum(tl.sum(even, 1).to(tl.int64), 0)
         twice += tl.sum(tl.sum(rights, 1).to(tl.int64), 0)
-        there, clean = r >= 0, s == s
-        present += tl.sum(there.to(tl.int64), 0)
-        dirty += tl.sum((clean == 0).to(tl.int32), 0)
-        low = tl.where(there & clean & (s < low), s, low)
-        high = tl.where(there & clean & (-s < high), -s, high)
+        rewards, present, dirty, low, high = add_rewards(s, r, rewards, present, dirty, low, high)
     pairs = strict + ties
     divisor = tl.maximum(pairs, 1).to(tl.float64)
     tl.store(loss + p, (total / divisor).to(tl.float32))
-    bottom = tl.where(dirty > 0, float("nan"), tl.min(low, 0))
-    peak = tl.where(dirty > 0, float("nan"), -tl.min(high, 0))
-    store_stats(stats, p, p >= 0, pairs, strict, twice, margin, present, rewards, bottom, peak)
+    lowest_score = tl.where(dirty > 0, float("nan"), tl.min(low, 0))
+    highest_score = tl.where(dirty > 0, float("nan"), -tl.min(high, 0))
+    store_stats(stats, p, p >= 0, pairs, strict, twice, margin, present, rewards, lowest_score, highest_score)
     divide(grad, start, size, pairs, ROWS)
 
 
@@ -365,20 +371,15 @@ def large_choices(
         tl.store(grad + start + k, -missing, mask=k < size)
         total += tl.sum(cost.to(tl.float64), 0)
         margin += tl.sum(s.to(tl.float64) * (worse - tl.sum(lost, 1)).to(tl.float64), 0)
-        rewards += tl.sum(s.to(tl.float64), 0)
         strict += tl.sum(worse.to(tl.int64), 0)
         choices += tl.sum((worse > 0).to(tl.int64), 0)
         twice += tl.sum(tl.sum(rights, 1).to(tl.int64), 0)
-        there, clean = r >= 0, s == s
-        present += tl.sum(there.to(tl.int64), 0)
-        dirty += tl.sum((clean == 0).to(tl.int32), 0)
-        low = tl.where(there & clean & (s < low), s, low)
-        high = tl.where(there & clean & (-s < high), -s, high)
+        rewards, present, dirty, low, high = add_rewards(s, r, rewards, present, dirty, low, high)
     divisor = tl.maximum(choices, 1)
     tl.store(loss + p, (total / divisor.to(tl.float64)).to(tl.float32))
-    bottom = tl.where(dirty > 0, float("nan"), tl.min(low, 0))
-    top_score = tl.where(dirty > 0, float("nan"), -tl.min(high, 0))
-    store_stats(stats, p, p >= 0, choices, strict, twice, margin, present, rewards, bottom, top_score)
+    lowest_score = tl.where(dirty > 0, float("nan"), tl.min(low, 0))
+    highest_score = tl.where(dirty > 0, float("nan"), -tl.min(high, 0))
+    store_stats(stats, p, p >= 0, choices, strict, twice, margin, present, rewards, lowest_score, highest_score)
     tl.debug_barrier()  # what follows was stored by other threads of the program
     for top in range(0, size, ROWS):
         k = top + tl.arange(0, ROWS)

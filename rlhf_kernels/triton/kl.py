@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .._native import KL_ESTIMATORS
 from . import _launch
 from ._launch import pieces, power_of_two, rows_of, warps
 from ._math import LOG2_E, NEG_INF, exp_f32
@@ -24,7 +25,6 @@ TOKENS = 1024  # entries of a program of the estimators
 
 INF = tl.constexpr(float("inf"))
 FLOOR = tl.constexpr(-1e36)  # of a difference of logits in a sum: finite sums stay finite, and inf means "impossible"
-ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
 
 
 @triton.jit
@@ -334,7 +334,7 @@ def _as_rows(*tensors):
 
 
 def _options(estimator, rows):
-    return {"ESTIMATOR": ESTIMATORS[estimator], "DENSE": rows.shape[0] == 1, "BLOCK": TOKENS, "num_warps": 4}
+    return {"ESTIMATOR": KL_ESTIMATORS[estimator], "DENSE": rows.shape[0] == 1, "BLOCK": TOKENS, "num_warps": 4}
 
 
 def approx_kl_fwd(log_probs, ref_log_probs, estimator):
