@@ -1,7 +1,9 @@
 """The opaque operators behind linear.py: registration, fake results and autograd; the contract is reference/linear.py.
 
 All tensors arrive flat: hidden [N, H], weight [V, H], labels, rows, temperatures [M] (PPO: [B, T] or [M] beside the
-labels). chunk_size 0 means the backend's default, group_name "" means no process group.
+labels). chunk_size 0 means the backend's default, group_name "" means no process group. With slopes, a forward returns
+d output_i / d hidden row [M, H] beside its output, and its backward has only to multiply them: for a head that is not
+trained.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 from . import dispatch
 from ._checks import reads_values
 from .logprobs import check_labels
+from .reference.linear import spread_slopes
 from .reference.ppo import STATS
 
 
@@ -32,6 +35,11 @@ def _backend(hidden: Tensor):
         yield dispatch.pick("linear", hidden)
 
 
+def _check_rows(rows, hidden):
+    if rows is not None and reads_values(rows) and bool(((rows < 0) | (rows >= hidden.shape[0])).any()):
+        raise ValueError(f"rows holds values outside [0, {hidden.shape[0]}), the rows of hidden_states")
+
+
 def _check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name, mask=None):
     """The checks that read values: labels, rows and temperatures."""
     if not reads_values(labels):
@@ -42,8 +50,7 @@ def _check_values(hidden, weight, labels, rows, temperatures, ignore_index, grou
         torch.distributed.all_reduce(total, group=_group(group_name))
         vocab = int(total)
     check_labels(labels if mask is None else torch.where(mask, labels, ignore_index), vocab, ignore_index)
-    if rows is not None and bool(((rows < 0) | (rows >= hidden.shape[0])).any()):
-        raise ValueError(f"rows holds values outside [0, {hidden.shape[0]}), the rows of hidden_states")
+    _check_rows(rows, hidden)
     if temperatures is not None and not bool((temperatures > 0).all()):
         raise ValueError("temperature holds values that are not > 0")
 
@@ -65,22 +72,27 @@ def _fake_gradients(hidden, weight, bias, needs, saved=False):
 def linear_logprobs_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
     temperatures: Tensor | None, temperature: float, softcap: float | None, ignore_index: int, with_entropy: bool,
-    chunk_size: int, group_name: str, vocab_start: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with_slopes: bool, chunk_size: int, fast: bool, group_name: str, vocab_start: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name)
     with _backend(hidden) as backend:
         return backend.linear_logprobs_fwd(
             hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy,
-            chunk_size, _group(group_name), vocab_start,
+            with_slopes, chunk_size, fast, _group(group_name), vocab_start,
         )  # fmt: skip
 
 
 @linear_logprobs_fwd.register_fake
-def _(hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy, *rest):
-    def new(shape):
-        return hidden.new_empty(shape, dtype=_row_dtype(hidden))
+def _(
+    hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy, with_slopes,
+    *rest,
+):  # fmt: skip
+    def new(wanted, *shape):
+        return hidden.new_empty(shape if wanted else 0, dtype=_row_dtype(hidden))
 
-    return new(labels.shape), new(labels.shape if with_entropy else 0), new(labels.shape), new(labels.shape)
+    count, saved = labels.shape[0], not with_slopes
+    rows_of_slopes = new(with_slopes, count, hidden.shape[1])
+    return new(True, count), new(with_entropy, count), new(saved, count), new(saved, count), rows_of_slopes
 
 
 @torch.library.custom_op("rlhf_kernels::linear_logprobs_bwd", mutates_args=())
@@ -88,13 +100,13 @@ def linear_logprobs_bwd(
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, labels: Tensor,
     rows: Tensor | None, bias: Tensor | None, temperatures: Tensor | None, logprobs: Tensor, entropy: Tensor,
     row_max: Tensor, log_sum: Tensor, temperature: float, softcap: float | None, ignore_index: int, chunk_size: int,
-    group_name: str, vocab_start: int, need_hidden: bool, need_weight: bool, need_bias: bool,
+    fast: bool, group_name: str, vocab_start: int, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with _backend(hidden) as backend:
         return backend.linear_logprobs_bwd(
             grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy, row_max,
-            log_sum, temperature, softcap, ignore_index, chunk_size, _group(group_name), vocab_start, need_hidden,
-            need_weight, need_bias,
+            log_sum, temperature, softcap, ignore_index, chunk_size, fast, _group(group_name), vocab_start,
+            need_hidden, need_weight, need_bias,
         )  # fmt: skip
 
 
@@ -104,9 +116,14 @@ def _(grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, *rest):
 
 
 def _logprobs_setup(ctx, inputs, output):
-    *tensors, temperature, softcap, ignore_index, ctx.with_entropy, chunk_size, group_name, vocab_start = inputs
-    ctx.options = (temperature, softcap, ignore_index, chunk_size, group_name, vocab_start)
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, temperature, softcap, ignore_index, ctx.with_entropy, ctx.with_slopes, chunk, fast, group, start = inputs
+    ctx.options = (temperature, softcap, ignore_index, chunk, fast, group, start)
+    hidden, _, labels, rows = tensors[:4]
+    if ctx.with_slopes:
+        ctx.save_for_backward(output[4], labels != ignore_index, rows)
+        ctx.hidden = hidden.shape, hidden.dtype
+    else:
+        ctx.save_for_backward(*tensors, *output[:4])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -114,13 +131,15 @@ def _logprobs_setup(ctx, inputs, output):
 def _logprobs_backward(ctx, grad_logprobs, grad_entropy, *_):
     grad_entropy = grad_entropy if ctx.with_entropy else None
     if grad_logprobs is None and grad_entropy is None:
-        return (None,) * 13
+        return (None,) * 15
+    if ctx.with_slopes:
+        return spread_slopes(grad_logprobs, *ctx.saved_tensors, *ctx.hidden), *(None,) * 14
     need_hidden, need_weight, _, _, need_bias = ctx.needs_input_grad[:5]
     d_hidden, d_weight, d_bias = linear_logprobs_bwd(
         grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, need_hidden, need_weight, need_bias
     )
     grads = (d_hidden if need_hidden else None, d_weight if need_weight else None)
-    return *grads, None, None, d_bias if need_bias else None, *(None,) * 8
+    return *grads, None, None, d_bias if need_bias else None, *(None,) * 10
 
 
 linear_logprobs_fwd.register_autograd(_logprobs_backward, setup_context=_logprobs_setup)
@@ -130,12 +149,12 @@ linear_logprobs_fwd.register_autograd(_logprobs_backward, setup_context=_logprob
 def linear_cross_entropy_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
     temperatures: Tensor | None, temperature: float, softcap: float | None, ignore_index: int, chunk_size: int,
-    group_name: str, vocab_start: int, need_hidden: bool, need_weight: bool, need_bias: bool,
+    fast: bool, group_name: str, vocab_start: int, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name)
     with _backend(hidden) as backend:
         return backend.linear_cross_entropy_fwd(
-            hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size,
+            hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, fast,
             _group(group_name), vocab_start, need_hidden, need_weight, need_bias,
         )  # fmt: skip
 
@@ -151,14 +170,14 @@ def linear_ppo_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
     temperatures: Tensor | None, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, normalizer: Tensor | None,
     temperature: float, softcap: float | None, cliprange: float, cliprange_high: float, dual_clip: float | None,
-    entropy_coef: float, loss_agg_mode: str, chunk_size: int, group_name: str, vocab_start: int, need_hidden: bool,
-    need_weight: bool, need_bias: bool,
+    entropy_coef: float, loss_agg_mode: str, chunk_size: int, fast: bool, group_name: str, vocab_start: int,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     _check_values(hidden, weight, labels, rows, temperatures, 0, group_name, mask)
     with _backend(hidden) as backend:
         return backend.linear_ppo_fwd(
             hidden, weight, labels, rows, bias, temperatures, old_log_probs, advantages, mask, normalizer, temperature,
-            softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size,
+            softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, fast,
             _group(group_name), vocab_start, need_hidden, need_weight, need_bias,
         )  # fmt: skip
 
@@ -195,51 +214,67 @@ linear_ppo_fwd.register_autograd(_fused_backward, setup_context=_fused_setup)
 
 @torch.library.custom_op("rlhf_kernels::linear_kl_fwd", mutates_args=())
 def linear_kl_fwd(
-    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None,
-    ref_bias: Tensor | None, temperature: float, softcap: float | None, reverse: bool, chunk_size: int,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, rows: Tensor | None, bias: Tensor | None,
+    ref_bias: Tensor | None, temperature: float, softcap: float | None, reverse: bool, with_slopes: bool,
+    chunk_size: int, fast: bool, group_name: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_rows(rows, hidden)
     with _backend(hidden) as backend:
         return backend.linear_kl_fwd(
-            hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap, reverse, chunk_size
-        )
+            hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse, with_slopes,
+            chunk_size, fast, _group(group_name),
+        )  # fmt: skip
 
 
 @linear_kl_fwd.register_fake
-def _(hidden, *rest):
-    return hidden.new_empty(hidden.shape[0], dtype=_row_dtype(hidden))
+def _(hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse, with_slopes, *rest):
+    count = hidden.shape[0] if rows is None else rows.shape[0]
+    slopes = (count, hidden.shape[1]) if with_slopes else 0
+    return tuple(hidden.new_empty(shape, dtype=_row_dtype(hidden)) for shape in (count, slopes))
 
 
 @torch.library.custom_op("rlhf_kernels::linear_kl_bwd", mutates_args=())
 def linear_kl_bwd(
-    grad: Tensor, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None,
-    ref_bias: Tensor | None, temperature: float, softcap: float | None, reverse: bool, chunk_size: int,
-    need_hidden: bool, need_weight: bool, need_bias: bool,
+    grad: Tensor, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, rows: Tensor | None,
+    bias: Tensor | None, ref_bias: Tensor | None, temperature: float, softcap: float | None, reverse: bool,
+    chunk_size: int, fast: bool, group_name: str, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with _backend(hidden) as backend:
         return backend.linear_kl_bwd(
-            grad, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap, reverse, chunk_size,
-            need_hidden, need_weight, need_bias,
+            grad, hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse,
+            chunk_size, fast, _group(group_name), need_hidden, need_weight, need_bias,
         )  # fmt: skip
 
 
 @linear_kl_bwd.register_fake
-def _(grad, hidden, weight, ref_hidden, ref_weight, bias, *rest):
+def _(grad, hidden, weight, ref_hidden, ref_weight, rows, bias, *rest):
     return _fake_gradients(hidden, weight, bias, rest[-3:])
 
 
 def _kl_setup(ctx, inputs, output):
-    *tensors, temperature, softcap, reverse, chunk_size = inputs
-    ctx.options = (temperature, softcap, reverse, chunk_size)
-    ctx.save_for_backward(*tensors)
+    *tensors, temperature, softcap, reverse, ctx.with_slopes, chunk_size, fast, group = inputs
+    ctx.options = (temperature, softcap, reverse, chunk_size, fast, group)
+    hidden, rows = tensors[0], tensors[4]
+    if ctx.with_slopes:
+        ctx.save_for_backward(output[1], torch.ones_like(output[0], dtype=torch.bool), rows)
+        ctx.hidden = hidden.shape, hidden.dtype
+    else:
+        ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _kl_backward(ctx, grad):
-    need_hidden, need_weight, _, _, need_bias = ctx.needs_input_grad[:5]
+def _kl_backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 14
+    if ctx.with_slopes:
+        return spread_slopes(grad, *ctx.saved_tensors, *ctx.hidden), *(None,) * 13
+    need_hidden, need_weight, _, _, _, need_bias = ctx.needs_input_grad[:6]
     d_hidden, d_weight, d_bias = linear_kl_bwd(
         grad, *ctx.saved_tensors, *ctx.options, need_hidden, need_weight, need_bias
     )
     grads = (d_hidden if need_hidden else None, d_weight if need_weight else None)
-    return *grads, None, None, d_bias if need_bias else None, *(None,) * 5
+    return *grads, None, None, None, d_bias if need_bias else None, *(None,) * 8
 
 
 linear_kl_fwd.register_autograd(_kl_backward, setup_context=_kl_setup)

@@ -11,7 +11,8 @@ the matrix products are the backend's too: class Kernels.
 Where the gradient comes later (log-probs), the columns are walked in narrow chunks, forward and again in the backward,
 and each row of d weight is written once for each chunk of tokens. Where the loss is known (cross-entropy, PPO), a chunk
 spans the whole vocabulary of fewer tokens, because a row's gradient needs its whole sum; three products then do for
-forward and backward; the KL between two heads takes such chunks too. Statistics and sums of gradients are in fp32 or
+forward and backward. So do log-probs and KL for a head that is not trained: their slopes take two products. The KL
+between two heads takes such chunks too. Statistics and sums of gradients are in fp32 or
 fp64 whatever the inputs' dtype.
 """
 
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import dispatch
-from .reference.linear import Head, _saved_dtype
+from .reference.linear import Head, _ones, _saved_dtype, merge_divergence
 from .reference.logprobs import finish_statistics
 from .reference.ppo import aggregation_weights, ppo_token_loss
 
@@ -150,14 +151,14 @@ class Kernels:
         return head.inputs(part, kept)
 
     @staticmethod
-    def blocks(weight, columns):
-        """The head's rows of these columns in fp32: itself, or, if they must be widened, a few at a time."""
-        if weight.dtype == torch.float32:
+    def blocks(weight, columns, dtype=torch.float32):
+        """The head's rows of these columns in the products' dtype: itself, or, cast, a few at a time."""
+        if weight.dtype == dtype:
             yield columns, weight[columns]
             return
         for start in range(columns.start, columns.stop, NARROW):
             block = slice(start, min(start + NARROW, columns.stop))
-            yield block, weight[block].to(torch.float32)
+            yield block, weight[block].to(dtype)
 
     @staticmethod
     def product(a, b, out, add=False, unit=None):
@@ -182,9 +183,8 @@ class Walk:
 
     def __init__(self, kernels: Kernels, head: Head, labels: Tensor, kept: Tensor, vocab_start: int):
         self.kernels, self.head, self.kept = kernels, head, kept.contiguous()
-        self.labels = torch.where(
-            self.kept, labels - vocab_start, -1
-        ).contiguous()  # columns of this rank's head, or beyond it
+        columns = labels - vocab_start  # of this rank's head, or beyond it
+        self.labels = torch.where(self.kept, columns, -1).contiguous()
         self.bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
         self.temperatures = None if head.temperatures is None else head.temperatures.to(torch.float32).contiguous()
         self.buffer = None
@@ -217,15 +217,19 @@ class Walk:
 
 
 class Gradients:
-    """fp32 sums of d hidden, d weight and d bias; those not needed stay empty."""
+    """fp32 sums of d hidden, d weight and d bias; those not needed stay empty.
 
-    def __init__(self, walk, need_hidden, need_weight, need_bias):
+    apart: d hidden is kept for each label, [M, H], instead of summed over the labels that read one row.
+    """
+
+    def __init__(self, walk, need_hidden, need_weight, need_bias, apart=False):
         head, make = walk.head, walk.kernels.fresh
+        self.apart = apart or head.rows is None
         self.kernels, self.head = walk.kernels, head
         self.need_hidden, self.need_weight, self.need_bias = need_hidden, need_weight, need_bias
         zeros, device = head.hidden.new_zeros, head.hidden.device
-        if need_hidden and head.rows is None:
-            self.hidden = make(head.hidden.shape, device)  # every row is written
+        if need_hidden and self.apart:
+            self.hidden = make((head.count, head.hidden.shape[1]), device)  # every row is written
         else:
             self.hidden = zeros(head.hidden.shape if need_hidden else 0, dtype=torch.float32)
         self.weight = make(head.weight.shape, device) if need_weight else zeros(0, dtype=torch.float32)
@@ -250,11 +254,11 @@ class Gradients:
         """Where d hidden of this part is summed: in its place, or, with `rows`, in a tensor of its own."""
         if not self.need_hidden:
             return None
-        return self.hidden[part] if self.head.rows is None else h.new_empty(h.shape, dtype=torch.float32)
+        return self.hidden[part] if self.apart else h.new_empty(h.shape, dtype=torch.float32)
 
     def finish_part(self, part, dh):
         """Spread d hidden over the rows that the labels read."""
-        if dh is None or self.head.rows is None:
+        if dh is None or self.apart:
             return
         if dh.device.type == "cpu":
             self.hidden.index_add_(0, self.head.safe_rows(part), dh)
@@ -293,9 +297,9 @@ def logprobs_bwd(walk: Walk, upstream, results, needs, chunk_size, group, dtypes
     return gradients.finish(dtypes, group)
 
 
-def with_gradients(walk: Walk, token_gradients, needs, chunk_size, group, with_entropy):
+def with_gradients(walk: Walk, token_gradients, needs, chunk_size, group, with_entropy, apart=False):
     """One pass: log-probs and entropy [M], and gradients for token_gradients(part, log-prob, entropy) upstream."""
-    head, kernels, gradients = walk.head, walk.kernels, Gradients(walk, *needs)
+    head, kernels, gradients = walk.head, walk.kernels, Gradients(walk, *needs, apart)
     out = torch.zeros(2, head.count, device=head.hidden.device)
     for part in walk.parts(chunk_size or kernels.wide_tokens(head.count, head.vocab, group)):
         h = walk.inputs(part)
@@ -314,40 +318,62 @@ def with_gradients(walk: Walk, token_gradients, needs, chunk_size, group, with_e
                 dlogits, unit = kernels.gradient(chunk.part(columns), upstream, results)
                 gradients.add(dlogits, unit, columns, h, dh, part.start == 0)
             gradients.finish_part(part, dh)
-    dtypes = [_saved_dtype(x, head) for x in (head.hidden, head.weight, head.bias)]
+    dtypes = [head.dtype if apart else _saved_dtype(x, head) for x in (head.hidden, head.weight, head.bias)]
     return out[0], out[1], gradients.finish(dtypes, group)
 
 
-def kl_logits(walk: Walk, part, h):
-    """softcap(logits + bias) [n, V]."""
-    logits = walk.chunk(part, h, slice(0, walk.head.vocab)).logits
-    return walk.kernels.capped(logits, walk.bias, walk.head.softcap)
+@dataclass
+class Divergence:
+    """KL between the distributions of two heads, chunk by chunk."""
 
+    walk: Walk
+    ref: Walk
+    reverse: bool
+    chunk_size: int
+    group: object
 
-def kl_fwd(walk: Walk, ref: Walk, reverse, chunk_size):
-    """KL [N] between the distributions of two heads."""
-    head, kernels = walk.head, walk.kernels
-    out = torch.empty(head.count, device=head.hidden.device)
-    for part in walk.parts(chunk_size or kernels.wide_tokens(head.count, 2 * head.vocab, None)):
-        logits, ref_logits = (kl_logits(x, part, x.inputs(part)) for x in (walk, ref))
-        out[part] = kernels.divergence(logits, ref_logits, head.temperature, reverse)[0]
-    return out
+    def chunks(self):
+        """(part, policy's inputs, logits of both, results of `kernels.divergence` over all ranks' columns)."""
+        head, kernels = self.walk.head, self.walk.kernels
+        for part in self.walk.parts(self.chunk_size or kernels.wide_tokens(head.count, 2 * head.vocab, self.group)):
+            sides, inputs = [], []
+            for walk in (self.walk, self.ref):
+                inputs.append(walk.inputs(part))
+                logits = walk.chunk(part, inputs[-1], slice(0, head.vocab)).logits
+                sides.append(kernels.capped(logits, walk.bias, head.softcap))
+            results = merge_divergence(kernels.divergence(*sides, head.temperature, self.reverse), self.group)
+            yield part, inputs[0], sides, [results[0].masked_fill(head.astray(part), float("nan")), *results[1:]]
 
-
-def kl_bwd(grad, walk: Walk, ref: Walk, reverse, chunk_size, needs, dtypes):
-    """(d hidden, d weight, d bias) of the policy: both sides' logits again, and the first side's gradient."""
-    head, kernels, gradients = walk.head, walk.kernels, Gradients(walk, *needs)
-    for part in walk.parts(chunk_size or kernels.wide_tokens(head.count, 2 * head.vocab, None)):
-        h = walk.inputs(part)
-        logits, ref_logits = kl_logits(walk, part, h), kl_logits(ref, part, ref.inputs(part))
-        results = kernels.divergence(logits, ref_logits, head.temperature, reverse)
+    def add(self, gradients, part, h, sides, results, upstream):
+        """Fold in the gradients of upstream [n] * KL."""
+        head, kernels = self.walk.head, self.walk.kernels
         dh = gradients.hidden_part(part, h)
-        for columns in walk.columns(kernels.gradient_columns(head.vocab)):
-            sides = logits[:, columns], ref_logits[:, columns]
-            dlogits, unit = kernels.divergence_gradient(grad[part], *sides, results, head, reverse)
+        upstream = upstream.masked_fill(head.astray(part), float("nan"))
+        for columns in self.walk.columns(kernels.gradient_columns(head.vocab)):
+            some = [side[:, columns] for side in sides]
+            dlogits, unit = kernels.divergence_gradient(upstream, *some, results, head, self.reverse)
             gradients.add(dlogits, unit, columns, h, dh, part.start == 0)
         gradients.finish_part(part, dh)
-    return gradients.finish(dtypes, None)
+
+
+def kl_fwd(divergence: Divergence, with_slopes):
+    """KL [M], and slopes [M, H] or [0]."""
+    head = divergence.walk.head
+    gradients = Gradients(divergence.walk, with_slopes, False, False, apart=True)
+    out = torch.empty(head.count, device=head.hidden.device)
+    for part, h, sides, results in divergence.chunks():
+        out[part] = results[0]
+        if with_slopes:
+            divergence.add(gradients, part, h, sides, results, torch.ones_like(out[part]))
+    return out, gradients.finish((head.dtype,) * 3, divergence.group)[0]
+
+
+def kl_bwd(grad, divergence: Divergence, needs, dtypes):
+    """(d hidden, d weight, d bias) of the policy: both sides' logits again, and the first side's gradient."""
+    gradients = Gradients(divergence.walk, *needs)
+    for part, h, sides, results in divergence.chunks():
+        divergence.add(gradients, part, h, sides, results, grad[part])
+    return gradients.finish(dtypes, divergence.group)
 
 
 def ppo_upstream(mask, loss_agg_mode, normalizer, old_log_probs, advantages, clipping, entropy_coef):
@@ -363,42 +389,49 @@ def ppo_upstream(mask, loss_agg_mode, normalizer, old_log_probs, advantages, cli
 
 
 class Operators:
-    """The functions of a backend's module, as reference/linear.py defines them; kernels_for(hidden) serves a call."""
+    """The functions of a backend's module, as reference/linear.py defines them.
+
+    kernels_for(hidden, weight, fast) serves a call.
+    """
 
     def __init__(self, kernels_for):
         self.kernels_for = kernels_for
 
-    def walk(self, head, labels, kept, vocab_start=0):
-        return Walk(self.kernels_for(head.hidden), head, labels, kept, vocab_start)
+    def walk(self, head, labels, kept, fast, vocab_start=0):
+        return Walk(self.kernels_for(head.hidden, head.weight, fast), head, labels, kept, vocab_start)
 
     def linear_logprobs_fwd(
         self, hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy,
-        chunk_size, group, vocab_start,
+        with_slopes, chunk_size, fast, group, vocab_start,
     ):  # fmt: skip
         head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
-        path = self.walk(head, labels, labels != ignore_index, vocab_start)
+        path = self.walk(head, labels, labels != ignore_index, fast, vocab_start)
+        empty = [hidden.new_zeros(0, dtype=torch.float32) for _ in range(3)]
+        if with_slopes:
+            needs = (True, False, False)
+            logprobs, _, found = with_gradients(path, _ones, needs, chunk_size, group, False, apart=True)
+            return logprobs, *empty, found[0]
         logprobs, entropy, row_max, log_sum = logprobs_fwd(path, with_entropy, chunk_size, group)
-        return logprobs, hidden.new_zeros(0, dtype=torch.float32) if entropy is None else entropy, row_max, log_sum
+        return logprobs, empty[0] if entropy is None else entropy, row_max, log_sum, empty[1]
 
     def linear_logprobs_bwd(
         self, grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy,
-        row_max, log_sum, temperature, softcap, ignore_index, chunk_size, group, vocab_start, need_hidden, need_weight,
-        need_bias,
+        row_max, log_sum, temperature, softcap, ignore_index, chunk_size, fast, group, vocab_start, need_hidden,
+        need_weight, need_bias,
     ):  # fmt: skip
         head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
-        path = self.walk(head, labels, labels != ignore_index, vocab_start)
+        path = self.walk(head, labels, labels != ignore_index, fast, vocab_start)
         upstream = (grad_logprobs, grad_entropy)
         results = (logprobs, entropy if grad_entropy is not None else None, row_max, log_sum)
-        dtypes = (hidden.dtype, weight.dtype, torch.float32 if bias is None else bias.dtype)
         needs = (need_hidden, need_weight, need_bias)
-        return logprobs_bwd(path, upstream, results, needs, chunk_size, group, dtypes)
+        return logprobs_bwd(path, upstream, results, needs, chunk_size, group, _dtypes(hidden, weight, bias))
 
     def linear_cross_entropy_fwd(
-        self, hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, group,
-        vocab_start, need_hidden, need_weight, need_bias,
+        self, hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, fast,
+        group, vocab_start, need_hidden, need_weight, need_bias,
     ):  # fmt: skip
         head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
-        path = self.walk(head, labels, labels != ignore_index, vocab_start)
+        path = self.walk(head, labels, labels != ignore_index, fast, vocab_start)
 
         def token_gradients(part, logprob, entropy):
             return torch.full_like(logprob, -1.0), None
@@ -409,11 +442,11 @@ class Operators:
 
     def linear_ppo_fwd(
         self, hidden, weight, labels, rows, bias, temperatures, old_log_probs, advantages, mask, normalizer,
-        temperature, softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, group,
-        vocab_start, need_hidden, need_weight, need_bias,
+        temperature, softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, fast,
+        group, vocab_start, need_hidden, need_weight, need_bias,
     ):  # fmt: skip
         head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
-        path = self.walk(head, labels.reshape(-1), mask.reshape(-1), vocab_start)
+        path = self.walk(head, labels.reshape(-1), mask.reshape(-1), fast, vocab_start)
         clipping = {"cliprange": cliprange, "cliprange_high": cliprange_high, "dual_clip": dual_clip}
         upstream = ppo_upstream(mask, loss_agg_mode, normalizer, old_log_probs, advantages, clipping, entropy_coef)
         needs = (need_hidden, need_weight, need_bias)
@@ -425,22 +458,34 @@ class Operators:
         )  # fmt: skip
         return losses[0] - entropy_coef * losses[2], losses[0].clone(), stats, *gradients
 
-    def kl_walks(self, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap):
-        labels = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-        kept = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+    def divergence(
+        self, hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse, chunk_size,
+        fast, group,
+    ):  # fmt: skip
+        count, walks = (hidden if rows is None else rows).shape[0], []
+        labels = torch.zeros(count, dtype=torch.int64, device=hidden.device)
         for h, w, b in ((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)):
-            yield self.walk(Head(h, w, b, temperature=temperature, softcap=softcap), labels, kept)
+            head = Head(h, w, b, rows, temperature=temperature, softcap=softcap)
+            walks.append(self.walk(head, labels, torch.ones_like(labels, dtype=torch.bool), fast))
+        return Divergence(*walks, reverse, chunk_size, group)
 
     def linear_kl_fwd(
-        self, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap, reverse, chunk_size
-    ):
-        walks = self.kl_walks(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap)
-        return kl_fwd(*walks, reverse, chunk_size)
+        self, hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse, with_slopes,
+        chunk_size, fast, group,
+    ):  # fmt: skip
+        options = (temperature, softcap, reverse, chunk_size, fast, group)
+        inputs = (hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias)
+        return kl_fwd(self.divergence(*inputs, *options), with_slopes)
 
     def linear_kl_bwd(
-        self, grad, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap, reverse, chunk_size,
-        need_hidden, need_weight, need_bias,
+        self, grad, hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse,
+        chunk_size, fast, group, need_hidden, need_weight, need_bias,
     ):  # fmt: skip
-        walks = self.kl_walks(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap)
-        dtypes = (hidden.dtype, weight.dtype, torch.float32 if bias is None else bias.dtype)
-        return kl_bwd(grad, *walks, reverse, chunk_size, (need_hidden, need_weight, need_bias), dtypes)
+        options = (temperature, softcap, reverse, chunk_size, fast, group)
+        inputs = (hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias)
+        needs = (need_hidden, need_weight, need_bias)
+        return kl_bwd(grad, self.divergence(*inputs, *options), needs, _dtypes(hidden, weight, bias))
+
+
+def _dtypes(hidden, weight, bias):
+    return hidden.dtype, weight.dtype, torch.float32 if bias is None else bias.dtype

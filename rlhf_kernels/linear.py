@@ -11,6 +11,7 @@ from .kl import DIRECTIONS
 from .ppo import PPOLoss, _check_numbers, _metrics, _normalizer
 
 _REDUCTIONS = ("mean", "sum", "none")
+_PRECISIONS = ("exact", "fast")
 _INF = float("inf")
 
 
@@ -21,6 +22,13 @@ def _needs_grad(tensor: Tensor | None) -> bool:
 def _check_head(hidden_states, weight, bias, prefix=""):
     """Check one model's hidden states, head and bias; return them as autocast wants them, hidden states flat."""
     names = [prefix + name for name in ("hidden_states", "weight", "bias")]
+    for name, x in zip(names, (hidden_states, weight, bias)):
+        if hasattr(x, "device_mesh"):
+            raise ValueError(
+                f"{name} is a DTensor with placements {list(x.placements)}, expected a plain tensor: pass "
+                "full_tensor(), or, of a head sharded by vocabulary, to_local() with process_group and "
+                "vocab_start_index; under FSDP2 call inside the model's forward (linear_logprobs_from_model does)"
+            )
     check_dtype(names[0], hidden_states)
     check_dtype(names[1], weight)
     if hidden_states.dim() < 1 or hidden_states.shape[-1] < 1:
@@ -36,10 +44,10 @@ def _check_head(hidden_states, weight, bias, prefix=""):
     if torch.is_autocast_enabled(device) and torch.float64 not in (hidden_states.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(device)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-    if hidden_states.dtype != weight.dtype:
+    if (hidden_states.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise ValueError(
-            f"{names[1]} has dtype {weight.dtype}, expected {hidden_states.dtype}, the dtype of {names[0]}; "
-            "cast one of them, or call under torch.autocast"
+            f"{names[1]} has dtype {weight.dtype}, {names[0]} {hidden_states.dtype}; expected float64 for both or for "
+            "neither"
         )
     return hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias
 
@@ -73,15 +81,21 @@ def _check_labels(labels, rows, hidden_states):
     return labels.reshape(-1), rows
 
 
-def _check_placement(chunk_size, process_group, vocab_start_index):
-    """(chunk size or 0, name of the group or "", first column) from what the caller gave."""
+def _check_execution(chunk_size, precision, process_group, vocab_start_index):
+    """(chunk size or 0, whether factors may be rounded, name of the group or "", first column)."""
     if chunk_size is not None:
         check_range("chunk_size", chunk_size, 1)
+    check_in("precision", precision, _PRECISIONS)
     check_range("vocab_start_index", vocab_start_index, 0)
     if process_group is None and vocab_start_index:
         raise ValueError(f"vocab_start_index is {vocab_start_index}, expected 0 when process_group is None")
     name = "" if process_group is None else process_group.group_name
-    return int(chunk_size or 0), name, int(vocab_start_index)
+    return int(chunk_size or 0), precision == "fast", name, int(vocab_start_index)
+
+
+def _wants_slopes(hidden, weight, bias):
+    """Whether the gradient goes to the hidden states alone, so that the forward can make it."""
+    return _needs_grad(hidden) and not (_needs_grad(weight) or _needs_grad(bias))
 
 
 def linear_logprobs(
@@ -96,6 +110,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     return_entropy: bool = False,
     chunk_size: int | None = None,
+    precision: str = "exact",
     process_group=None,
     vocab_start_index: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -106,7 +121,8 @@ def linear_logprobs(
 
     Args:
         hidden_states: [N, H], or [..., H] without rows; fp32, bf16, fp16 or fp64.
-        weight: [V, H], the LM head, in the dtype of hidden_states (under autocast both are cast).
+        weight: [V, H], the LM head; fp32, bf16 or fp16, which may differ from hidden_states', or fp64 with fp64. Under
+            autocast both are cast.
         labels: [N] (or [...]) int64, or [M] with rows; in [0, V) of the whole vocabulary, or ignore_index.
         rows: [M] int64 in [0, N), the row of hidden_states that predicts each label; several labels may read one row,
             as the first tokens of K responses read the prompt's last row. None, the default: row i predicts label i.
@@ -117,6 +133,9 @@ def linear_logprobs(
         return_entropy: return the entropy too, default False.
         chunk_size: tokens handled at a time; None, the default, lets the backend choose. It bounds the memory and
             does not change what is computed.
+        precision: "exact", the default: products of the inputs as they are, in fp32 (d/dlogits is rounded once to the
+            inputs' half dtype on a GPU only). "fast": factors of products may be rounded to the half dtype of either
+            input; see docs/ops/linear.md for where it is faster and for the errors of both.
         process_group: ranks that hold the vocabulary's columns, in shards of any size; None, the default, for a head
             in one piece. Every rank passes the same hidden states and labels and its own weight and bias, gets the
             same log-probs, and the whole gradient of hidden_states.
@@ -125,10 +144,12 @@ def linear_logprobs(
         log-probs in the shape of labels, fp32 (fp64 for fp64), in nats; with return_entropy (log-probs, entropy).
         Differentiable in hidden_states, weight and bias; their gradients are summed in fp32 and rounded once.
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; a number out of range; a label, row or temperature out of
-            range, checked on the CPU, and elsewhere only with RLHF_KERNELS_CHECK=1; without it the row becomes NaN.
+        ValueError: shapes, dtypes or devices do not fit; a DTensor; a number out of range; a label, row or temperature
+            out of range, checked on the CPU, and elsewhere only with RLHF_KERNELS_CHECK=1; without it the row becomes
+            NaN.
     Cost: 2NVH floating-point operations forward and 6NVH backward, which recomputes the logits; one chunk of logits
-        in fp32 and, if the head is trained, a [V, H] fp32 sum in memory. No host sync on a GPU.
+        in fp32 and, if the head is trained, a [V, H] fp32 sum in memory. Where only hidden_states need a gradient and
+        no entropy is asked for: 4NVH forward, none backward, and [M, H] fp32 kept between. No host sync on a GPU.
     Example:
         >>> import torch
         >>> hidden, head = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0], [1.7346, 0.0]])
@@ -138,10 +159,11 @@ def linear_logprobs(
     hidden, weight, bias = _check_head(hidden_states, weight, bias)
     flat_labels, rows = _check_labels(labels, rows, hidden_states)
     temperatures, temperature, softcap = _check_scale(temperature, softcap, labels)
-    placement = _check_placement(chunk_size, process_group, vocab_start_index)
-    logprobs, entropy, _, _ = ops.linear_logprobs_fwd(
+    execution = _check_execution(chunk_size, precision, process_group, vocab_start_index)
+    with_slopes = _wants_slopes(hidden, weight, bias) and not return_entropy
+    logprobs, entropy, *_ = ops.linear_logprobs_fwd(
         hidden, weight, flat_labels, rows, bias, temperatures, temperature, softcap, ignore_index, return_entropy,
-        *placement,
+        with_slopes, *execution,
     )  # fmt: skip
     logprobs = logprobs.view(labels.shape)
     return (logprobs, entropy.view(labels.shape)) if return_entropy else logprobs
@@ -160,6 +182,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     num_items_in_batch: int | float | Tensor | None = None,
     chunk_size: int | None = None,
+    precision: str = "exact",
     process_group=None,
     vocab_start_index: int = 0,
 ) -> Tensor:
@@ -169,7 +192,7 @@ def linear_cross_entropy(
 
     Args:
         hidden_states: [N, H], or [..., H] without rows; fp32, bf16, fp16 or fp64.
-        weight: [V, H] in the dtype of hidden_states.
+        weight: [V, H], dtypes as in `linear_logprobs`.
         labels: [N] (or [...]) int64, or [M] with rows; in [0, V), or ignore_index. They are not shifted.
         rows: [M] int64, the row of hidden_states that predicts each label; default None: row i predicts label i.
         bias: [V], or None, the default.
@@ -180,6 +203,7 @@ def linear_cross_entropy(
         num_items_in_batch: number or 0-d tensor that divides instead of this call's count of labels, so that the
             gradients of micro-batches and ranks add up to those of the whole batch; only with reduction="mean".
         chunk_size: tokens handled at a time; default None: the backend chooses.
+        precision: "exact", the default, or "fast", as in `linear_logprobs`.
         process_group: ranks that hold the vocabulary's columns, as in `linear_logprobs`, default None; chunk_size
             must then be equal on all ranks.
         vocab_start_index: first token of this rank's shard, default 0.
@@ -202,16 +226,16 @@ def linear_cross_entropy(
     if reduction == "none":
         return 0.0 - linear_logprobs(
             hidden_states, weight, labels, rows=rows, bias=bias, temperature=temperature, softcap=softcap,
-            ignore_index=ignore_index, chunk_size=chunk_size, process_group=process_group,
+            ignore_index=ignore_index, chunk_size=chunk_size, precision=precision, process_group=process_group,
             vocab_start_index=vocab_start_index,
         )  # fmt: skip
     hidden, weight, bias = _check_head(hidden_states, weight, bias)
     flat_labels, rows = _check_labels(labels, rows, hidden_states)
     temperatures, temperature, softcap = _check_scale(temperature, softcap, labels)
-    placement = _check_placement(chunk_size, process_group, vocab_start_index)
+    execution = _check_execution(chunk_size, precision, process_group, vocab_start_index)
     needs = [_needs_grad(x) for x in (hidden, weight, bias)]
     loss = ops.linear_cross_entropy_fwd(
-        hidden, weight, flat_labels, rows, bias, temperatures, temperature, softcap, ignore_index, *placement, *needs
+        hidden, weight, flat_labels, rows, bias, temperatures, temperature, softcap, ignore_index, *execution, *needs
     )[0]
     if reduction == "sum":
         return loss
@@ -243,6 +267,7 @@ def linear_ppo_loss(
     loss_agg_mode: str = "token-mean",
     num_items_in_batch: int | float | Tensor | None = None,
     chunk_size: int | None = None,
+    precision: str = "exact",
     process_group=None,
     vocab_start_index: int = 0,
 ) -> PPOLoss:
@@ -253,7 +278,7 @@ def linear_ppo_loss(
 
     Args:
         hidden_states: [B, T, H], or [N, H] with rows or packed labels; fp32, bf16, fp16 or fp64.
-        weight: [V, H] in the dtype of hidden_states.
+        weight: [V, H], dtypes as in `linear_logprobs`.
         labels: [B, T] int64 in [0, V), the sampled tokens; or [N], packed, for the two token modes. Under mask 0
             they may hold anything.
         old_log_probs: like labels, floating, +log p when the tokens were sampled, in nats.
@@ -270,6 +295,7 @@ def linear_ppo_loss(
         loss_agg_mode: as in `ppo_loss`, default "token-mean".
         num_items_in_batch: number or 0-d tensor, as in `ppo_loss`, default None.
         chunk_size: tokens handled at a time; default None: the backend chooses.
+        precision: "exact", the default, or "fast", as in `linear_logprobs`.
         process_group: ranks that hold the vocabulary's columns, as in `linear_cross_entropy`, default None.
         vocab_start_index: first token of this rank's shard, default 0.
     Returns:
@@ -308,7 +334,7 @@ def linear_ppo_loss(
         normalizer, temperature, softcap, float(cliprange),
         float(cliprange if cliprange_high is None else cliprange_high),
         None if dual_clip is None else float(dual_clip), float(entropy_coef), loss_agg_mode,
-        *_check_placement(chunk_size, process_group, vocab_start_index),
+        *_check_execution(chunk_size, precision, process_group, vocab_start_index),
         *(_needs_grad(x) for x in (hidden, weight, bias)),
     )  # fmt: skip
     return PPOLoss(loss, policy_loss, None, _metrics(stats, None, loss, dual_clip))
@@ -320,12 +346,15 @@ def linear_kl(
     ref_hidden_states: Tensor,
     ref_weight: Tensor,
     *,
+    rows: Tensor | None = None,
     bias: Tensor | None = None,
     ref_bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     direction: str = "reverse",
     chunk_size: int | None = None,
+    precision: str = "exact",
+    process_group=None,
 ) -> Tensor:
     """Exact KL divergence between two models' next-token distributions, from hidden states and LM heads.
 
@@ -333,23 +362,27 @@ def linear_kl(
     softcap and temperature as in `linear_logprobs`; neither [N, V] tensor ever exists. The reference is a constant.
 
     Args:
-        hidden_states: [..., H] fp32, bf16, fp16 or fp64, the policy's.
-        weight: [V, H] in the dtype of hidden_states.
+        hidden_states: [..., H] fp32, bf16, fp16 or fp64, the policy's; [N, H] with rows.
+        weight: [V, H], dtypes as in `linear_logprobs`.
         ref_hidden_states: [..., H2], the reference's, with the same leading dimensions; H2 may differ from H.
-        ref_weight: [V, H2] in the dtype of ref_hidden_states; may be the policy's own head.
+        ref_weight: [V, H2]; may be the policy's own head.
+        rows: [M] int64 in [0, N), the rows of both hidden states to compare; None, the default: all.
         bias: [V], or None, the default.
         ref_bias: [V], or None, the default.
         temperature: > 0, divides both, default 1.0.
         softcap: > 0, applied to both, or None for no cap, the default.
         direction: "reverse", the default: KL(policy || reference); "forward": KL(reference || policy).
         chunk_size: tokens handled at a time; default None: the backend chooses.
+        precision: "exact", the default, or "fast", as in `linear_logprobs`.
+        process_group: ranks that hold the vocabulary's columns of both heads, cut at the same places, default None.
     Returns:
-        [...] fp32 (fp64 for fp64 hidden_states), in nats, >= 0; +inf where a bias of -inf makes it so. Differentiable
-        in hidden_states, weight and bias; nothing flows to the reference.
+        [...], or [M] with rows, fp32 (fp64 for fp64 hidden_states), in nats, >= 0; +inf where a bias of -inf makes it
+        so. Differentiable in hidden_states, weight and bias; nothing flows to the reference.
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; a number out of range; unknown direction.
-    Cost: 2NV(H + H2) floating-point operations forward, 2NV(H + H2) + 4NVH backward; two chunks of logits in fp32. No
-        host sync.
+        ValueError: shapes, dtypes or devices do not fit; a DTensor; a number out of range; a row out of range (as a
+            label in `linear_logprobs`); unknown direction.
+    Cost: 2NV(H + H2) floating-point operations forward, 2NV(H + H2) + 4NVH backward; two chunks of logits in fp32.
+        Where only hidden_states need a gradient: 2NVH more forward, none backward. No host sync.
     Example:
         >>> import torch
         >>> hidden, head = torch.ones(1, 1), torch.tensor([[0.0], [0.0]])
@@ -363,11 +396,18 @@ def linear_kl(
         "ref_hidden_states", ref_hidden_states, (*shape, ref_hidden.shape[-1]), "leading dimensions of hidden_states"
     )
     check_shape("ref_weight", ref_weight, (weight.shape[0], None), "[V, H2], V as in weight")
-    check_same_device(hidden_states=hidden, ref_hidden_states=ref_hidden)
+    if rows is not None:
+        check_dtype("rows", rows, torch.int64)
+        check_shape("rows", rows, (None,), "[M]")
+        if hidden_states.dim() != 2:
+            raise ValueError(f"hidden_states has shape {list(hidden_states.shape)}, expected [N, H] to go with rows")
+        shape = rows.shape
+    check_same_device(hidden_states=hidden, ref_hidden_states=ref_hidden, rows=rows)
     _, temperature, softcap = _check_scale(temperature, softcap, None)
     check_in("direction", direction, DIRECTIONS)
-    chunk, _, _ = _check_placement(chunk_size, None, 0)
+    execution = _check_execution(chunk_size, precision, process_group, 0)[:3]
     return ops.linear_kl_fwd(
-        hidden, weight, ref_hidden.detach(), ref_weight.detach(), bias, None if ref_bias is None else ref_bias.detach(),
-        temperature, softcap, direction == "reverse", chunk,
-    ).view(shape)  # fmt: skip
+        hidden, weight, ref_hidden.detach(), ref_weight.detach(), rows, bias,
+        None if ref_bias is None else ref_bias.detach(), temperature, softcap, direction == "reverse",
+        _wants_slopes(hidden, weight, bias), *execution,
+    )[0].view(shape)  # fmt: skip

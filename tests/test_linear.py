@@ -209,7 +209,7 @@ def test_frozen_parts(backend_name):
             function(*one, labels).sum().backward()
             assert torch.equal(one[i].grad, both[i].grad) and one[1 - i].grad is None
     kept = ops.linear_cross_entropy_fwd(
-        hidden, head, labels, None, None, None, 1.0, None, -100, 0, "", 0, True, False, False
+        hidden, head, labels, None, None, None, 1.0, None, -100, 0, False, "", 0, True, False, False
     )
     assert [x.numel() for x in kept[1:]] == [hidden.numel(), 0, 0]
 
@@ -294,7 +294,11 @@ def test_bad_input(backend_name):
     bad = [
         ({"weight": torch.zeros(5, 3)}, "weight has shape [5, 3], expected [*, 4]"),
         ({"weight": torch.zeros(0, 4)}, "weight has shape [0, 4], expected [V, H] with V >= 1"),
-        ({"weight": head.bfloat16()}, "weight has dtype torch.bfloat16, expected torch.float32"),
+        (
+            {"weight": head.double()},
+            "weight has dtype torch.float64, hidden_states torch.float32; expected float64 for",
+        ),
+        ({"precision": "tf32"}, "precision must be one of 'exact', 'fast', got 'tf32'"),
         ({"labels": labels[:1]}, "labels has shape [1], expected [2]"),
         ({"labels": labels.float()}, "labels has dtype float32"),
         ({"labels": torch.tensor([0, 5])}, "labels holds 5 at position [1], expected values in [0, 5)"),
@@ -361,13 +365,14 @@ def test_opcheck(backend_name):
     hidden, head, bias = (x.requires_grad_() for x in (normal(5, 4), normal(7, 4, seed=1), normal(7, seed=2)))
     labels, rows, warm = torch.tensor([1, 0, -100]), torch.tensor([4, 4, 0]), torch.tensor([0.5, 1.0, 2.0])
     inputs = (hidden, head, labels, rows, bias, warm)
-    torch.library.opcheck(ops.linear_logprobs_fwd, (*inputs, 1.0, 3.0, -100, True, 2, "", 0))
-    torch.library.opcheck(ops.linear_cross_entropy_fwd, (*inputs, 1.0, 3.0, -100, 2, "", 0, True, True, True))
+    torch.library.opcheck(ops.linear_logprobs_fwd, (*inputs, 1.0, 3.0, -100, True, False, 2, False, "", 0))
+    torch.library.opcheck(ops.linear_cross_entropy_fwd, (*inputs, 1.0, 3.0, -100, 2, False, "", 0, True, True, True))
     old, mask = torch.full((1, 3), -2.0), torch.tensor([[True, True, False]])
     ppo = (hidden, head, labels[None], rows, bias, warm, old, old, mask, None, 1.0, None, 0.2, 0.2, None, 0.1)
-    torch.library.opcheck(ops.linear_ppo_fwd, (*ppo, "token-mean", 2, "", 0, True, True, True))
+    torch.library.opcheck(ops.linear_ppo_fwd, (*ppo, "token-mean", 2, False, "", 0, True, True, True))
     torch.library.opcheck(
-        ops.linear_kl_fwd, (hidden, head, hidden.detach(), head.detach(), bias, None, 0.7, None, True, 2)
+        ops.linear_kl_fwd,
+        (hidden, head, hidden.detach(), head.detach(), None, bias, None, 0.7, None, True, False, 2, False, ""),
     )
 
 

@@ -108,11 +108,19 @@ def test_trap_26_fifty_steps(backend_name):
     assert (after - wanted).abs() < 1e-3
 
 
-def test_vocabulary_parallel(tmp_path):
-    """Two gloo ranks with shards of 5 and 8 tokens agree with the head in one piece, forward and backward."""
+@pytest.mark.parametrize(
+    ("backend", "cuts"),
+    (("cpu", "6"), ("cpu", "5"), ("cpu", "4,8"), ("cpu", "5,6"), ("reference", "5,6"), ("triton", "5")),
+)
+def test_vocabulary_parallel(tmp_path, backend, cuts):
+    """Two and three gloo ranks with equal and unequal shards agree with the head in one piece, forward and backward."""
+    state = rk.backends()["linear"][backend]
+    if state != "available" or (backend == "triton" and torch.cuda.is_available()):
+        pytest.skip("the ranks run on CPU tensors" if state == "available" else f"{backend} {state}")
     script = Path(__file__).with_name("linear_ranks.py")
     environment = {**os.environ, "PYTHONPATH": str(script.parent.parent), "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, str(script), rank, "2", str(tmp_path / "rendezvous")] for rank in ("0", "1")]
+    arguments = [cuts, backend, str(tmp_path / "rendezvous")]
+    commands = [[sys.executable, str(script), str(rank), *arguments] for rank in range(cuts.count(",") + 2)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from .. import _linear_walk as walk
 from .._native import fresh, run
-from . import kl
+from . import kl as cpu_kl
 
 
 class _Kernels(walk.Kernels):
@@ -38,17 +40,51 @@ class _Kernels(walk.Kernels):
         )  # fmt: skip
         return chunk.logits, None
 
-    divergence = staticmethod(kl.kl_fwd)
+    @staticmethod
+    def divergence(logits, ref_logits, temperature, reverse):
+        kl, *statistics = cpu_kl.kl_fwd(logits, ref_logits, temperature, reverse)
+        return kl, *_turned(statistics, reverse)
 
     @staticmethod
     def divergence_gradient(grad, logits, ref_logits, results, head, reverse):
-        dlogits = kl.kl_bwd(grad, logits, ref_logits, *results, head.temperature, reverse, True, False)[0]
+        results = (results[0], *_turned(results[1:], reverse))
+        dlogits = cpu_kl.kl_bwd(grad, logits, ref_logits, *results, head.temperature, reverse, True, False)[0]
         if head.softcap is not None:
             dlogits *= torch.where(logits == float("-inf"), 0.0, 1.0 - (logits / head.softcap).square())
         return dlogits, None
 
 
-operators = walk.Operators(lambda hidden: _Kernels)
+def _turned(statistics, reverse):
+    """(max and log sum of the policy, of the reference), or for KL(reference || policy) the other way round."""
+    return tuple(statistics) if reverse else (*statistics[2:], *statistics[:2])
+
+
+class _FastKernels(_Kernels):
+    """Products of bf16 factors, which oneDNN adds up in fp32: exact where the factors are bf16 already."""
+
+    @staticmethod
+    def product(a, b, out, add=False, unit=None):
+        with _bf16_factors():
+            _Kernels.product(a, b, out, add, unit)
+
+
+@contextlib.contextmanager
+def _bf16_factors():
+    """Let products of fp32 tensors round their factors to bf16; of the whole process, while the block runs."""
+    settings = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _kernels(hidden, weight, fast):
+    rounds = torch.bfloat16 in (hidden.dtype, weight.dtype) and torch.float16 not in (hidden.dtype, weight.dtype)
+    return _FastKernels if fast and rounds and hasattr(torch.backends.mkldnn, "matmul") else _Kernels
+
+
+operators = walk.Operators(_kernels)
 linear_logprobs_fwd = operators.linear_logprobs_fwd
 linear_logprobs_bwd = operators.linear_logprobs_bwd
 linear_cross_entropy_fwd = operators.linear_cross_entropy_fwd

@@ -47,13 +47,17 @@ def divergence(z_a, z_b, statistics_a=None, statistics_b=None):
 
 
 def divergence_gradient(grad, z_a, z_b, kl=None, statistics_a=None, statistics_b=None):
-    """(d/dz_a, d/dz_b) of grad * KL(a || b); both are 0 in rows whose divergence is infinite."""
+    """(d/dz_a, d/dz_b) of grad * KL(a || b); both are 0 in rows whose divergence is infinite.
+
+    kl and the statistics may be those of longer rows, of which z_a and z_b are some columns.
+    """
     again, a, b, difference = divergence(z_a, z_b, statistics_a, statistics_b)
     kl = again if kl is None else kl
     infinite = (kl == math.inf).unsqueeze(-1)
     grad = grad.unsqueeze(-1)
     d_a = torch.where(infinite, 0.0, grad * (a * (difference - kl.unsqueeze(-1))))
-    nothing = (z_a == -math.inf).all(-1, keepdim=True)
+    row_max = z_a.amax(-1) if statistics_a is None else statistics_a[0]
+    nothing = (row_max == -math.inf).unsqueeze(-1)
     d_b = torch.where(infinite | nothing | (z_b == -math.inf), 0.0, grad * (b - a))
     return torch.where(z_a == -math.inf, 0.0, d_a), d_b
 

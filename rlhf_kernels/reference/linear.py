@@ -6,11 +6,13 @@ products of the inputs, turned into statistics, and, where a gradient is wanted,
     logits = hidden[rows] weight^T + bias      d hidden = dlogits weight      d weight = sum of dlogits^T hidden[rows]
 
 d hidden and d weight are summed in fp32 and rounded once. Log-probs and KL recompute the logits in the backward;
-cross-entropy and PPO know their loss in the forward and make the gradients there. With a process group the columns of
-the head are spread over ranks: (max, sum, label's logit, weighted sum) of each row are merged by all-reduce, and
-d hidden is summed over the ranks.
+cross-entropy and PPO know their loss in the forward and make the gradients there. So do log-probs and KL for a head
+that is not trained: d log p_i / d h_i is known in the forward, and the backward only multiplies it ("slopes"). With a
+process group the columns of the head are spread over ranks: (max, sum, label's logit, weighted sum) of each row are
+merged by all-reduce, and d hidden is summed over the ranks.
 
-Rows whose label is ignored are replaced by 0 before any arithmetic, so their hidden states may be NaN.
+Rows whose label is ignored are replaced by 0 before any arithmetic, so their hidden states may be NaN. `fast` lets a
+backend round the factors of its products; this one, the definition, never does.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ class Head:
     def astray(self, part):
         """Where `rows` points outside the hidden states."""
         if self.rows is None:
-            return False
+            return torch.zeros((), dtype=torch.bool, device=self.hidden.device)
         return (self.rows[part] < 0) | (self.rows[part] >= self.hidden.shape[0])
 
     def scaled(self, h, part):
@@ -86,12 +88,16 @@ class Head:
 
 
 class Gradients:
-    """fp32 sums of d hidden, d weight and d bias; those not needed stay empty."""
+    """fp32 sums of d hidden, d weight and d bias; those not needed stay empty.
 
-    def __init__(self, head, need_hidden, need_weight, need_bias):
-        self.head = head
+    apart: d hidden is kept for each label, [M, H], instead of summed over the labels that read one row.
+    """
+
+    def __init__(self, head, need_hidden, need_weight, need_bias, apart=False):
+        self.head, self.apart = head, apart or head.rows is None
         new = head.hidden.new_zeros
-        self.hidden = new(head.hidden.shape if need_hidden else 0, dtype=head.dtype)
+        shape = (head.count, head.hidden.shape[1]) if self.apart else head.hidden.shape
+        self.hidden = new(shape if need_hidden else 0, dtype=head.dtype)
         self.weight = new(head.weight.shape if need_weight else 0, dtype=head.dtype)
         self.bias = new(head.vocab if need_bias else 0, dtype=head.dtype)
         self.need = (need_hidden, need_weight, need_bias)
@@ -107,7 +113,7 @@ class Gradients:
                 self.weight[columns].addmm_(dlogits[:, columns].t(), h)
         if need_bias:
             self.bias += dlogits.sum(0)
-        if need_hidden and self.head.rows is None:
+        if need_hidden and self.apart:
             self.hidden[part] = dh
         elif need_hidden and h.device.type == "cpu":
             self.hidden.index_add_(0, self.head.safe_rows(part), dh)
@@ -179,9 +185,27 @@ def _saved_dtype(tensor, head):
     return head.dtype if tensor is None or tensor.dtype == torch.float16 else tensor.dtype
 
 
-def _walk_with_gradients(head, labels, kept, token_gradients, needs, chunk_size, group, vocab_start, with_entropy):
+def _ones(part, logprob, entropy):
+    """Upstream of slopes: d log p itself."""
+    return torch.ones_like(logprob), None
+
+
+def spread_slopes(grad, slopes, kept, rows, shape, dtype):
+    """d hidden, of this shape and dtype, from the slopes [M, H] that a forward made and the gradient [M] of later."""
+    grads = torch.where(kept.unsqueeze(-1), grad.unsqueeze(-1) * slopes, 0.0)
+    if rows is None:
+        return grads.to(dtype)
+    rows, out = rows.clamp(0, max(shape[0] - 1, 0)), slopes.new_zeros(shape)
+    if out.device.type == "cpu":
+        return out.index_add(0, rows, grads).to(dtype)
+    return out.index_put((rows,), grads, accumulate=True).to(dtype)  # sorts: the same bits on every run
+
+
+def _walk_with_gradients(
+    head, labels, kept, token_gradients, needs, chunk_size, group, vocab_start, with_entropy, apart=False
+):
     """One pass: log-probs and entropy [M], and gradients for token_gradients(part, log-prob, entropy) upstream."""
-    gradients = Gradients(head, *needs)
+    gradients = Gradients(head, *needs, apart)
     out = head.hidden.new_zeros(2, head.count, dtype=head.dtype)
     for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, head.hidden.device, group)):
         h = head.inputs(part, kept[part])
@@ -195,17 +219,26 @@ def _walk_with_gradients(head, labels, kept, token_gradients, needs, chunk_size,
         if any(needs):
             upstream = token_gradients(part, *results[:2])
             gradients.add(part, h, _dlogits(z, slope, local, kept[part], *upstream, results))
-    dtypes = [_saved_dtype(x, head) for x in (head.hidden, head.weight, head.bias)]
+    dtypes = [head.dtype if apart else _saved_dtype(x, head) for x in (head.hidden, head.weight, head.bias)]
     return out[0], out[1], gradients.finish(dtypes, group)
 
 
 def linear_logprobs_fwd(
-    hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy, chunk_size,
-    group, vocab_start,
+    hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy, with_slopes,
+    chunk_size, fast, group, vocab_start,
 ):  # fmt: skip
-    """(log-probs, entropy, row maximum, log of the row's sum), each [M]; entropy [0] if not asked for."""
+    """(log-probs, entropy, row maximum, log of the row's sum), each [M], and slopes [M, H]; [0] if not asked for.
+
+    With slopes there is no entropy, and no backward needs the statistics: they are [0] too.
+    """
     head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
     kept = labels != ignore_index
+    nothing = hidden.new_zeros(0, dtype=head.dtype)
+    if with_slopes:
+        logprobs, _, (slopes, _, _) = _walk_with_gradients(
+            head, labels, kept, _ones, (True, False, False), chunk_size, group, vocab_start, False, apart=True
+        )
+        return logprobs, nothing, nothing.clone(), nothing.clone(), slopes
     parts = _parts(head.count, chunk_size or default_chunk_size(head.vocab, hidden.device))
     statistics = hidden.new_zeros(5, head.count, dtype=head.dtype)
     for part in parts:
@@ -214,12 +247,12 @@ def linear_logprobs_fwd(
         statistics[:, part] = torch.stack(_statistics(z, local, with_entropy))
     whole = slice(0, head.count)
     results = _row_results(_merge(statistics.unbind(), group), kept, head.astray(whole), with_entropy)
-    return tuple(hidden.new_zeros(0, dtype=head.dtype) if x is None else x for x in results)
+    return *(nothing if x is None else x for x in results), nothing.clone()
 
 
 def linear_logprobs_bwd(
     grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy, row_max, log_sum,
-    temperature, softcap, ignore_index, chunk_size, group, vocab_start, need_hidden, need_weight, need_bias,
+    temperature, softcap, ignore_index, chunk_size, fast, group, vocab_start, need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     """(d hidden, d weight, d bias), each in its input's dtype; of shape [0] where not needed."""
     head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
@@ -237,7 +270,7 @@ def linear_logprobs_bwd(
 
 
 def linear_cross_entropy_fwd(
-    hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, group,
+    hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, fast, group,
     vocab_start, need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     """(sum of -log p over the labels that count, and its d hidden, d weight, d bias)."""
@@ -255,7 +288,7 @@ def linear_cross_entropy_fwd(
 
 def linear_ppo_fwd(
     hidden, weight, labels, rows, bias, temperatures, old_log_probs, advantages, mask, normalizer, temperature,
-    softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, group, vocab_start,
+    softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, fast, group, vocab_start,
     need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     """(loss, policy loss, metrics [len(ppo.STATS)], d hidden, d weight, d bias) of policy - entropy_coef * entropy.
@@ -283,39 +316,74 @@ def linear_ppo_fwd(
     return losses[0] - entropy_coef * losses[2], losses[0].clone(), stats, *gradients
 
 
-def _kl_chunk(head, ref_head, part):
-    kept = torch.ones(part.stop - part.start, dtype=torch.bool, device=head.hidden.device)
-    h = head.inputs(part, kept)
-    return h, *head.scaled(h, part), ref_head.scaled(ref_head.inputs(part, kept), part)[0]
+def merge_divergence(results, group):
+    """(KL(a || b), max and log sum of a, the same two of b) [n] over the columns of all ranks, from those of each rank.
+
+    With A and B the shares of a shard in the two distributions: KL = sum over shards of A (KL in the shard + log A/B).
+    """
+    if group is None:
+        return results
+    kl, *statistics = (x.double() for x in results)
+    maxima, log_sums = torch.stack(statistics[::2]), torch.stack(statistics[1::2])
+    highest = maxima.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    dead = maxima == -math.inf
+    log_mass = torch.where(dead, -math.inf, maxima - highest + log_sums)  # of the shard, beside the highest maximum
+    mass = torch.exp(log_mass)
+    dist.all_reduce(mass, group=group)
+    log_total = torch.where(mass == 0.0, 0.0, torch.log(mass))
+    share_a, share_b = torch.where(dead, -math.inf, log_mass - log_total)
+    part = torch.where(share_a == -math.inf, 0.0, torch.exp(share_a) * (kl + share_a - share_b))
+    dist.all_reduce(part, group=group)
+    merged = (part.clamp(min=0.0), highest[0], log_total[0], highest[1], log_total[1])
+    return tuple(x.to(old.dtype) for x, old in zip(merged, results, strict=True))
 
 
-def linear_kl_fwd(hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap, reverse, chunk_size):
-    """Exact KL [N] between the two heads' distributions."""
-    head = Head(hidden, weight, bias, temperature=temperature, softcap=softcap)
-    ref_head = Head(ref_hidden, ref_weight, ref_bias, temperature=temperature, softcap=softcap)
+def _kl_heads(hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap):
+    options = {"rows": rows, "temperature": temperature, "softcap": softcap}
+    return Head(hidden, weight, bias, **options), Head(ref_hidden, ref_weight, ref_bias, **options)
+
+
+def _kl_chunks(head, ref_head, reverse, chunk_size, group):
+    """(part, policy's inputs, KL [n], d KL / d logits [n, V]) of each chunk of tokens."""
+    for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, head.hidden.device, group)):
+        kept = torch.ones(part.stop - part.start, dtype=torch.bool, device=head.hidden.device)
+        h = head.inputs(part, kept)
+        z, slope = head.scaled(h, part)
+        sides = (z, ref_head.scaled(ref_head.inputs(part, kept), part)[0])[:: 1 if reverse else -1]
+        statistics = [kl_reference.row_statistics(x) for x in sides]
+        kl = kl_reference.divergence(*sides, *statistics)[0]
+        kl, *merged = merge_divergence((kl, *statistics[0], *statistics[1]), group)
+        kl = kl.masked_fill(head.astray(part), math.nan)
+        dz = kl_reference.divergence_gradient(torch.ones_like(kl), *sides, kl, merged[:2], merged[2:])
+        yield part, h, kl, dz[0 if reverse else 1] * slope
+
+
+def linear_kl_fwd(
+    hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse, with_slopes,
+    chunk_size, fast, group,
+):  # fmt: skip
+    """Exact KL [M] between the two heads' distributions, and slopes [M, H]; [0] if not asked for."""
+    head, ref_head = _kl_heads(hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap)
+    gradients = Gradients(head, with_slopes, False, False, apart=True)
     out = hidden.new_zeros(head.count, dtype=head.dtype)
-    for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, hidden.device)):
-        _, z, _, ref_z = _kl_chunk(head, ref_head, part)
-        out[part] = kl_reference.divergence(z, ref_z)[0] if reverse else kl_reference.divergence(ref_z, z)[0]
-    return out
+    for part, h, kl, dlogits in _kl_chunks(head, ref_head, reverse, chunk_size, group):
+        out[part] = kl
+        gradients.add(part, h, dlogits)
+    return out, gradients.finish((head.dtype,) * 3, group)[0]
 
 
 def linear_kl_bwd(
-    grad, hidden, weight, ref_hidden, ref_weight, bias, ref_bias, temperature, softcap, reverse, chunk_size,
-    need_hidden, need_weight, need_bias,
+    grad, hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse, chunk_size,
+    fast, group, need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     """(d hidden, d weight, d bias) of the policy, each in its input's dtype; of shape [0] where not needed."""
-    head = Head(hidden, weight, bias, temperature=temperature, softcap=softcap)
-    ref_head = Head(ref_hidden, ref_weight, ref_bias, temperature=temperature, softcap=softcap)
+    head, ref_head = _kl_heads(hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap)
     gradients = Gradients(head, need_hidden, need_weight, need_bias)
-    for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, hidden.device)):
-        h, z, slope, ref_z = _kl_chunk(head, ref_head, part)
-        if reverse:
-            dz, _ = kl_reference.divergence_gradient(grad[part], z, ref_z)
-        else:
-            _, dz = kl_reference.divergence_gradient(grad[part], ref_z, z)
-        gradients.add(part, h, dz * slope)
-    return gradients.finish((hidden.dtype, weight.dtype, head.dtype if bias is None else bias.dtype))
+    for part, h, _, dlogits in _kl_chunks(head, ref_head, reverse, chunk_size, group):
+        upstream = grad[part].masked_fill(head.astray(part), math.nan)
+        gradients.add(part, h, upstream[:, None] * dlogits)
+    return gradients.finish((hidden.dtype, weight.dtype, head.dtype if bias is None else bias.dtype), group)
 
 
 def full_logits(hidden, weight, labels, rows=None, bias=None, ignore_index=-100):

@@ -204,9 +204,11 @@ class _Kernels(walk.Kernels):
 
     product = staticmethod(product)
 
-    def __init__(self, hidden):
-        rounds = hidden.dtype in HALVES and hidden.device.type != "cpu"  # the interpreter's products are fp32
-        self.dtype = hidden.dtype if rounds else torch.float32
+    def __init__(self, hidden, weight, fast):
+        halves = [x.dtype for x in (hidden, weight) if x.dtype in HALVES]
+        alike = hidden.dtype == weight.dtype
+        here = hidden.device.type != "cpu"  # the interpreter's products are fp32
+        self.dtype = halves[0] if halves and (alike or fast) and here else torch.float32
         self.narrow = None
 
     @staticmethod
@@ -235,10 +237,7 @@ class _Kernels(walk.Kernels):
         return torch.where(kept.unsqueeze(-1), h.to(self.dtype), 0.0)
 
     def blocks(self, weight, columns):
-        if weight.dtype != self.dtype:
-            yield from walk.Kernels.blocks(weight, columns)
-        else:
-            yield columns, weight[columns]
+        return walk.Kernels.blocks(weight, columns, self.dtype)
 
     @staticmethod
     def fold(chunk, state):
