@@ -6,12 +6,14 @@ from .dispatch import backend, backends
 from .kl import approx_kl, kl_from_logits
 from .linear import linear_cross_entropy, linear_kl, linear_logprobs, linear_ppo_loss
 from .logprobs import entropy_from_logits, logprobs_and_entropy_from_logits, logprobs_from_logits
+from .model_head import ModelHead, call_with_head, find_head, linear_logprobs_from_model
 from .packing import PackedResponses, pack_responses
 from .ppo import PPOLoss, ppo_loss
 from .preference import preference_loss
 
 __version__ = "0.1.0"
 __all__ = [
+    "ModelHead",
     "PPOLoss",
     "PackedResponses",
     "RLHFAdvantages",
@@ -21,12 +23,15 @@ __all__ = [
     "backend",
     "backends",
     "bradley_terry_loss",
+    "call_with_head",
     "entropy_from_logits",
+    "find_head",
     "gae",
     "kl_from_logits",
     "linear_cross_entropy",
     "linear_kl",
     "linear_logprobs",
+    "linear_logprobs_from_model",
     "linear_ppo_loss",
     "logprobs_and_entropy_from_logits",
     "logprobs_from_logits",

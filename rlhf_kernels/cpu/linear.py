@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 
 from .. import _linear_walk as walk
@@ -60,28 +58,36 @@ def _turned(statistics, reverse):
 
 
 class _FastKernels(_Kernels):
-    """Products of bf16 factors, which oneDNN adds up in fp32: exact where the factors are bf16 already."""
+    """Products of bf16 factors, whose results PyTorch rounds to bf16; sums over them and everything else are fp32."""
+
+    @staticmethod
+    def inputs(head, part, kept):
+        h = head.hidden[part] if head.rows is None else head.hidden[head.safe_rows(part)]
+        return torch.where(kept.unsqueeze(-1), h.to(torch.bfloat16), 0.0)
+
+    @staticmethod
+    def blocks(weight, columns):
+        return walk.Kernels.blocks(weight, columns, torch.bfloat16)
+
+    @staticmethod
+    def gradient(chunk, upstream, results):
+        dlogits, unit = _Kernels.gradient(chunk, upstream, results)
+        return dlogits.to(torch.bfloat16), unit
+
+    @staticmethod
+    def divergence_gradient(grad, logits, ref_logits, results, head, reverse):
+        dlogits, unit = _Kernels.divergence_gradient(grad, logits, ref_logits, results, head, reverse)
+        return dlogits.to(torch.bfloat16), unit
 
     @staticmethod
     def product(a, b, out, add=False, unit=None):
-        with _bf16_factors():
-            _Kernels.product(a, b, out, add, unit)
-
-
-@contextlib.contextmanager
-def _bf16_factors():
-    """Let products of fp32 tensors round their factors to bf16; of the whole process, while the block runs."""
-    settings = torch.backends.mkldnn.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+        result = torch.mm(a, b)
+        out.add_(result) if add else out.copy_(result)
 
 
 def _kernels(hidden, weight, fast):
-    rounds = torch.bfloat16 in (hidden.dtype, weight.dtype) and torch.float16 not in (hidden.dtype, weight.dtype)
-    return _FastKernels if fast and rounds and hasattr(torch.backends.mkldnn, "matmul") else _Kernels
+    dtypes = (hidden.dtype, weight.dtype)
+    return _FastKernels if fast and torch.bfloat16 in dtypes and torch.float16 not in dtypes else _Kernels
 
 
 operators = walk.Operators(_kernels)

@@ -12,7 +12,7 @@ process group the columns of the head are spread over ranks: (max, sum, label's 
 merged by all-reduce, and d hidden is summed over the ranks.
 
 Rows whose label is ignored are replaced by 0 before any arithmetic, so their hidden states may be NaN. `fast` lets a
-backend round the factors of its products; this one, the definition, never does.
+backend round its products; this one, the definition, never does.
 """
 
 from __future__ import annotations
