@@ -18,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from rlhf_kernels import linear_logprobs, logprobs_from_logits, pack_responses
 
-from . import checkpoint, data, models
+from . import checkpoint, data, models, rankings
 
 logger = logging.getLogger("rlhf")
 DEFAULT_CONTEXT = 1024
@@ -178,7 +178,7 @@ def encode_rows(tokenizer, rows, names, args, *, what):
             raise data.DataError(f"{row['at']}: the prompt gives no tokens")
         if names == ("completions",) and max(map(len, responses)) >= args.max_length:
             kept = [index for index, ids in enumerate(responses) if len(ids) < args.max_length]
-            row = {**row, **{name: [row[name][index] for index in kept] for name in ("completions", "ranks")}}
+            row = rankings.keep(row, kept)
             responses = [responses[index] for index in kept] if len(set(row["ranks"])) > 1 else responses
         room = args.max_length - max(map(len, responses))
         if room < 1:

@@ -211,8 +211,8 @@ def test_training_learns_and_reports(settings, capsys):
 def test_ranking_report_by_hand():
     """Two rows: K = 3 with one tie (2 decided pairs), K = 2 with equal scores (half a point)."""
     rows = [
-        {"completions": ["aaa", "b", "cc"], "ranks": [0, 1, 1]},
-        {"completions": ["a", "bb"], "ranks": [1, 0]},
+        {"prompt": "p", "completions": ["aaa", "b", "cc"], "ranks": [0, 1, 1]},
+        {"prompt": "q", "completions": ["a", "bb"], "ranks": [1, 0]},
     ]
     report = reward.ranking_report([[1.0, 2.0, 0.0], [3.0, 3.0]], rows)
     assert report["pairs"] == 3 and report["pairs_by_k"] == {"2": 1, "3": 2}
