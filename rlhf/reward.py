@@ -128,11 +128,7 @@ def train_reward(args: RewardConfig):
     demonstrations = data.load_rows(args.demonstrations, "sft") if args.demonstrations else best_ranked(train)
     model = load_start(args, tokenizer)
     training.set_max_length(args, model)
-    ties_count = args.ties == "half" and args.loss_type == "bradley_terry"
-    train = training.encode_rows(
-        tokenizer, train if ties_count else decided(train), ("completions",), args, what="training"
-    )
-    train = rankings.apart(train, ties=ties_count) if args.comparisons == "shuffled" else train
+    train = training_examples(tokenizer, train, args)
     held_out = training.encode_rows(tokenizer, decided(held_out), ("completions",), args, what="held-out")
     demonstrations = training.encode_rows(tokenizer, demonstrations, ("completion",), args, what="demonstration")
     for example in demonstrations:
@@ -149,6 +145,14 @@ def train_reward(args: RewardConfig):
     return training.run_stage(
         args, lambda callbacks: RewardTrainer(model, args, tokenizer, train, held_out, callbacks), finish
     )
+
+
+def training_examples(tokenizer, rows, args):
+    """Rankings as examples, or under comparisons="shuffled" their pairs, which the trainer's sampler mixes."""
+    ties = args.ties == "half" and args.loss_type == "bradley_terry"
+    rows = rows if ties else decided(rows)
+    examples = training.encode_rows(tokenizer, rows, ("completions",), args, what="training")
+    return rankings.apart(examples, ties=ties) if args.comparisons == "shuffled" else examples
 
 
 def best_ranked(rows):

@@ -14,11 +14,10 @@ import numpy as np
 from .data import as_text
 from .evaluate import wilson_interval
 from .rankings import decided_pairs
+from .runs import PAIR_GROUPS, pair_rows
 
 CALIBRATION_BINS = 10
 LENGTH_BINS = 8
-SHOWN_GROUPS = 9
-TITLES = {"k": "K = {}", "gap": "ranks {} apart", "labeler": "labeler {}", "labeler_group": "labelers {}"}
 
 
 class Pair(NamedTuple):
@@ -33,17 +32,21 @@ class Pair(NamedTuple):
     longer: int
     """length of the better one - length of the worse one, in characters"""
     labeler: str | None
+    labeler_group: str | None
+    """"in training" or "held out" """
 
 
-def pairs_of(scores, rows, *, judged=False):
+def pairs_of(scores, rows, known_labelers=frozenset(), *, judged=False):
     """All decided pairs of ranked rows; with `judged`, those of their field `pairs` instead."""
     found = []
     for score, row in zip(scores, rows, strict=True):
+        labeler = row.get("labeler")
+        who = (labeler, labeler and ("in training" if labeler in known_labelers else "held out"))
         lengths = [len(as_text(text)) for text in row["completions"]]
         for better, worse in row.get("pairs", ()) if judged else decided_pairs(row["ranks"]):
             lead, longer = score[better] - score[worse], lengths[better] - lengths[worse]
             gap = row["ranks"][worse] - row["ranks"][better]
-            found.append(Pair(as_text(row["prompt"]), len(score), gap, lead, longer, row.get("labeler")))
+            found.append(Pair(as_text(row["prompt"]), len(score), gap, lead, longer, *who))
     return found
 
 
@@ -58,40 +61,28 @@ def ranking_report(scores, rows, known_labelers=frozenset()):
         accuracy and its 95 % interval accuracy_low, accuracy_high; longer_wins, the accuracy of the longer response;
         prefers_longer, how often the scores side with it; pairs. accuracy_by_X, longer_wins_by_X and pairs_by_X for X =
         k, gap (difference of ranks) and, where rows name them, labeler and labeler_group ("in training", "held out");
-        accuracy_judged, longer_wins_judged, pairs_judged where rows hold `pairs`. calibration: see `calibration`, with
-        calibration_error. length_correlation, of score and length over all responses (nan if either is constant);
-        score_by_length: see `score_by_length`.
+        accuracy_judged, longer_wins_judged, pairs_judged where rows hold `pairs`. What `calibration` and
+        `score_by_length` return.
     """
-    pairs = pairs_of(scores, rows)
-    low, high = share_interval(_wins(pairs, "lead"), [pair.prompt for pair in pairs])
+    pairs = pairs_of(scores, rows, known_labelers)
+    prompts = [pair.prompt for pair in pairs]
+    low, high = share_interval(_wins(pairs, "lead"), prompts)
     sides = np.sign([pair.lead for pair in pairs]) * np.sign([pair.longer for pair in pairs])
-    curve = calibration([pair.lead for pair in pairs])
     report = {
         **_shares(pairs),
         "accuracy_low": low,
         "accuracy_high": high,
         "prefers_longer": float((sides + 1).mean() / 2),
-        "calibration_error": curve.pop("error"),
-        "calibration": curve,
+        **calibration([pair.lead for pair in pairs], prompts),
         **score_by_length(scores, rows),
     }
-    groups = {
-        "k": lambda pair: pair.k,
-        "gap": lambda pair: pair.gap,
-        "labeler": lambda pair: pair.labeler,
-        "labeler_group": lambda pair: pair.labeler and _group(pair.labeler in known_labelers),
-    }
-    for name, group_of in groups.items():
-        groups_there = sorted({group_of(pair) for pair in pairs} - {None})
-        found = {str(group): _shares([pair for pair in pairs if group_of(pair) == group]) for group in groups_there}
+    for name in PAIR_GROUPS:
+        there = sorted({getattr(pair, name) for pair in pairs} - {None})
+        found = {str(group): _shares([pair for pair in pairs if getattr(pair, name) == group]) for group in there}
         for key in ("accuracy", "longer_wins", "pairs") if found else ():
             report[f"{key}_by_{name}"] = {group: shares[key] for group, shares in found.items()}
     judged = _shares(pairs_of(scores, rows, judged=True))
     return report | ({f"{key}_judged": value for key, value in judged.items()} if judged["pairs"] else {})
-
-
-def _group(known):
-    return "in training" if known else "held out"
 
 
 def _wins(pairs, name):
@@ -109,9 +100,9 @@ def _shares(pairs):
 def share_interval(wins, clusters):
     """95 % Wilson interval of the mean of `wins`, with as many effective comparisons as their clusters allow.
 
-    Comparisons of one cluster (pairs of one prompt) may go right or wrong together. The variance of the share is that
-    of a ratio of sums over clusters; the interval is Wilson's for the n at which independent comparisons vary as much,
-    and never for more than there are.
+    Comparisons of one cluster (pairs of one prompt) may go right or wrong together. So the variance of the share is the
+    jackknife's over clusters, and the interval is Wilson's for the n at which independent comparisons vary as much, at
+    most as many as there are.
 
     Args:
         wins: N numbers 0, 0.5 or 1.
@@ -124,31 +115,37 @@ def share_interval(wins, clusters):
     _, place = np.unique(np.asarray(clusters), return_inverse=True)
     count = place.max() + 1
     if count > 1 and 0 < share < 1:
-        deviations = np.bincount(place, wins - share)
-        variance = count / (count - 1) * (deviations**2).sum() / n**2
+        changes = np.bincount(place, wins - share) / (n - np.bincount(place))  # of the share without a cluster
+        variance = (count - 1) / count * (changes**2).sum()
         n = min(n, share * (1 - share) / max(variance, 1e-12))
     return wilson_interval(share, n)
 
 
-def calibration(leads):
+def calibration(leads, prompts):
     """How far sigmoid(r_i - r_j) is the share of pairs in which i is the better one.
 
     The scores' favourite of each pair is i, so predictions lie in [0.5, 1]; they are put into bins of equal width.
 
     Args:
         leads: N score differences, better minus worse; 0 counts half.
+        prompts: N labels, as `share_interval` takes them.
     Returns:
-        predicted, observed, pairs: the mean prediction, the share of favourites that were the better ones, and the
-        count, of each bin that holds a pair; error: mean of |predicted - observed|, weighted by the counts.
+        calibration_error, the mean of |predicted - observed| weighted by the counts; and calibration, of each bin that
+        holds a pair: predicted, the mean prediction; observed, the share of favourites that were the better ones, with
+        its 95 % interval low, high; pairs, the count.
     """
-    leads = np.asarray(leads, dtype=np.float64)
-    predicted, observed = 1 / (1 + np.exp(-np.abs(leads))), (np.sign(leads) + 1) / 2
+    leads, prompts = np.asarray(leads, dtype=np.float64), np.asarray(prompts)
+    predicted, won = 1 / (1 + np.exp(-np.abs(leads))), (np.sign(leads) + 1) / 2
     place = np.minimum((predicted - 0.5) * 2 * CALIBRATION_BINS, CALIBRATION_BINS - 1).astype(int)
-    bins = [place == index for index in range(CALIBRATION_BINS) if (place == index).any()]
-    means = [[float(values[inside].mean()) for inside in bins] for values in (predicted, observed)]
-    counts = [int(inside.sum()) for inside in bins]
-    error = sum(n * abs(p - o) for n, p, o in zip(counts, *means)) / len(leads)
-    return {"predicted": means[0], "observed": means[1], "pairs": counts, "error": error}
+    curve = {"predicted": [], "observed": [], "low": [], "high": [], "pairs": []}
+    for index in np.unique(place):
+        inside = place == index
+        low, high = share_interval(won[inside], prompts[inside])
+        found = (float(predicted[inside].mean()), float(won[inside].mean()), low, high, int(inside.sum()))
+        for values, value in zip(curve.values(), found, strict=True):
+            values.append(value)
+    gaps = [abs(p - o) * n for p, o, n in zip(curve["predicted"], curve["observed"], curve["pairs"])]
+    return {"calibration_error": sum(gaps) / len(leads), "calibration": curve}
 
 
 def score_by_length(scores, rows):
@@ -208,24 +205,13 @@ def labeler_agreement(rows):
 def report_table(summary):
     """The held-out accuracy, by what it depends on, beside the longer-wins rule, as lines of text."""
     lines = ["held-out pairs         pairs  accuracy  longer wins"]
-
-    def add(title, keys):
-        row = [summary[key] if group is None else summary[key][group] for key, group in keys]
-        lines.append("{:<21} {:>6}  {:>8.3f}  {:>11.3f}".format(title, *row))
-
-    columns = ("pairs", "accuracy", "longer_wins")
-    for name, title in TITLES.items():
-        counts = summary.get(f"eval/pairs_by_{name}", {})
-        most = set(sorted(counts, key=counts.get, reverse=True)[:SHOWN_GROUPS])
-        for group in filter(most.__contains__, counts):
-            add(title.format(group)[:21], [(f"eval/{key}_by_{name}", group) for key in columns])
-    if "eval/pairs_judged" in summary:
-        add("judged one by one", [(f"eval/{key}_judged", None) for key in columns])
-    add("all", [(f"eval/{key}", None) for key in columns])
-    value = {key: summary[f"eval/{key}"] for key in ("accuracy_low", "accuracy_high", "calibration_error")}
+    for row in pair_rows(summary):
+        lines.append(f"{row.title[:21]:<21} {row.pairs:>6}  {row.accuracy:>8.3f}  {row.longer_wins:>11.3f}")
+    names = ("accuracy_low", "accuracy_high", "calibration_error", "prefers_longer", "length_correlation")
+    low, high, error, longer, correlation = (summary[f"eval/{name}"] for name in names)
+    lines.append(f"95 % interval of the accuracy: {low:.3f} to {high:.3f}; calibration error: {error:.3f}")
     lines.append(
-        f"95 % interval of the accuracy: {value['accuracy_low']:.3f} to {value['accuracy_high']:.3f}; "
-        f"calibration error: {value['calibration_error']:.3f}"
+        f"the scores prefer the longer one of {longer:.3f} of the pairs; correlation with length {correlation:+.2f}"
     )
     if "labeler_agreement" in summary:
         share, low, high, count = (summary[f"labeler_agreement{end}"] for end in ("", "_low", "_high", "_pairs"))
