@@ -116,7 +116,8 @@ def _reward_model(report: Report) -> list[plots.Figure | None]:
     for name, (x, title, how) in texts.items():
         found = [(row.group, row.accuracy, row.longer_wins) for row in pair_rows(summary, name)]
         caption = f"Share of held-out pairs in the labelers’ order, {how}; on the bars in %. Black: 95 % interval."
-        made.append(plots.accuracy_bars([overall, *found], x=x, title=title, caption=caption, **options))
+        if found or name == "k":
+            made.append(plots.accuracy_bars([overall, *found], x=x, title=title, caption=caption, **options))
     curve, bins = summary.get("eval/calibration") or {}, summary.get("eval/score_by_length") or {}
     points = zip(*(curve.get(name, ()) for name in ("predicted", "observed", "low", "high", "pairs")))
     made.append(plots.calibration_curve(list(points)))

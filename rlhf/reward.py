@@ -21,13 +21,16 @@ from .training import StageConfig, StageTrainer, logger, option
 class RewardConfig(StageConfig):
     """Settings of `rlhf reward`."""
 
+    dataset_name: str | None = option(
+        None, "Rankings: prompt, completions, ranks (or chosen, rejected); optional: weight, margin(s), labeler, pairs."
+    )
     loss_type: Literal["bradley_terry", "plackett_luce"] = option(
         "bradley_terry", "All pairs of a ranking (the paper), or the ranking as a whole."
     )
     ties: Literal["drop", "half"] = option("drop", "Tied pairs: no pair (the paper), or half of each direction.")
     comparisons: Literal["prompt", "shuffled"] = option(
         "prompt",
-        "A prompt's pairs: together in one example (the paper), or shuffled, each its own example, which overfits.",
+        "A prompt's pairs: one example (the paper), or shuffled, each its own (batches count pairs), which overfits.",
     )
     demonstrations: str | None = option(
         None, "File of demonstrations that shall score 0 on average; without it: the best-ranked responses."

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from rlhf import checkpoint, data, models, reward, training
 from rlhf.reward import RewardTrainer, train_reward
-from tests.tiny import word_tokenizer, write_jsonl
+from tests.tiny import model_folder, word_tokenizer, write_jsonl
 from tests.tiny_reward import config_maker, gradient, make_trainer, rankings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,6 +152,40 @@ def test_trap_23_training_ids_are_scoring_ids(settings):
     assert golden == [*row["prompt"].split(), *row["completions"][0].split(), "</s>"]
 
 
+SUFFIXED = (
+    "{% for m in messages %}<|{{ 'bot' if m.role == 'assistant' else 'user' }}|> {{ m.content }} <|end|> <|line|> "
+    "{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+)
+
+
+def test_trap_23_a_chat_is_trained_and_scored_up_to_its_end_of_turn(settings, tmp_path):
+    """The template goes on behind the end of turn, as ChatML does with a line break; sampling stops before that."""
+    from rlhf.sequences import join
+
+    special = ("<|user|>", "<|bot|>", "<|end|>", "<|line|>")
+    tokenizer = word_tokenizer(extra=special, chat_template=SUFFIXED)
+    policy = model_folder(tmp_path / "chat", tokenizer=tokenizer)
+    prompt = [{"role": "user", "content": "the dog"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("ran", "sat down", "ran up and down")]
+    rows = [{"prompt": prompt, "completions": answers, "ranks": [0, 1, 2]}]
+    path = write_jsonl(tmp_path / "chat.jsonl", rows)
+    trainer = make_trainer(settings(model_name_or_path=policy, dataset_name=path, packing="false"))
+    trained = trainer.collate(trainer.train_dataset)
+    whole = tokenizer.apply_chat_template([*prompt, *answers[0]], return_dict=False)
+    assert tokenizer.convert_ids_to_tokens(whole)[-2:] == ["<|end|>", "<|line|>"]  # the trap
+    stop = models.stop_token_ids(tokenizer, trainer.model)
+    sampled = [
+        [*tokenizer(answer[0]["content"]).input_ids, tokenizer.convert_tokens_to_ids("<|end|>")] for answer in answers
+    ]
+    assert all(ids[-1] in stop for ids in sampled)
+    scored = join([data.encode_prompt(tokenizer, prompt)] * 3, sampled)
+    mask = scored.attention_mask.bool()
+    assert torch.equal(trained["attention_mask"], mask)
+    assert torch.equal(trained["input_ids"][mask], scored.input_ids[mask])
+    assert trained["input_ids"].flatten()[trained["last_token_rows"]].tolist() == [ids[-1] for ids in sampled]
+    assert trained["input_ids"][0][mask[0]].tolist() == whole[:-1]
+
+
 def test_training_learns_and_reports(settings, capsys):
     run = train_reward(settings(num_train_epochs=6, eval_fraction=0.25))
     summary = json.loads((run / "run.json").read_text())["summary"]
@@ -261,10 +295,11 @@ train_reward(args)
 
 @pytest.mark.slow
 def test_trap_10_two_processes_equal_one(settings, tmp_path):
-    """2 gloo ranks of 4 prompts = 1 process of 8 prompts, after two SGD steps; both leave whole checkpoints."""
+    """2 gloo ranks of 4 weighted prompts = 1 process of 8, after two SGD steps; both leave whole checkpoints."""
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    args = settings()
+    rows = [{**row, "weight": (0.25, 1.0, 3.0, 0.5, 2.0)[index % 5]} for index, row in enumerate(rankings(24))]
+    args = settings(dataset_name=write_jsonl(tmp_path / "weighted.jsonl", rows))
     found = []
     for ranks in (1, 2):
         out = tmp_path / f"ranks-{ranks}"
