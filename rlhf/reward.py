@@ -5,6 +5,7 @@ prompt with 9 responses weighs as much as one with 4 (Ouyang et al. 2022, eq. 1)
 example and never part. At the end the scores are shifted so that demonstrations score 0 on average.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -57,7 +58,7 @@ class RewardTrainer(StageTrainer):
         return {**super().collate(examples), **rankings.tensors([example["row"] for example in examples])}
 
     def count_items(self, batch):
-        return float(batch["weights"].sum())
+        return batch["weights"].sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         total, metrics = self.weighted_loss(batch_scores(model, inputs), inputs)
@@ -85,12 +86,14 @@ class RewardTrainer(StageTrainer):
             for batch in self.batches(examples):
                 flat = batch_scores(self.model, batch)
                 total += float(self.weighted_loss(flat, batch)[0])
-                weight += self.count_items(batch)
+                weight += float(self.count_items(batch))
                 found += [group.tolist() for group in flat.split(batch["cu_groups"].diff().tolist())]
         return found, total / weight
 
     def evaluate_rows(self, examples):
         scores, loss = self.scores(examples)
+        if not all(math.isfinite(score) for group in scores for score in group):
+            raise FloatingPointError(f"step {self.state.global_step}: scores are not finite; lower --learning_rate")
         known = {example["row"].get("labeler") for example in self.train_dataset}
         return {"loss": loss, **ranking_report(scores, [example["row"] for example in examples], known)}
 

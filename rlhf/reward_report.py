@@ -77,8 +77,11 @@ def ranking_report(scores, rows, known_labelers=frozenset()):
         **score_by_length(scores, rows),
     }
     for name in PAIR_GROUPS:
-        there = sorted({getattr(pair, name) for pair in pairs} - {None})
-        found = {str(group): _shares([pair for pair in pairs if getattr(pair, name) == group]) for group in there}
+        groups = {}
+        for pair in pairs:
+            groups.setdefault(getattr(pair, name), []).append(pair)
+        groups.pop(None, None)
+        found = {str(group): _shares(groups[group]) for group in sorted(groups)}
         for key in ("accuracy", "longer_wins", "pairs") if found else ():
             report[f"{key}_by_{name}"] = {group: shares[key] for group, shares in found.items()}
     judged = _shares(pairs_of(scores, rows, judged=True))

@@ -330,12 +330,12 @@ class StageTrainer(Trainer):
         return make_batch(examples, self.tokenizer.pad_token_id, packed=packed)
 
     def count_items(self, batch):
-        """How many items of the batch the loss is a mean over: prompts, unless a subclass says otherwise."""
+        """How many items of the batch the loss is a mean over, a number or a 0-d tensor: prompts, unless overridden."""
         return len(batch["cu_groups"]) - 1
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(sum(self.count_items(batch) for batch in batches), device=device)
+        count = torch.as_tensor(sum(self.count_items(batch) for batch in batches), device=device)
         return batches, self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def global_mean(self, loss):

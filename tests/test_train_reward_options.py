@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
-from rlhf import data, evaluate, models, rankings, reward, training
+from rlhf import cli, data, evaluate, models, rankings, reward, training
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.reward import train_reward
 from rlhf.rollout import Rollouts
@@ -238,6 +238,28 @@ def test_shuffled_pairs_overfit_in_one_epoch(tmp_path):
     whole, shuffled = (torch.tensor(losses) for losses in found.values())
     assert shuffled[:, 0].mean() > whole[:, 0].mean()
     assert ((whole[:, 0] - whole[:, 1]) < 0.05).all() and ((shuffled[:, 0] - shuffled[:, 1]) > 0.05).all()
+
+
+def test_the_papers_schedule(tmp_path):
+    """Preset `instructgpt`: one epoch, cosine from 9e-6 to a tenth of it, 64 prompts a batch, ties dropped."""
+    path, policy = write_jsonl(tmp_path / "rows.jsonl", tiny_reward.rankings(128)), model_folder(tmp_path / "policy")
+    flags = {"model_name_or_path": policy, "dataset_name": path, "output_dir": tmp_path / "run", "eval_fraction": 0,
+             "logging_steps": 1, "use_cpu": "true", "disable_tqdm": "true"}  # fmt: skip
+    flags = [f"--{name}={value}" for name, value in flags.items()]
+    whole = cli.parse_stage("reward", reward.RewardConfig, ["--preset=instructgpt", *flags])
+    assert (whole.per_device_train_batch_size, whole.num_train_epochs, whole.ties) == (64, 1, "drop")
+    assert whole.comparisons == "prompt" and whole.loss_type == "bradley_terry"
+    args = cli.parse_stage("reward", reward.RewardConfig, ["--preset=instructgpt", *flags, "--max_steps=10"])
+    run = train_reward(args)
+    rates = [json.loads(line).get("lr") for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [rate for rate in rates if rate is not None]
+    expected = [9e-6 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 10)) / 2) for step in range(10)]
+    assert rates == pytest.approx(expected, rel=1e-6)
+
+
+def test_scores_that_are_not_finite_stop_the_run(settings):
+    with pytest.raises(FloatingPointError, match=r"step \d+: scores are not finite; lower --learning_rate"):
+        train_reward(settings(learning_rate=1e30, max_grad_norm=0.0, eval_fraction=0.3))
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
