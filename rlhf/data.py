@@ -6,9 +6,10 @@ samples.
 """
 
 import json
-import math
 import random
 from pathlib import Path
+
+from . import rankings
 
 KINDS = ("sft", "ranked", "preference", "unpaired", "prompts", "text")
 END_OF_TEXT = "<|endoftext|>"
@@ -30,11 +31,11 @@ def load_rows(name_or_path, kind, *, split="train", config=None):
         name_or_path: a .jsonl, .json, .parquet or (kind "text") .txt file; a folder holding `<split>.<one of these>`;
             else a name that `datasets.load_dataset` knows, if that package is installed.
         kind: "sft" (`text`, `messages` or `prompt` + `completion`), "ranked" (`prompt` + `completions` + `ranks` or
-            `scores`, or `prompt` + `chosen` + `rejected`), "preference" (`prompt` + `chosen` + `rejected`), "unpaired"
-            (`prompt` + `completion` + `label`), "prompts" (any row with a prompt), "text" (`text`, or a text file).
+            `scores`, or `prompt` + `chosen` + `rejected`; optional fields: see rankings.py), "preference" (`prompt` +
+            `chosen` + `rejected`), "unpaired" (`prompt` + `completion` + `label`), "prompts", "text" (or a text file).
         split, config: which split of a folder or of a named data set, and which configuration of the latter.
     Returns:
-        Dicts with exactly the fields of their kind, and `at`, the place a row came from ("file:line"). A string
+        Dicts with the fields of their kind and no other, and `at`, the place a row came from ("file:line"). A string
         `context` has been put before the prompt, one empty line between. Ranks are integers, lower is better.
     Raises:
         DataError: what is wrong, by file and line; also when the file is missing or holds no rows.
@@ -209,24 +210,26 @@ def _check_sft(raw):
 def _check_ranked(raw):
     if "completions" not in raw and "chosen" in raw:
         row = _check_preference(raw)
-        return {"prompt": row["prompt"], "completions": [row["chosen"], row["rejected"]], "ranks": [0, 1]}
-    prompt = _prompt(raw)
+        prompt, completions = row["prompt"], [row["chosen"], row["rejected"]]
+        raw = {"ranks": [0, 1], **{name: raw[name] for name in ("weight", "margin", "labeler") if name in raw}}
+    else:
+        prompt, completions = _prompt(raw), _completions(raw)
+    name = "ranks" if "ranks" in raw or "scores" not in raw else "scores"
+    values, count = _field(raw, name), len(completions)
+    try:
+        ranked = {"ranks": rankings.ranks_of(name, values, count), **rankings.optional_fields(raw, count)}
+    except ValueError as error:
+        raise _Bad(str(error)) from None
+    return {"prompt": prompt, "completions": completions, **ranked}
+
+
+def _completions(raw):
     completions = _field(raw, "completions")
     if not isinstance(completions, list):
         raise _Bad(f"`completions` must be a list, got {type(completions).__name__}")
     if len(completions) < 2:
         raise _Bad(f"`completions` must hold at least two completions to rank, got {len(completions)}")
-    completions = [_completion(f"completions[{index}]", value) for index, value in enumerate(completions)]
-    name = "ranks" if "ranks" in raw or "scores" not in raw else "scores"
-    values = _field(raw, name)
-    if not isinstance(values, list) or len(values) != len(completions):
-        got = f"{len(values)}" if isinstance(values, list) else type(values).__name__
-        raise _Bad(f"`{name}` must be a list as long as `completions` ({len(completions)}), got {got}")
-    for value in values:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise _Bad(f"`{name}` must hold finite numbers, got {value!r}")
-    better_first = sorted(set(values), reverse=name == "scores")
-    return {"prompt": prompt, "completions": completions, "ranks": [better_first.index(value) for value in values]}
+    return [_completion(f"completions[{index}]", value) for index, value in enumerate(completions)]
 
 
 def _check_preference(raw):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from . import plots
 from .health import NOT_MEASURED, Check, health, minus
-from .runs import COLUMNS, Report, cell, finite
+from .runs import COLUMNS, Report, cell, finite, pair_rows
 
 
 def figures(report: Report) -> list[plots.Figure]:
@@ -80,7 +80,7 @@ def figures(report: Report) -> list[plots.Figure]:
             caption="Share of the variance of the returns: 1 is perfect, 0 no better than their mean.",
             zero=True,
         ),
-        _accuracy(report),
+        *_reward_model(report),
         *_lengths(report),
         *_losses(report),
     ]
@@ -92,21 +92,38 @@ def _varying(named: dict[str, plots.Series]) -> dict[str, plots.Series]:
     return {name: series for name, series in named.items() if len(set(series[1])) > 1}
 
 
-def _accuracy(report: Report) -> plots.Figure | None:
+def _reward_model(report: Report) -> list[plots.Figure | None]:
+    """What the reward stage measured on held-out pairs."""
     summary = report.reward_summary
-    if not finite(summary.get("eval/accuracy")):
-        return None
-
-    def by_k(key):
-        return {int(k): v for k, v in (summary.get(key) or {}).items() if finite(v)}
-
-    return plots.accuracy_by_k(
-        by_k("eval/accuracy_by_k"),
-        by_k("eval/longer_wins_by_k"),
-        summary["eval/accuracy"],
-        summary.get("eval/longer_wins"),
-        report.evaluation.get("labeler", {}).get("ceiling"),
-    )
+    accuracy = summary.get("eval/accuracy")
+    if not finite(accuracy):
+        return []
+    named = {
+        "perfect judge, noisy labels": report.evaluation.get("labeler", {}).get("ceiling"),
+        "labelers with each other": summary.get("labeler_agreement"),
+    }
+    interval = tuple(summary.get(f"eval/accuracy_{end}") for end in ("low", "high"))
+    options = {
+        "interval": interval if all(map(finite, interval)) else None,
+        "lines": {name: value for name, value in named.items() if finite(value)},
+    }
+    overall = ("all", accuracy, summary.get("eval/longer_wins"))
+    texts = {
+        "k": ("K, responses ranked together", "Reward model: right on held-out pairs", "by the size of their ranking"),
+        "gap": ("difference of ranks", "Reward model: near and far pairs", "by how far apart the labeler put them"),
+    }
+    made = []
+    for name, (x, title, how) in texts.items():
+        found = [(row.group, row.accuracy, row.longer_wins) for row in pair_rows(summary, name)]
+        caption = f"Share of held-out pairs in the labelers’ order, {how}; on the bars in %. Black: 95 % interval."
+        if found or name == "k":
+            made.append(plots.accuracy_bars([overall, *found], x=x, title=title, caption=caption, **options))
+    curve, bins = summary.get("eval/calibration") or {}, summary.get("eval/score_by_length") or {}
+    points = zip(*(curve.get(name, ()) for name in ("predicted", "observed", "low", "high", "pairs")))
+    made.append(plots.calibration_curve(list(points)))
+    points = zip(*(bins.get(name, ()) for name in ("characters", "score", "deviation")))
+    correlation = summary.get("eval/length_correlation")
+    return [*made, plots.score_by_length(list(points), correlation if finite(correlation) else None)]
 
 
 def _lengths(report: Report) -> list[plots.Figure | None]:
@@ -190,17 +207,20 @@ def _stage_html(report: Report) -> str:
     parts = []
     for name, run in report.runs.items():
         rows = [(key, value) for key, value in run.summary.items() if finite(value)]
-        rows += [
-            (f"{key}, K = {k}", v)
-            for key, d in run.summary.items()
-            if isinstance(d, dict)
-            for k, v in d.items()
-            if finite(v)
-        ]
         if rows:
             texts = ((html.escape(key), minus(f"{value:,.4g}")) for key, value in rows)
             body = "".join(f"<tr><th scope=row>{key}</th><td>{text}</td></tr>" for key, text in texts)
             parts.append(f"<h3>{html.escape(name)}</h3><div class=scroll><table>{body}</table></div>")
+        pairs = pair_rows(run.summary)
+        if pairs:
+            heads = "".join(f"<th scope=col>{title}</th>" for title in ("pairs", "accuracy", "longer wins"))
+            body = "".join(
+                f"<tr><th scope=row>{html.escape(row.title)}</th><td>{row.pairs:,}</td><td>{row.accuracy:.3f}</td>"
+                f"<td>{row.longer_wins:.3f}</td></tr>"
+                for row in pairs
+            )
+            table = f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table>"
+            parts.append(f"<h3>{html.escape(name)}: held-out pairs</h3><div class=scroll>{table}</div>")
     return "<div class=stages>" + "".join(f"<div>{part}</div>" for part in parts) + "</div>" if parts else ""
 
 

@@ -175,41 +175,83 @@ def score_against_length(
     )
 
 
-def accuracy_by_k(
-    accuracy: dict[int, float],
-    baseline: dict[int, float],
-    overall: float,
-    longer_wins: float | None,
-    ceiling: float | None,
+def accuracy_bars(
+    bars: Sequence[tuple[str, float, float | None]],
+    *,
+    x: str,
+    title: str,
+    caption: str,
+    interval: tuple[float, float] | None = None,
+    lines: dict[str, float] | None = None,
 ) -> Figure | None:
-    """Bars of held-out pair accuracy, one per K (or one for all), beside the longer-wins baseline."""
-    accuracy = dict(sorted(accuracy.items()))
-    values = [overall, *accuracy.values()]
-    names = ["all", *(f"K = {k}" for k in accuracy)]
-    if not all(math.isfinite(v) for v in values):
+    """Bars (name, accuracy, longer-wins baseline or None) of held-out pair accuracy, numbers on the bars in %.
+
+    `interval` belongs to the first bar; `lines` are named heights to compare with.
+    """
+    if not bars or not all(math.isfinite(value) for _, value, _ in bars):
         return None
     canvas, (ax,) = _canvas()
-    base = [longer_wins if longer_wins is not None else math.nan, *(baseline.get(k, math.nan) for k in accuracy)]
-    width = 0.38 if any(math.isfinite(b) for b in base) else 0.6
-    at = np.arange(len(values))
-    ax.bar(at - (width / 2 if width < 0.5 else 0), values, width, color="#0072B2", label="reward model")
+    base = [math.nan if longer is None else longer for _, _, longer in bars]
+    width = 0.4 if any(map(math.isfinite, base)) else 0.6
+    at = np.arange(len(bars))
+    left = at - (width / 2 if width < 0.5 else 0)
+    ax.bar(left, [value for _, value, _ in bars], width, color="#0072B2", label="reward model")
     if width < 0.5:
         ax.bar(at + width / 2, base, width, color="#b9b9b9", label="“the longer one wins”")
-    for i, value in enumerate(values):
-        ax.annotate(
-            f"{100 * value:.0f}", (i - (width / 2 if width < 0.5 else 0), value), ha="center", va="bottom", fontsize=9
-        )
+    for place, (_, value, _) in zip(left, bars):
+        ax.annotate(f"{100 * value:.0f}", (place, 0.02), ha="center", va="bottom", fontsize=9, color="white")
+    if interval is not None:
+        ax.plot([left[0]] * 2, interval, color="#000000", linewidth=1.5)
     ax.axhline(0.5, color="#333333", linewidth=1, linestyle=":", label="coin")
-    if ceiling is not None:
-        ax.axhline(ceiling, color="#D55E00", linewidth=1.2, linestyle="--", label="perfect judge, noisy labels")
+    for (name, height), color, style in zip((lines or {}).items(), ("#D55E00", "#009E73"), ("--", "-.")):
+        ax.axhline(height, color=color, linewidth=1.2, linestyle=style, label=name)
     ax.set_ylim(0, 1)
-    ax.set_xticks(at, names)
-    _label(ax, y="accuracy on held-out pairs")
+    ax.set_xticks(at, [name for name, _, _ in bars])
+    _label(ax, x=x, y="accuracy on held-out pairs")
     _legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return _finish(canvas, title, caption)
+
+
+def calibration_curve(points: Sequence[tuple[float, float, float, float, int]]) -> Figure | None:
+    """Points (predicted share, observed share, its interval's low, high, pairs) beside the diagonal."""
+    if not points:
+        return None
+    canvas, (ax,) = _canvas()
+    ax.plot([0.5, 1], [0.5, 1], color="#333333", linewidth=1, linestyle=":", label="as sure as it is right")
+    ax.plot(*list(zip(*points))[:2], color="#0072B2", linewidth=1, alpha=0.6)
+    for predicted, observed, low, high, count in points:
+        ax.plot([predicted] * 2, [low, high], color="#0072B2", linewidth=2, alpha=0.4)
+        ax.plot([predicted], [observed], "o", color="#0072B2", markersize=6)
+        offset = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 9, "color": "#555555"}
+        ax.annotate(str(count), (predicted, observed), **offset)
+    ax.set_xlim(0.49, 1.01)
+    ax.set_ylim(0, 1.03)
+    _label(ax, x="predicted: sigmoid of the scores’ difference", y="share in that order")
+    _legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _finish(
         canvas,
-        "Reward model: right on held-out pairs",
-        "Share of the labelers’ held-out pairs that the reward model orders as they did; numbers on the bars in %.",
+        "Reward model: calibration",
+        "How sure the scores are of a pair, and how often the labelers’ order was theirs. Numbers: pairs; bars: 95 % "
+        "interval. Below the dotted line the model is too sure of itself.",
+    )
+
+
+def score_by_length(points: Sequence[tuple[float, float, float]], correlation: float | None = None) -> Figure | None:
+    """Points (length in characters, mean score, its standard deviation), from short to long."""
+    if len(points) < 2:
+        return None
+    canvas, (ax,) = _canvas()
+    x, y, deviation = (np.array(column) for column in zip(*points))
+    ax.fill_between(x, y - deviation, y + deviation, color="#0072B2", alpha=0.15, linewidth=0)
+    ax.plot(x, y, "-o", color="#0072B2", linewidth=2, markersize=5)
+    ax.axhline(0, color="#333333", linewidth=0.8)
+    _label(ax, x="length of the response (characters)", y="score above the mean")
+    found = f" Correlation over all responses: {correlation:+.2f}.".replace("-", "−") if correlation is not None else ""
+    return _finish(
+        canvas,
+        "Reward model: score against length",
+        "Held-out responses from short to long, in groups of one size: mean score and its standard deviation. A line "
+        f"that climbs means that length buys reward.{found}",
     )
 
 

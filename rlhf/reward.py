@@ -5,15 +5,16 @@ prompt with 9 responses weighs as much as one with 4 (Ouyang et al. 2022, eq. 1)
 example and never part. At the end the scores are shifted so that demonstrations score 0 on average.
 """
 
+import math
 from dataclasses import dataclass
-from itertools import combinations
 from typing import ClassVar, Literal
 
 import torch
 
 from rlhf_kernels import bradley_terry_loss, plackett_luce_loss
 
-from . import data, models, training
+from . import data, models, rankings, training
+from .reward_report import labeler_agreement, ranking_report, report_table
 from .training import StageConfig, StageTrainer, logger, option
 
 
@@ -21,17 +22,27 @@ from .training import StageConfig, StageTrainer, logger, option
 class RewardConfig(StageConfig):
     """Settings of `rlhf reward`."""
 
+    dataset_name: str | None = option(
+        None, "Rankings: prompt, completions, ranks (or chosen, rejected); optional: weight, margin(s), labeler, pairs."
+    )
     loss_type: Literal["bradley_terry", "plackett_luce"] = option(
         "bradley_terry", "All pairs of a ranking (the paper), or the ranking as a whole."
     )
     ties: Literal["drop", "half"] = option("drop", "Tied pairs: no pair (the paper), or half of each direction.")
+    comparisons: Literal["prompt", "shuffled"] = option(
+        "prompt",
+        "A prompt's pairs: one example (the paper), or shuffled, each its own (batches count pairs), which overfits.",
+    )
     demonstrations: str | None = option(
         None, "File of demonstrations that shall score 0 on average; without it: the best-ranked responses."
     )
     learning_rate: float = option(1e-4, "Peak learning rate.")
 
     stage: ClassVar[str] = "reward"
-    groups: ClassVar[dict] = {**StageConfig.groups, "the method": ("loss_type", "ties", "demonstrations")}
+    groups: ClassVar[dict] = {
+        **StageConfig.groups,
+        "the method": ("loss_type", "ties", "comparisons", "demonstrations"),
+    }
     paper: ClassVar[dict] = {
         "learning_rate": "9e-6",
         "per_device_train_batch_size": "64",
@@ -44,87 +55,53 @@ class RewardTrainer(StageTrainer):
     task_type = "SEQ_CLS"
 
     def collate(self, examples):
-        ranks = [rank for example in examples for rank in example["row"]["ranks"]]
-        return {**super().collate(examples), "ranks": torch.tensor(ranks)}
+        return {**super().collate(examples), **rankings.tensors([example["row"] for example in examples])}
+
+    def count_items(self, batch):
+        return batch["weights"].sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, metrics = self.loss_of(batch_scores(model, inputs), inputs, num_items_in_batch=num_items_in_batch)
-        self.record(metrics)
-        return self.global_mean(loss) if num_items_in_batch is not None else loss
+        total, metrics = self.weighted_loss(batch_scores(model, inputs), inputs)
+        for name, value in metrics.items():  # nan where all responses of a batch are tied
+            known = ~value.isnan()
+            self.record({name: value.where(known, 0.0)}, weight=known)
+        if num_items_in_batch is None:
+            return total / inputs["weights"].sum()
+        return self.global_mean(total / num_items_in_batch)
 
-    def loss_of(self, scores, batch, **options):
+    def weighted_loss(self, scores, batch):
+        """(sum over prompts of weight * loss, metrics); the loss of a prompt is the mean over its pairs, in nats."""
+        ranked = (scores, batch["ranks"], batch["cu_groups"])
         if self.args.loss_type == "plackett_luce":
-            return plackett_luce_loss(scores, batch["ranks"], batch["cu_groups"], **options)
-        return bradley_terry_loss(scores, batch["ranks"], batch["cu_groups"], ties=self.args.ties, **options)
+            losses, metrics = plackett_luce_loss(*ranked, reduction="none")
+        else:
+            options = {"margins": batch.get("margins"), "ties": self.args.ties}
+            losses, metrics = bradley_terry_loss(*ranked, **options, reduction="none")
+        return (losses * batch["weights"]).sum(), metrics
 
     def scores(self, examples):
-        """The score of each response, one list for each example, and the sum of the prompts' losses."""
-        found, total = [], 0.0
+        """The score of each response, one list for each example, and the weighted mean of the prompts' losses."""
+        found, total, weight = [], 0.0, 0.0
         with torch.no_grad():
             for batch in self.batches(examples):
                 flat = batch_scores(self.model, batch)
-                total += float(self.loss_of(flat, batch, reduction="sum").loss) if "ranks" in batch else 0.0
+                total += float(self.weighted_loss(flat, batch)[0])
+                weight += float(self.count_items(batch))
                 found += [group.tolist() for group in flat.split(batch["cu_groups"].diff().tolist())]
-        return found, total
+        return found, total / weight
 
     def evaluate_rows(self, examples):
-        scores, total = self.scores(examples)
-        return {"loss": total / len(examples), **ranking_report(scores, [example["row"] for example in examples])}
+        scores, loss = self.scores(examples)
+        if not all(math.isfinite(score) for group in scores for score in group):
+            raise FloatingPointError(f"step {self.state.global_step}: scores are not finite; lower --learning_rate")
+        known = {example["row"].get("labeler") for example in self.train_dataset}
+        return {"loss": loss, **ranking_report(scores, [example["row"] for example in examples], known)}
 
 
 def batch_scores(model, batch):
     """[S] fp32, the score of every response: the scalar head at each response's last token."""
     hidden = models.hidden_states(model, batch["input_ids"], batch["attention_mask"], batch["position_ids"])
     return models.scores_from_hidden(model, hidden.flatten(0, 1)[batch["last_token_rows"]])
-
-
-def ranking_report(scores, rows):
-    """How often the scores order the decided pairs of ranked rows right, beside the rule that the longer response wins.
-
-    Args:
-        scores: one list of K numbers for each row.
-        rows: ranked rows of `load_rows`. Length is counted in characters; equal scores or lengths count half.
-    Returns:
-        accuracy, longer_wins (shares of all pairs), pairs; accuracy_by_k, longer_wins_by_k, pairs_by_k by str(K); and
-        length_correlation, of score and length over all responses (nan if either is constant).
-    """
-    right, longer, pairs = {}, {}, {}
-    lengths = [[len(data.as_text(text)) for text in row["completions"]] for row in rows]
-    for row, score, length in zip(rows, scores, lengths, strict=True):
-        k = str(len(score))
-        for i, j in combinations(range(len(score)), 2):
-            if row["ranks"][i] == row["ranks"][j]:
-                continue
-            better, worse = (i, j) if row["ranks"][i] < row["ranks"][j] else (j, i)
-            right[k] = right.get(k, 0) + _win(score[better], score[worse])
-            longer[k] = longer.get(k, 0) + _win(length[better], length[worse])
-            pairs[k] = pairs.get(k, 0) + 1
-    by_k = sorted(pairs, key=int)
-    count = sum(pairs.values())
-    flat = torch.tensor([[s, n] for score, length in zip(scores, lengths) for s, n in zip(score, length)]).double()
-    return {
-        "accuracy": sum(right.values()) / count,
-        "longer_wins": sum(longer.values()) / count,
-        "pairs": count,
-        "length_correlation": float(torch.corrcoef(flat.T)[0, 1]),
-        "accuracy_by_k": {k: right[k] / pairs[k] for k in by_k},
-        "longer_wins_by_k": {k: longer[k] / pairs[k] for k in by_k},
-        "pairs_by_k": {k: pairs[k] for k in by_k},
-    }
-
-
-def _win(better, worse):
-    return 1.0 if better > worse else 0.5 if better == worse else 0.0
-
-
-def report_table(summary):
-    """The held-out accuracy by K beside the longer-wins rule, as lines of text."""
-    lines = ["held-out pairs   pairs  accuracy  longer wins"]
-    for k in summary["eval/pairs_by_k"]:
-        row = (summary[f"eval/{name}_by_k"][k] for name in ("pairs", "accuracy", "longer_wins"))
-        lines.append("K = {:<11} {:>6}  {:>8.3f}  {:>11.3f}".format(k, *row))
-    row = (summary[f"eval/{name}"] for name in ("pairs", "accuracy", "longer_wins"))
-    return "\n".join([*lines, "{:<15} {:>6}  {:>8.3f}  {:>11.3f}".format("all", *row)])
 
 
 def calibrate(trainer, demonstrations):
@@ -152,17 +129,19 @@ def train_reward(args: RewardConfig):
     """Train a reward model on rankings; returns the run directory, which holds the model."""
     tokenizer = training.load_stage_tokenizer(args)
     train, held_out = training.load_data(args, "ranked")
+    check_margins(args, train + held_out)
+    agreement = labeler_agreement(train + held_out)
     demonstrations = data.load_rows(args.demonstrations, "sft") if args.demonstrations else best_ranked(train)
     model = load_start(args, tokenizer)
     training.set_max_length(args, model)
-    train = training.encode_rows(tokenizer, decided(train), ("completions",), args, what="training")
+    train = training_examples(tokenizer, train, args)
     held_out = training.encode_rows(tokenizer, decided(held_out), ("completions",), args, what="held-out")
     demonstrations = training.encode_rows(tokenizer, demonstrations, ("completion",), args, what="demonstration")
     for example in demonstrations:
         example["row"] = {**example["row"], "ranks": [0]}
 
     def finish(trainer):
-        summary = trainer.last_evaluation()
+        summary = {**trainer.last_evaluation(), **agreement}
         trainer.model.eval()
         summary["reward_bias"] = calibrate(trainer, demonstrations)
         if held_out and trainer.args.should_save:
@@ -174,10 +153,25 @@ def train_reward(args: RewardConfig):
     )
 
 
+def training_examples(tokenizer, rows, args):
+    """Rankings as examples, or under comparisons="shuffled" their pairs, which the trainer's sampler mixes."""
+    ties = args.ties == "half" and args.loss_type == "bradley_terry"
+    rows = rows if ties else decided(rows)
+    examples = training.encode_rows(tokenizer, rows, ("completions",), args, what="training")
+    return rankings.apart(examples, ties=ties) if args.comparisons == "shuffled" else examples
+
+
 def best_ranked(rows):
     """The best-ranked response of each row (the first of several), as demonstrations."""
     best = [row["completions"][row["ranks"].index(min(row["ranks"]))] for row in rows]
     return [{"prompt": row["prompt"], "completion": text, "at": row["at"]} for row, text in zip(rows, best)]
+
+
+def check_margins(args, rows):
+    """Margins belong to pairs, which a ranking as a whole does not have."""
+    at = next((row["at"] for row in rows if "margins" in row), None)
+    if at and args.loss_type == "plackett_luce":
+        raise ValueError(f"loss_type: plackett_luce knows no margins, but {at} holds one; use bradley_terry")
 
 
 def decided(rows):

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from .plots import Series
 
@@ -78,6 +79,38 @@ class Report:
 
 def finite(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class PairRow(NamedTuple):
+    """Held-out pairs of one kind, and how many of them the reward model and the longer-wins rule order right."""
+
+    title: str
+    group: str
+    pairs: int
+    accuracy: float
+    longer_wins: float
+
+
+PAIR_GROUPS = {"k": "K = {}", "gap": "ranks {} apart", "labeler": "labeler {}", "labeler_group": "labelers {}"}
+"""What the reward stage measures its pairs by (`eval/accuracy_by_k`, ...), and how a reader is told."""
+SHOWN_GROUPS = 9
+
+
+def pair_rows(summary: dict, only: str | None = None) -> list[PairRow]:
+    """The rows of the table of held-out pairs; with `only`, those of one of PAIR_GROUPS.
+
+    Of many labelers, those with the most pairs are shown.
+    """
+    rows = []
+    for name, title in PAIR_GROUPS.items() if only is None else [(only, PAIR_GROUPS[only])]:
+        columns = [summary.get(f"eval/{column}_by_{name}") or {} for column in PairRow._fields[2:]]
+        most = sorted(columns[0], key=columns[0].get, reverse=True)[:SHOWN_GROUPS]
+        shown = [group for group in columns[0] if group in most]
+        rows += [PairRow(title.format(group), group, *(column[group] for column in columns)) for group in shown]
+    for end, title in (("_judged", "judged one by one"), ("", "all")) if only is None else ():
+        if finite(summary.get(f"eval/accuracy{end}")):
+            rows.append(PairRow(title, "", *(summary[f"eval/{column}{end}"] for column in PairRow._fields[2:])))
+    return rows
 
 
 def _json_lines(path: Path) -> list[dict]:

@@ -18,7 +18,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from rlhf_kernels import linear_logprobs, logprobs_from_logits, pack_responses
 
-from . import checkpoint, data, models
+from . import checkpoint, data, models, rankings
 
 logger = logging.getLogger("rlhf")
 DEFAULT_CONTEXT = 1024
@@ -178,7 +178,7 @@ def encode_rows(tokenizer, rows, names, args, *, what):
             raise data.DataError(f"{row['at']}: the prompt gives no tokens")
         if names == ("completions",) and max(map(len, responses)) >= args.max_length:
             kept = [index for index, ids in enumerate(responses) if len(ids) < args.max_length]
-            row = {**row, **{name: [row[name][index] for index in kept] for name in ("completions", "ranks")}}
+            row = rankings.keep(row, kept)
             responses = [responses[index] for index in kept] if len(set(row["ranks"])) > 1 else responses
         room = args.max_length - max(map(len, responses))
         if room < 1:
@@ -330,12 +330,12 @@ class StageTrainer(Trainer):
         return make_batch(examples, self.tokenizer.pad_token_id, packed=packed)
 
     def count_items(self, batch):
-        """How many items of the batch the loss is a mean over: prompts, unless a subclass says otherwise."""
+        """How many items of the batch the loss is a mean over, a number or a 0-d tensor: prompts, unless overridden."""
         return len(batch["cu_groups"]) - 1
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(sum(self.count_items(batch) for batch in batches), device=device)
+        count = torch.as_tensor(sum(self.count_items(batch) for batch in batches), device=device)
         return batches, self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
 
     def global_mean(self, loss):

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from rlhf import cli
-from tests.test_train_reward import rankings
 from tests.test_train_sft import demonstrations
 from tests.tiny import model_folder, word_tokenizer, write_jsonl
+from tests.tiny_reward import rankings
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from rlhf import health, report, runs
+from rlhf import health, plots, report, runs
 
 
 def write_run(folder, stage="ppo", rows=(), summary=None, samples=()):
@@ -43,11 +43,16 @@ def responses(slope=0.0, count=200, length=20, text="They went home."):
 
 def pipeline_dir(folder, rows=None, evaluation=None, accuracy=0.7):
     keys = {"eval/accuracy": accuracy, "eval/longer_wins": 0.52, "eval/pairs": 400}
-    by_k = {"eval/accuracy_by_k": {"4": 0.68, "9": 0.72}, "eval/longer_wins_by_k": {"4": 0.5, "9": 0.53}}
+    for name, groups in (("k", ("4", "9")), ("gap", ("1", "2", "3")), ("labeler", ("<ann>", "bob"))):
+        keys[f"eval/pairs_by_{name}"] = dict.fromkeys(groups, 100)
+        keys[f"eval/accuracy_by_{name}"] = dict.fromkeys(groups, 0.68)
+        keys[f"eval/longer_wins_by_{name}"] = dict.fromkeys(groups, 0.53)
+    keys |= {"eval/accuracy_low": 0.65, "eval/accuracy_high": 0.74, "eval/length_correlation": -0.25}
+    points = {"low": [0.4, 0.6], "high": [0.6, 0.8], "pairs": [300, 100]}
+    keys["eval/calibration"] = {"predicted": [0.52, 0.8], "observed": [0.5, 0.7], **points}
+    keys["eval/score_by_length"] = {"characters": [50, 90], "score": [-0.2, 0.2], "deviation": [1.0, 1.1]}
     write_run(folder / "sft", "sft", [{"step": i, "loss": 3 / i} for i in range(1, 9)], {"eval/loss": 1.2})
-    write_run(
-        folder / "reward", "reward", [{"step": i, "loss": 0.7, "accuracy": 0.5} for i in range(9)], {**keys, **by_k}
-    )
+    write_run(folder / "reward", "reward", [{"step": i, "loss": 0.7, "accuracy": 0.5} for i in range(9)], keys)
     write_run(folder / "ppo", rows=rows or ppo_rows())
     write_run(folder / "ppo_ptx", rows=ppo_rows())
     table = [
@@ -93,6 +98,8 @@ def test_report_shows_the_table_first_then_health_plots_and_samples(page):
     assert places == sorted(places)
     assert "<td>80 %<br><small>74–85</small></td>" in page
     assert page.count("They went home. 0") == 4  # the first prompt, once for each policy
+    assert "<th scope=row>labeler &lt;ann&gt;</th><td>100</td><td>0.680</td><td>0.530</td>" in page
+    assert "<th scope=row>ranks 3 apart</th>" in page and "Correlation over all responses: −0.25." in page
     for title in (
         "Win rate over SFT",
         "Alignment tax",
@@ -103,6 +110,9 @@ def test_report_shows_the_table_first_then_health_plots_and_samples(page):
         "Response length",
         "What the value function explains",
         "Reward model: right on held-out pairs",
+        "Reward model: near and far pairs",
+        "Reward model: calibration",
+        "Reward model: score against length",
         "Reward against length",
         "SFT: loss",
         "Reward model: loss",
@@ -200,6 +210,14 @@ def test_text_table_lines_up_and_leaves_out_what_was_not_measured():
     assert "LM loss" not in lines[0] and "Mean length" not in lines[0]
     assert lines[2].split() == ["SFT", "0.50", "–", "0.00"]
     assert lines[3].split() == ["PPO", "1.25", "80", "%", "(75–84)", "7.50"]
+
+
+def test_reward_figures_without_data_are_left_out():
+    bars = {"x": "K", "title": "t", "caption": "c"}
+    assert plots.accuracy_bars([], **bars) is None
+    assert plots.accuracy_bars([("all", float("nan"), None)], **bars) is None
+    assert plots.accuracy_bars([("all", 0.7, None)], **bars).title == "t"
+    assert plots.calibration_curve([]) is None and plots.score_by_length([(10.0, 0.1, 1.0)]) is None
 
 
 def test_report_of_a_running_stage(tmp_path, capsys):

@@ -14,58 +14,17 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from rlhf import checkpoint, data, models, reward, training
-from rlhf.reward import RewardConfig, RewardTrainer, train_reward
-from tests.tiny import model_folder, word_tokenizer, words, write_jsonl
+from rlhf.reward import RewardTrainer, train_reward
+from tests.tiny import model_folder, word_tokenizer, write_jsonl
+from tests.tiny_reward import config_maker, gradient, make_trainer, rankings
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def rankings(count, seed=0, sizes=(2, 4, 9)):
-    """Rankings in which a completion is the better the more often it says `good`."""
-    generator = random.Random(seed)
-    rows = []
-    for index in range(count):
-        completions = [words(generator, 1, 6) + " good" * level for level in range(sizes[index % len(sizes)])]
-        generator.shuffle(completions)
-        scores = [text.count("good") for text in completions]
-        rows.append({"prompt": f"{words(generator, 1, 4)} a b c", "completions": completions, "scores": scores})
-    return rows
 
 
 @pytest.fixture
 def settings(tmp_path):
     """settings(**changes) -> RewardConfig on a tiny policy and small rankings."""
-    policy = model_folder(tmp_path / "policy")
-    rows = write_jsonl(tmp_path / "rankings.jsonl", rankings(24))
-
-    def make(**changes):
-        options = {
-            "model_name_or_path": policy,
-            "dataset_name": rows,
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-        }
-        return RewardConfig(**{**options, **changes})
-
-    return make
-
-
-def make_trainer(args, rows=None, held_out=()):
-    tokenizer = training.load_stage_tokenizer(args)
-    model = reward.load_start(args, tokenizer)
-    training.set_max_length(args, model)
-    rows = data.load_rows(args.dataset_name, "ranked") if rows is None else rows
-    encoded = training.encode_rows(tokenizer, rows, ("completions",), args, what="training")
-    return RewardTrainer(model, args, tokenizer, encoded, list(held_out))
-
-
-def gradient(trainer, batch, items):
-    trainer.model.zero_grad()
-    trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).backward()
-    return torch.cat([weight.grad.flatten() for weight in trainer.model.parameters()])
+    return config_maker(tmp_path, rankings(24))
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
@@ -193,6 +152,40 @@ def test_trap_23_training_ids_are_scoring_ids(settings):
     assert golden == [*row["prompt"].split(), *row["completions"][0].split(), "</s>"]
 
 
+SUFFIXED = (
+    "{% for m in messages %}<|{{ 'bot' if m.role == 'assistant' else 'user' }}|> {{ m.content }} <|end|> <|line|> "
+    "{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+)
+
+
+def test_trap_23_a_chat_is_trained_and_scored_up_to_its_end_of_turn(settings, tmp_path):
+    """The template goes on behind the end of turn, as ChatML does with a line break; sampling stops before that."""
+    from rlhf.sequences import join
+
+    special = ("<|user|>", "<|bot|>", "<|end|>", "<|line|>")
+    tokenizer = word_tokenizer(extra=special, chat_template=SUFFIXED)
+    policy = model_folder(tmp_path / "chat", tokenizer=tokenizer)
+    prompt = [{"role": "user", "content": "the dog"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("ran", "sat down", "ran up and down")]
+    rows = [{"prompt": prompt, "completions": answers, "ranks": [0, 1, 2]}]
+    path = write_jsonl(tmp_path / "chat.jsonl", rows)
+    trainer = make_trainer(settings(model_name_or_path=policy, dataset_name=path, packing="false"))
+    trained = trainer.collate(trainer.train_dataset)
+    whole = tokenizer.apply_chat_template([*prompt, *answers[0]], return_dict=False)
+    assert tokenizer.convert_ids_to_tokens(whole)[-2:] == ["<|end|>", "<|line|>"]  # the trap
+    stop = models.stop_token_ids(tokenizer, trainer.model)
+    sampled = [
+        [*tokenizer(answer[0]["content"]).input_ids, tokenizer.convert_tokens_to_ids("<|end|>")] for answer in answers
+    ]
+    assert all(ids[-1] in stop for ids in sampled)
+    scored = join([data.encode_prompt(tokenizer, prompt)] * 3, sampled)
+    mask = scored.attention_mask.bool()
+    assert torch.equal(trained["attention_mask"], mask)
+    assert torch.equal(trained["input_ids"][mask], scored.input_ids[mask])
+    assert trained["input_ids"].flatten()[trained["last_token_rows"]].tolist() == [ids[-1] for ids in sampled]
+    assert trained["input_ids"][0][mask[0]].tolist() == whole[:-1]
+
+
 def test_training_learns_and_reports(settings, capsys):
     run = train_reward(settings(num_train_epochs=6, eval_fraction=0.25))
     summary = json.loads((run / "run.json").read_text())["summary"]
@@ -206,23 +199,6 @@ def test_training_learns_and_reports(settings, capsys):
     assert {"step", "time", "loss", "lr", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"} <= set(first)
     assert sum("eval/accuracy" in row for row in metrics) >= 4
     models.load_reward_model(run)
-
-
-def test_ranking_report_by_hand():
-    """Two rows: K = 3 with one tie (2 decided pairs), K = 2 with equal scores (half a point)."""
-    rows = [
-        {"completions": ["aaa", "b", "cc"], "ranks": [0, 1, 1]},
-        {"completions": ["a", "bb"], "ranks": [1, 0]},
-    ]
-    report = reward.ranking_report([[1.0, 2.0, 0.0], [3.0, 3.0]], rows)
-    assert report["pairs"] == 3 and report["pairs_by_k"] == {"2": 1, "3": 2}
-    assert report["accuracy_by_k"] == {"2": 0.5, "3": 0.5}
-    assert report["longer_wins_by_k"] == {"2": 1.0, "3": 1.0}
-    assert report["accuracy"] == pytest.approx(0.5) and report["longer_wins"] == 1.0
-    lengths, scores = torch.tensor([3.0, 1, 2, 1, 2]), torch.tensor([1.0, 2, 0, 3, 3])
-    centred = [x - x.mean() for x in (lengths, scores)]
-    expected = (centred[0] @ centred[1]) / (centred[0].norm() * centred[1].norm())
-    assert report["length_correlation"] == pytest.approx(expected.item())
 
 
 def test_tied_rankings_and_long_completions_are_left_out(settings, caplog):
@@ -319,10 +295,11 @@ train_reward(args)
 
 @pytest.mark.slow
 def test_trap_10_two_processes_equal_one(settings, tmp_path):
-    """2 gloo ranks of 4 prompts = 1 process of 8 prompts, after two SGD steps; both leave whole checkpoints."""
+    """2 gloo ranks of 4 weighted prompts = 1 process of 8, after two SGD steps; both leave whole checkpoints."""
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    args = settings()
+    rows = [{**row, "weight": (0.25, 1.0, 3.0, 0.5, 2.0)[index % 5]} for index, row in enumerate(rankings(24))]
+    args = settings(dataset_name=write_jsonl(tmp_path / "weighted.jsonl", rows))
     found = []
     for ranks in (1, 2):
         out = tmp_path / f"ranks-{ranks}"

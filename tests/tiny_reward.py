@@ -1,0 +1,58 @@
+"""Rankings and a reward trainer on a model of a few thousand parameters, for the tests of the reward stage."""
+
+import random
+
+import torch
+
+from rlhf import data, reward, training
+from rlhf.reward import RewardConfig, RewardTrainer
+from tests.tiny import model_folder, words, write_jsonl
+
+
+def rankings(count, seed=0, sizes=(2, 4, 9)):
+    """Rankings in which a completion is the better the more often it says `good`."""
+    generator = random.Random(seed)
+    rows = []
+    for index in range(count):
+        completions = [words(generator, 1, 6) + " good" * level for level in range(sizes[index % len(sizes)])]
+        generator.shuffle(completions)
+        scores = [text.count("good") for text in completions]
+        rows.append({"prompt": f"{words(generator, 1, 4)} a b c", "completions": completions, "scores": scores})
+    return rows
+
+
+def config_maker(folder, rows, **fixed):
+    """make(**changes) -> RewardConfig on a tiny policy and the given rows."""
+    policy = model_folder(folder / "policy")
+    path = write_jsonl(folder / "rankings.jsonl", rows)
+
+    def make(**changes):
+        options = {
+            "model_name_or_path": policy,
+            "dataset_name": path,
+            "output_dir": str(folder / "run"),
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+        }
+        return RewardConfig(**{**options, **fixed, **changes})
+
+    return make
+
+
+def make_trainer(args, rows=None, held_out=()):
+    """A trainer of the reward stage on `rows`, or on all rows of the file of `args`."""
+    tokenizer = training.load_stage_tokenizer(args)
+    model = reward.load_start(args, tokenizer)
+    training.set_max_length(args, model)
+    rows = data.load_rows(args.dataset_name, "ranked") if rows is None else rows
+    encoded = training.encode_rows(tokenizer, rows, ("completions",), args, what="training")
+    return RewardTrainer(model, args, tokenizer, encoded, list(held_out))
+
+
+def gradient(trainer, batch, items):
+    """All gradients of the loss of a batch that is part of `items` items, as one vector."""
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).backward()
+    return torch.cat([weight.grad.flatten() for weight in trainer.model.parameters()])
