@@ -216,7 +216,8 @@ def make_batch(examples, pad_id, *, packed):
     """
     prompts, responses = [ex["prompt"] for ex in examples], [ex["responses"] for ex in examples]
     if packed:
-        return pack_responses(prompts, responses, pad_token_id=pad_id)._asdict()
+        rows = pack_responses(prompts, responses, pad_token_id=pad_id)
+        return {**rows._asdict(), "attention_mask": rows.attention_mask}
     return _padded(prompts, responses, pad_id)
 
 
