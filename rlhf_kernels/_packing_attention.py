@@ -81,6 +81,17 @@ def attention_parts(layout: Tensor) -> list[Part]:
     return parts
 
 
+def longest_text(layout: Tensor) -> int:
+    """Tokens of the longest prompt with its response."""
+    longest = prompt = 0
+    for part in attention_parts(layout):
+        if part.causal:
+            longest = max(longest, part.last - part.first + (prompt if part.merged else 0))
+        else:
+            prompt = part.key_last - part.key_first
+    return longest
+
+
 def two_part_is_faster(layout: Tensor) -> bool:
     """Whether the parts take less time than all L^2 pairs of each row under the dense mask. By tokens alone."""
     parts, (rows, _, _, length) = attention_parts(layout), layout.shape
