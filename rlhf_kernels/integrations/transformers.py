@@ -65,22 +65,33 @@ def is_layout(mask) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.int64
 
 
-def check_packing(model, longest=None) -> None:
-    """Raise unless `model` can give each packed response what a row of its own gives it.
+def packing_obstacle(model, longest=None) -> str | None:
+    """Why `model` cannot give each packed response what a row of its own gives it; None: nothing is known against it.
 
-    Known by the config and the class: nothing is computed. A model of one's own may still read the index in the row.
+    Told from the config and the class; nothing is computed. A model of one's own may still read the index in the row.
 
     Args:
         model: a model of transformers.
         longest: tokens of the longest prompt with its response; None = as many as the model takes.
-    Raises:
-        ValueError: the model finds positions by the index in the row (ALiBi, no position_ids); carries a state along
-            the row (recurrent, state-space, convolution, linear attention); looks through windows shorter than
-            `longest`; or has an attention that takes no mask of this kind.
     """
     config = model.config.get_text_config(decoder=True)
-    reason = _reads_the_index(model, config) or _carries_state(model, config) or _window(config, longest)
-    reason = reason or _attention(model.config._attn_implementation, config)
+    return (
+        _carries_state(model, config)
+        or _reads_the_index(model, config)
+        or _window(config, longest)
+        or _attention(model.config._attn_implementation, config)
+    )
+
+
+def check_packing(model, longest=None) -> None:
+    """Raise where `packing_obstacle` finds one.
+
+    Raises:
+        ValueError: the model carries a state along the row (recurrent, state-space, convolution, linear attention);
+            finds positions by the index in the row (ALiBi, no position_ids); looks through windows shorter than
+            `longest`; or has an attention that takes no mask of this kind.
+    """
+    reason = packing_obstacle(model, longest)
     if reason:
         raise ValueError(f"{type(model).__name__} cannot take packed responses: {reason}")
 
@@ -160,10 +171,12 @@ def mask_for(model, mask):
     """The attention mask of a batch as `model` takes it: a layout stays one where the two-part attention serves it.
 
     Args:
-        model: a model of transformers.
+        model: a model of transformers, possibly wrapped by DDP or PEFT.
         mask: the layout [B, 1, 2, L] int64, of which the dense mask [B, 1, L, L] bool is made on its device if the
             model has another attention or the device is not a CPU; anything else is returned as it is.
     """
+    while isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module
     if not is_layout(mask) or (model.config._attn_implementation == ATTENTION and mask.device.type == "cpu"):
         return mask
     return shared_prefix_mask(mask[:, 0, 0], mask[:, 0, 1])
