@@ -206,22 +206,22 @@ def _encode_row(tokenizer, row, names):
     return data.encode_prompt(tokenizer, row["prompt"]), [data.encode_completion(tokenizer, text) for text in texts]
 
 
-def make_batch(examples, pad_id, *, packed):
+def make_batch(examples, pad_id, *, packed, hidden_size=768):
     """One forward pass over examples of `encode_rows`.
 
     Returns:
-        input_ids [B, T]; position_ids [B, T]; attention_mask [B, T] bool, or for `models.hidden_states` if packed
-        [B, 1, T, T] bool or the layout [B, 1, 2, T], whichever a CPU is faster with; label_rows [N] and labels [N]: row
-        b * T + t of the flat hidden states predicts that response token; last_token_rows [S]: the row of each
-        response's last token; cu_groups [P+1]: prompt p owns the responses cu_groups[p] up to cu_groups[p+1];
-        cu_responses [S+1]: response s owns the labels cu_responses[s] up to cu_responses[s+1].
+        input_ids [B, T]; position_ids [B, T]; attention_mask [B, T] bool, or if packed, for `models.hidden_states`:
+        [B, 1, T, T] bool or the layout [B, 1, 2, T], whichever is faster on a CPU at this hidden_size; label_rows [N]
+        and labels [N]: row b * T + t of the flat hidden states predicts that response token; last_token_rows [S]: the
+        row of each response's last token; cu_groups [P+1]: prompt p owns the responses cu_groups[p] up to
+        cu_groups[p+1]; cu_responses [S+1]: response s owns the labels cu_responses[s] up to cu_responses[s+1].
     """
     prompts, responses = [ex["prompt"] for ex in examples], [ex["responses"] for ex in examples]
     if packed:
         rows = pack_responses(prompts, responses, pad_token_id=pad_id)
         fields = rows._asdict()
         layout = fields.pop("layout")
-        return {**fields, "attention_mask": layout if rows.two_part_is_faster else rows.attention_mask}
+        return {**fields, "attention_mask": layout if rows.two_part_is_faster(hidden_size) else rows.attention_mask}
     return _padded(prompts, responses, pad_id)
 
 
@@ -335,10 +335,9 @@ class StageTrainer(Trainer):
             self.add_callback(StageProgress())
 
     def collate(self, examples):
-        packed = self.can_pack and (
-            self.args.packing == "true" or packing_pays(examples, self.model.config.hidden_size)
-        )
-        return make_batch(examples, self.tokenizer.pad_token_id, packed=packed)
+        width = self.model.config.hidden_size
+        packed = self.can_pack and (self.args.packing == "true" or packing_pays(examples, width))
+        return make_batch(examples, self.tokenizer.pad_token_id, packed=packed, hidden_size=width)
 
     def count_items(self, batch):
         """How many items of the batch the loss is a mean over: prompts, unless a subclass says otherwise."""

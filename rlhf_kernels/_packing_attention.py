@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .reference.packing import PADDING
 
-PAIRS_A_CALL = 4096  # a call of the kernel takes as long as so many pairs of a query and a key; docs/ops/packing.md
+CALL_COST = 2**21  # a call of the kernel takes as long as so many multiplications of a query with a key
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FORWARD, _BACKWARD = (
     getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{end}", None) for end in ("", "_backward")
@@ -40,10 +40,19 @@ class Part(NamedTuple):
     merged: bool
 
     @property
+    def queries(self) -> tuple:
+        """Index into [B, H / G, G, L, ...]."""
+        return self.row, slice(None), slice(None), slice(self.first, self.last)
+
+    @property
+    def keys(self) -> tuple:
+        """Index into [B, H / G, G, L, D]."""
+        return self.row, slice(None), slice(None), slice(self.key_first, self.key_last)
+
+    @property
     def pairs(self) -> int:
-        """Pairs of a query and a key that are computed."""
-        size = self.last - self.first
-        return size * (size + 1) // 2 if self.causal else size * (self.key_last - self.key_first)
+        """Pairs of a query and a key that are computed: the kernel goes by blocks, which causality seldom spares."""
+        return (self.last - self.first) * (self.key_last - self.key_first)
 
 
 def segment_runs(layout: Tensor) -> list[list[tuple[int, int, int, int]]]:
@@ -92,10 +101,11 @@ def longest_text(layout: Tensor) -> int:
     return longest
 
 
-def two_part_is_faster(layout: Tensor) -> bool:
-    """Whether the parts take less time than all L^2 pairs of each row under the dense mask. By tokens alone."""
+def two_part_is_faster(layout: Tensor, hidden_size: int) -> bool:
+    """Whether the parts take less time than all L^2 pairs of each row under the dense mask."""
     parts, (rows, _, _, length) = attention_parts(layout), layout.shape
-    return sum(part.pairs + PAIRS_A_CALL for part in parts) < rows * (length * length + PAIRS_A_CALL)
+    saved = rows * length * length - sum(part.pairs for part in parts)
+    return saved * hidden_size > CALL_COST * (len(parts) - 1)
 
 
 def why_not_two_part(query: Tensor, value: Tensor) -> str | None:
@@ -111,19 +121,19 @@ def why_not_two_part(query: Tensor, value: Tensor) -> str | None:
     return None
 
 
-def _queries(tensor: Tensor, part: Part, groups: int) -> Tensor:
-    """The part's queries of [B, H, L, ...] as a view [H / groups, groups, n, ...]."""
-    return tensor[part.row, :, part.first : part.last].unflatten(0, (groups, -1)).transpose(0, 1)
-
-
-def _keys(tensor: Tensor, part: Part, repeats: int) -> Tensor:
-    """The part's keys of [B, groups, L, D] as a view [repeats, groups, m, D]."""
-    return tensor[part.row, :, part.key_first : part.key_last].expand(repeats, -1, -1, -1)
-
-
 def _readable(tensor: Tensor) -> Tensor:
     """The kernel takes the last dimension for contiguous without a look."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _grouped(tensor: Tensor, groups: int) -> Tensor:
+    """[B, H, L, ...] -> the view [B, H / groups, groups, L, ...]: the heads that share keys lie along one dimension."""
+    return tensor.unflatten(1, (groups, -1)).transpose(1, 2)
+
+
+def _repeated(tensor: Tensor, repeats: int) -> Tensor:
+    """[B, groups, L, D] -> the view [B, repeats, groups, L, D]."""
+    return tensor[:, None].expand(-1, repeats, -1, -1, -1)
 
 
 class TwoPartAttention(torch.autograd.Function):
@@ -141,20 +151,17 @@ class TwoPartAttention(torch.autograd.Function):
         exact = torch.float64 if query.dtype == torch.float64 else torch.float32
         out = query.new_empty(batch, length, heads, size).transpose(1, 2)
         lse = query.new_zeros(batch, length, heads, dtype=exact).transpose(1, 2)
+        queries, outs, lses = (_grouped(x, groups) for x in (query, out, lse))
+        keys, values = (_repeated(x, repeats) for x in (key, value))
         for part in parts:
-            queries, keys, values = (
-                _queries(query, part, groups),
-                _keys(key, part, repeats),
-                _keys(value, part, repeats),
-            )
-            part_out, part_lse = _FORWARD(queries, keys, values, 0.0, part.causal, scale=scale)
-            whole_out, whole_lse = _queries(out, part, groups), _queries(lse, part, groups)
+            at, seen = part.queries, part.keys
+            found, found_lse = _FORWARD(queries[at], keys[seen], values[seen], 0.0, part.causal, scale=scale)
             if part.merged:
-                share = torch.sigmoid(part_lse - whole_lse)[..., None]  # exp(L_i - L)
-                part_out = torch.lerp(whole_out.to(exact), part_out.to(exact), share)
-                part_lse = torch.logaddexp(part_lse, whole_lse)
-            whole_out.copy_(part_out)
-            whole_lse.copy_(part_lse)
+                share = torch.sigmoid(found_lse - lses[at])[..., None]  # exp(L_i - L)
+                found = torch.lerp(outs[at].to(exact), found.to(exact), share)
+                found_lse = torch.logaddexp(found_lse, lses[at])
+            outs[at].copy_(found)
+            lses[at].copy_(found_lse)
         rows, tokens = padding
         out[rows, :, tokens] = value[rows, :, tokens].repeat_interleave(repeats, 1)
         ctx.save_for_backward(query, key, value, out, lse, rows, tokens)
@@ -167,18 +174,22 @@ class TwoPartAttention(torch.autograd.Function):
         query, key, value, out, lse, rows, tokens = ctx.saved_tensors
         grad_out = _readable(grad_out)
         groups, repeats = key.shape[1], query.shape[1] // key.shape[1]
-        grads = [torch.zeros_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)]
+        grad_query, grad_key, grad_value = (
+            torch.zeros_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)
+        )
+        upstream, queries, outs, lses = (_grouped(x, groups) for x in (grad_out, query, out, lse))
+        keys, values = (_repeated(x, repeats) for x in (key, value))
+        grad_queries = _grouped(grad_query, groups)
         for part in ctx.parts:
-            upstream, queries, whole_out, whole_lse = (_queries(x, part, groups) for x in (grad_out, query, out, lse))
-            keys, values = (_keys(x, part, repeats) for x in (key, value))
-            grad_queries, *grad_keys = _BACKWARD(
-                upstream, queries, keys, values, whole_out, whole_lse, 0.0, part.causal, scale=ctx.scale
-            )
-            _queries(grads[0], part, groups).add_(grad_queries)
-            for grad, grad_key in zip(grads[1:], grad_keys):
-                grad[part.row, :, part.key_first : part.key_last].add_(grad_key.sum(0))
-        grads[2][rows, :, tokens] = grad_out[rows, :, tokens].unflatten(1, (groups, repeats)).sum(2)
-        return (*grads, None, None, None)
+            at, seen = part.queries, part.keys
+            tensors = (upstream[at], queries[at], keys[seen], values[seen], outs[at], lses[at])
+            shares = _BACKWARD(*tensors, 0.0, part.causal, scale=ctx.scale)
+            grad_queries[at].add_(shares[0])
+            for grad, share in zip((grad_key, grad_value), shares[1:]):
+                share = share.sum(0) if repeats > 1 else share[0]
+                grad[part.row, :, part.key_first : part.key_last].add_(share)
+        grad_value[rows, :, tokens] = grad_out[rows, :, tokens].unflatten(1, (groups, repeats)).sum(2)
+        return grad_query, grad_key, grad_value, None, None, None
 
 
 @torch.compiler.disable

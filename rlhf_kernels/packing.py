@@ -79,10 +79,9 @@ class PackedResponses(_Fields):
         """Share of padding among the tokens that the model computes."""
         return 1 - self.tokens / max(self.input_ids.numel(), 1)
 
-    @property
-    def two_part_is_faster(self) -> bool:
-        """Whether a CPU takes less time for `layout` than for `attention_mask`: a rule by tokens, see docs/ops."""
-        return _packing_attention.two_part_is_faster(self.layout)
+    def two_part_is_faster(self, hidden_size: int = 768) -> bool:
+        """Whether a CPU takes less time for `layout` than for `attention_mask` in a model of width `hidden_size`."""
+        return _packing_attention.two_part_is_faster(self.layout, hidden_size)
 
     @property
     def token_rows(self) -> Tensor:

@@ -192,13 +192,13 @@ def packed_inputs(model, packed: PackedResponses, *, attention="auto") -> dict:
         model: a model of transformers.
         packed: from `pack_responses`, on the model's device.
         attention: with "rlhf_shared_prefix": "two_part", "dense", or "auto", which takes two parts on a CPU where
-            `packed.two_part_is_faster`.
+            `packed.two_part_is_faster(hidden_size)`.
     Raises:
         ValueError: as `check_packing`; "two_part" for another attention or device.
     """
     check_in("attention", attention, ("auto", "two_part", "dense"))
     check_packing(model, int(packed.position_ids.max()) + 1 if packed.position_ids.numel() else None)
-    implementation = model.config._attn_implementation
+    implementation, width = model.config._attn_implementation, model.config.get_text_config(decoder=True).hidden_size
     possible = implementation == ATTENTION and packed.layout.device.type == "cpu"
     if attention == "two_part" and not possible:
         raise ValueError(
@@ -207,7 +207,7 @@ def packed_inputs(model, packed: PackedResponses, *, attention="auto") -> dict:
         )
     if implementation == "flex_attention" and attention != "dense":
         mask = packed.block_mask()
-    elif attention == "two_part" or (attention == "auto" and possible and packed.two_part_is_faster):
+    elif attention == "two_part" or (attention == "auto" and possible and packed.two_part_is_faster(width)):
         mask = packed.layout
     else:
         mask = packed.attention_mask
