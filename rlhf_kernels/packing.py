@@ -206,14 +206,14 @@ def shared_prefix_attention(query, key, value, layout, *, scale=None, form="auto
         key: [B, G, L, D], like query; H must be a multiple of G, and head g serves the H / G query heads from g H / G.
         value: [B, G, L, D], like key.
         layout: [B, 1, 2, L] int64, as `pack_responses` gives it.
-        scale: factor of the scores; None = 1 / sqrt(D).
+        scale: > 0, factor of the scores; None = 1 / sqrt(D).
         form: "two_part"; "dense", which is SDPA with the mask; or "auto": two parts where PyTorch has the kernel for
             them (CPU tensors, heads of query and value of one size), else dense.
     Returns:
         [B, H, L, D] in query's dtype. Differentiable once in query, key and value.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; a layout in which responses stand without their prompt;
-            form="two_part" where its kernel is not to be had.
+        ValueError: shapes, dtypes or devices that do not fit; scale <= 0; a layout in which responses stand without
+            their prompt; form="two_part" where its kernel is not to be had.
     Cost:
         Memory of a few tensors like query; reads the layout on the host, for which a GPU is waited for.
     Example:
@@ -236,8 +236,11 @@ def shared_prefix_attention(query, key, value, layout, *, scale=None, form="auto
     check_in("form", form, ("auto", "two_part", "dense"))
     if not groups or heads % groups:
         raise ValueError(f"key has {groups} heads, expected a divisor of the {heads} heads of query")
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    if scale is not None:
+        check_range("scale", scale, 0, low_open=True)
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     check_dtype("key", key, query.dtype)
     check_dtype("value", value, query.dtype)
     reason = _packing_attention.why_not_two_part(query, value)
