@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_kernels.integrations.transformers import ATTENTION, mask_for, packing_obstacle
+
 from .data import end_of_turn_id
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "base"
@@ -259,7 +261,8 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
     Args:
         model: a causal language model or a sequence classifier of transformers, possibly wrapped by DDP or PEFT.
         input_ids: [B, T] int64.
-        attention_mask: [B, T] with 1 = token, or [B, 1, T, T] bool (packed; then position_ids are needed). None = all.
+        attention_mask: [B, T] with 1 = token; packed (then position_ids are needed): [B, 1, T, T] bool, or the layout
+            [B, 1, 2, T] of `pack_responses`. None = all.
         position_ids: [B, T] int64; None counts the tokens of the mask.
     Returns:
         [B, T, H] in the model's dtype. Differentiable.
@@ -270,7 +273,8 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         position_ids = position_ids_from_mask(mask)
     inner = _unwrapped(model)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    mask = mask_for(inner, attention_mask)
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
     inputs["use_cache"] = False
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         return inner.base_model(**inputs).last_hidden_state
@@ -280,15 +284,16 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
 
 
 @torch.no_grad()
-def supports_packing(model):
+def supports_packing(model, longest=None):
     """Whether two responses behind one prompt, kept apart by a 4-D mask, get the hidden states that they get alone.
 
-    Tried on seven tokens. Models with sliding windows, or with another attention than SDPA, are not asked: False.
+    False for another attention than SDPA, and where `packing_obstacle` finds one. The others try seven tokens.
+
+    Args:
+        longest: tokens of the longest prompt with its response; None = as many as the model takes.
     """
     config = model.config
-    windows = set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}
-    windows = windows or (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
-    if windows or config._attn_implementation != "sdpa":
+    if config._attn_implementation not in ("sdpa", ATTENTION) or packing_obstacle(model, longest):
         return False
     was_training = model.training
     model.eval()

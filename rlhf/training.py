@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rlhf_kernels import linear_logprobs, logprobs_from_logits, pack_responses
+from rlhf_kernels.integrations.transformers import mask_for, takes_shared_prefix, use_shared_prefix_attention
 
 from . import checkpoint, data, models, rankings
 
@@ -205,18 +206,22 @@ def _encode_row(tokenizer, row, names):
     return data.encode_prompt(tokenizer, row["prompt"]), [data.encode_completion(tokenizer, text) for text in texts]
 
 
-def make_batch(examples, pad_id, *, packed):
+def make_batch(examples, pad_id, *, packed, hidden_size=768):
     """One forward pass over examples of `encode_rows`.
 
     Returns:
-        input_ids [B, T]; position_ids [B, T]; attention_mask [B, T] bool, or [B, 1, T, T] bool if packed; label_rows
-        [N] and labels [N]: row b * T + t of the flat hidden states predicts that response token; last_token_rows [S]:
-        the row of each response's last token; cu_groups [P+1]: prompt p owns the responses cu_groups[p] up to
+        input_ids [B, T]; position_ids [B, T]; attention_mask [B, T] bool, or if packed, for `models.hidden_states`:
+        [B, 1, T, T] bool or the layout [B, 1, 2, T], whichever is faster on a CPU at this hidden_size; label_rows [N]
+        and labels [N]: row b * T + t of the flat hidden states predicts that response token; last_token_rows [S]: the
+        row of each response's last token; cu_groups [P+1]: prompt p owns the responses cu_groups[p] up to
         cu_groups[p+1]; cu_responses [S+1]: response s owns the labels cu_responses[s] up to cu_responses[s+1].
     """
     prompts, responses = [ex["prompt"] for ex in examples], [ex["responses"] for ex in examples]
     if packed:
-        return pack_responses(prompts, responses, pad_token_id=pad_id)._asdict()
+        rows = pack_responses(prompts, responses, pad_token_id=pad_id)
+        fields = rows._asdict()
+        layout = fields.pop("layout")
+        return {**fields, "attention_mask": layout if rows.two_part_is_faster(hidden_size) else rows.attention_mask}
     return _padded(prompts, responses, pad_id)
 
 
@@ -243,7 +248,8 @@ def label_log_probs(model, batch):
     try:
         weight, bias, softcap = models.lm_head(model)
     except ValueError:  # this head is more than a linear map: take its logits
-        logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}).logits
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        logits = model(**inputs, attention_mask=mask_for(model, batch["attention_mask"])).logits
         return logprobs_from_logits(logits.flatten(0, 1)[batch["label_rows"]], batch["labels"])
     hidden = models.hidden_states(model, batch["input_ids"], batch["attention_mask"], batch["position_ids"])
     options = {"rows": batch["label_rows"], "bias": bias, "softcap": softcap}
@@ -251,13 +257,18 @@ def label_log_probs(model, batch):
 
 
 def may_pack(args, model):
-    """Whether rows may be packed: the run allows it, and the model gives the same hidden states packed as apart."""
-    possible = args.packing != "false" and models.supports_packing(model)
+    """Whether rows may be packed: the run allows it, and the model gives the same hidden states packed as apart.
+
+    Such a model gets the attention that needs no dense mask for packed rows, where its class lets it be changed.
+    """
+    possible = args.packing != "false" and models.supports_packing(model, args.max_length)
     if args.packing == "true" and not possible:
         raise ValueError(
             f"packing: {type(model).__name__} with {model.config._attn_implementation} attention does not give the "
             "same results packed as apart; use --packing false"
         )
+    if possible and takes_shared_prefix(model):
+        use_shared_prefix_attention(model, args.max_length)
     return possible
 
 
@@ -324,10 +335,9 @@ class StageTrainer(Trainer):
             self.add_callback(StageProgress())
 
     def collate(self, examples):
-        packed = self.can_pack and (
-            self.args.packing == "true" or packing_pays(examples, self.model.config.hidden_size)
-        )
-        return make_batch(examples, self.tokenizer.pad_token_id, packed=packed)
+        width = self.model.config.hidden_size
+        packed = self.can_pack and (self.args.packing == "true" or packing_pays(examples, width))
+        return make_batch(examples, self.tokenizer.pad_token_id, packed=packed, hidden_size=width)
 
     def count_items(self, batch):
         """How many items of the batch the loss is a mean over, a number or a 0-d tensor: prompts, unless overridden."""

@@ -7,7 +7,7 @@ from .kl import approx_kl, kl_from_logits
 from .linear import linear_cross_entropy, linear_kl, linear_logprobs, linear_ppo_loss
 from .logprobs import entropy_from_logits, logprobs_and_entropy_from_logits, logprobs_from_logits
 from .model_head import ModelHead, call_with_head, find_head, linear_logprobs_from_model
-from .packing import PackedResponses, pack_responses
+from .packing import PackedResponses, pack_responses, shared_prefix_attention
 from .ppo import PPOLoss, ppo_loss
 from .preference import preference_loss
 
@@ -40,4 +40,5 @@ __all__ = [
     "ppo_loss",
     "preference_loss",
     "rlhf_advantages",
+    "shared_prefix_attention",
 ]

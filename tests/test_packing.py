@@ -1,57 +1,12 @@
-"""pack_responses: its layout, and traps 2 and 3 on tiny Llama and GPT-2 models."""
+"""pack_responses and shared_prefix_attention: layout, values, gradients; models are in test_packing_models.py."""
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_kernels import PackedResponses, bradley_terry_loss, pack_responses
+from rlhf_kernels import PackedResponses, pack_responses, shared_prefix_attention
 from rlhf_kernels.reference import packing as reference
-
-VOCABULARY = 50
-
-
-def tiny_model(family, seed=0, **options):
-    """A two-layer causal LM or reward model; its weights are so large that every token in sight matters."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(seed)
-    options |= {"vocab_size": VOCABULARY, "attn_implementation": "sdpa", "initializer_range": 0.1}
-    options |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    if family == "llama":
-        config = transformers.LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            **options,
-        )
-    else:
-        no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **no_dropout, **options)
-    if "num_labels" in options:
-        return transformers.AutoModelForSequenceClassification.from_config(config)
-    return transformers.AutoModelForCausalLM.from_config(config)
-
-
-def forward(model, packed, **changes):
-    fields = {name: getattr(packed, name) for name in ("input_ids", "position_ids", "attention_mask")}
-    return model(**(fields | changes)).logits
-
-
-def packed_log_probs(model, packed, **changes):
-    """Log-probs [N] of the response tokens, read through label_rows."""
-    rows = forward(model, packed, **changes).flatten(0, 1).log_softmax(-1)[packed.label_rows]
-    return rows.gather(1, packed.labels[:, None])[:, 0]
-
-
-def separate_log_probs(model, prompts, responses):
-    """The same from one unpadded row for each response."""
-    result = []
-    for prompt, group in zip(prompts, responses, strict=True):
-        for response in group:
-            logits = model(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-            result.append(logits[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None])[:, 0])
-    return torch.cat(result)
 
 
 def tree_paths(prompt, group):
@@ -104,78 +59,113 @@ def test_values(case):
     assert packed.cu_groups[-1].item() == s and flat_ids[~used].eq(0).all() and flat_positions[~used].eq(0).all()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("max_tokens", [None, 24, 60])
-def test_trap_03_shared_prefix_equals_separate_rows(family, max_tokens):
-    """Log-probs as from one row for each response, to 1e-6 in fp32, and the same gradients."""
-    model = tiny_model(family)
-    inputs = reference.example_inputs("ragged")
-    prompts, responses = inputs["prompts"], inputs["responses"]
-    packed = pack_responses(prompts, responses, max_tokens=max_tokens)
-    expected, actual = separate_log_probs(model, prompts, responses), packed_log_probs(model, packed)
-    assert (actual - expected).abs().max() <= 1e-6
-    weights = torch.linspace(-1, 1, len(expected))
-    wanted = torch.autograd.grad(expected @ weights, list(model.parameters()), allow_unused=True)
-    got = torch.autograd.grad(actual @ weights, list(model.parameters()), allow_unused=True)
-    for a, b in zip(got, wanted, strict=True):
-        assert a is None if b is None else torch.allclose(a, b, rtol=1e-4, atol=1e-5 * b.abs().max())
+def random_heads(layout, heads, groups, dtype, seed=0):
+    """query, key and value [B, heads or groups, L, 8], transposed as models have them, and a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, _, _, length = layout.shape
+    shapes = [(rows, length, n, 8) for n in (heads, groups, groups, heads)]
+    *inputs, upstream = (torch.randn(s, generator=generator, dtype=dtype).transpose(1, 2) for s in shapes)
+    return [x.requires_grad_() for x in inputs], upstream
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_trap_03_no_mask_is_wrong(family):
-    """With attention_mask=None the segments are guessed from the positions: the log-probs differ."""
-    model = tiny_model(family).eval()
-    prompts, responses = [[5, 6, 7, 8]], [[[9, 10, 11], [12, 13], [14, 15]]]
-    packed = pack_responses(prompts, responses)
-    with torch.no_grad():
-        expected = separate_log_probs(model, prompts, responses)
-        naive = packed_log_probs(model, packed, attention_mask=None)
-        good = packed_log_probs(model, packed)
-    second = slice(packed.cu_responses[1], None)  # responses from the second on
-    assert (naive - expected)[second].abs().max() > 0.01
-    assert (good - expected).abs().max() <= 1e-6
+def attention_by_paths(query, key, value, packed, scale=None):
+    """Each token's softmax over the tokens of its path, one by one; padding gives its value."""
+    (rows, _, length, size), repeats = query.shape, query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
+    out = []
+    for row in range(rows):
+        for token in range(length):
+            ids, own = packed.segments[row], packed.segments[row, token]
+            path = [
+                other
+                for other in range(token + 1)
+                if packed.blocks[row, other] == packed.blocks[row, token] != -1 and ids[other] in (0, own)
+            ] or [token]
+            scores = torch.einsum("hd,hnd->hn", query[row, :, token], key[row][:, path])
+            weights = torch.softmax(scores * (size**-0.5 if scale is None else scale), -1)
+            out.append(torch.einsum("hn,hnd->hd", weights, value[row][:, path]))
+    return torch.stack(out).unflatten(0, (rows, length)).transpose(1, 2) if out else torch.zeros_like(query)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_trap_02_scores_do_not_depend_on_the_batch(family):
-    """Reward-model scores and loss: alone, behind a shared prompt, and with several prompts in one row."""
-    model = tiny_model(family, num_labels=1).eval()
-    trunk = model.base_model
-    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
-    responses = [[[20, 21, 1], [22, 1], [23, 24, 25, 1]], [[26, 1], [27, 28, 29, 1]]]
-    rows = [prompt + response for prompt, group in zip(prompts, responses, strict=True) for response in group]
-    alone = torch.cat([model.score(trunk(input_ids=torch.tensor([row]))[0])[0, -1] for row in rows])
-    ranks = torch.tensor([0, 2, 1, 0, 1])
+def with_gradients(out, inputs, upstream):
+    return out, *torch.autograd.grad(out, inputs, upstream)
 
-    def gradient(scores, cu_groups):
-        loss = bradley_terry_loss(scores, ranks, cu_groups).loss
-        return loss.detach(), torch.autograd.grad(loss, model.score.weight)[0]
 
-    expected = gradient(alone, torch.tensor([0, 3, 5]))
-    for max_tokens, number_of_rows in ((None, 2), (64, 1)):
-        packed = pack_responses(prompts, responses, max_tokens=max_tokens)
-        assert len(packed.input_ids) == number_of_rows
-        fields = {name: getattr(packed, name) for name in ("input_ids", "position_ids", "attention_mask")}
-        scores = model.score(trunk(**fields)[0]).flatten()[packed.last_token_rows]
-        assert (scores - alone).abs().max() <= 1e-6
-        torch.testing.assert_close(gradient(scores, packed.cu_groups), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("form", ["two_part", "dense"])
+@pytest.mark.parametrize("case", reference.CASES)
+@pytest.mark.parametrize(("heads", "groups", "scale"), [(2, 2, None), (6, 2, 0.3), (3, 1, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_attention(case, form, heads, groups, scale, dtype):
+    """Output and gradients of both forms against the definition in float64, token by token."""
+    inputs = reference.example_inputs(case)
+    packed = pack_responses(inputs["prompts"], inputs["responses"], max_tokens=inputs["max_tokens"])
+    tensors, upstream = random_heads(packed.layout, heads, groups, dtype)
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    found = shared_prefix_attention(*tensors, packed.layout, scale=scale, form=form)
+    assert found.dtype == dtype and found.shape == tensors[0].shape
+    found = with_gradients(found, tensors, upstream)
+    expected = attention_by_paths(*exact, packed, scale)
+    if not inputs["prompts"]:
+        assert all(x.numel() == 0 for x in found)
+        return
+    for actual, wanted in zip(found, with_gradients(expected, exact, upstream.double()), strict=True):
+        bound = (4 if dtype.itemsize == 2 else 16) * torch.finfo(dtype).eps * wanted.abs().max()  # sums of such terms
+        assert (actual.double() - wanted).abs().max() <= bound
+
+
+def test_gradients_gradcheck():
+    """First derivatives by finite differences; the second is refused."""
+    packed = pack_responses([[1, 2], [3]], [[[4, 5], [6], [7, 8]], [[9]]], max_tokens=12)
+    inputs, _ = random_heads(packed.layout, 2, 1, torch.float64)
+    assert packed.padding_fraction == 0 and torch.autograd.gradcheck(
+        lambda *x: shared_prefix_attention(*x, packed.layout, form="two_part"), inputs
+    )
+    out = shared_prefix_attention(*inputs, packed.layout, form="two_part").square().sum()
+    (gradient,) = torch.autograd.grad(out, inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+class Largest(TorchDispatchMode):
+    """The most entries that a tensor has which an operator returns."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return out
+
+
+def test_memory_without_a_mask():
+    """Packing and the two parts make nothing of L^2 entries, forward and backward; the dense form does."""
+    prompt, responses = [1] * 300, [[2] * 250] * 4
+    length = 300 + 4 * 250
+    largest = {}
+    for form in ("two_part", "dense"):
+        with Largest() as largest[form]:
+            packed = pack_responses([prompt], [responses])
+            inputs, upstream = random_heads(packed.layout, 2, 1, torch.float32)
+            shared_prefix_attention(*inputs, packed.layout, form=form).backward(upstream)
+    assert largest["two_part"].entries < 20 * length < length**2 <= largest["dense"].entries
 
 
 def test_masked_garbage():
-    """A pad id that is also a real token changes nothing; what the model computes at padding is finite and unread."""
-    model = tiny_model("llama").eval()
-    prompts, responses = [[5, 6], [7]], [[[8, 2], [9, 10, 2]], [[2]]]
-    with torch.no_grad():
-        runs = []
-        for pad_token_id in (0, 2, 49):
-            packed = pack_responses(prompts, responses, max_tokens=7, pad_token_id=pad_token_id)
-            assert packed.input_ids.shape == (2, 7) and packed.input_ids[1, 2:].eq(pad_token_id).all()
-            assert forward(model, packed).isfinite().all()
-            runs.append(packed_log_probs(model, packed))
-    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
-    packed = pack_responses(prompts, responses, max_tokens=7)
-    read = torch.cat([packed.label_rows, packed.last_token_rows])
-    assert packed.attention_mask.flatten(0, 2)[read].sum(1).gt(0).all() and read.max() < 7 + 2
+    """NaN at padding reaches no other token, and the gradient there is that of a token that sees itself."""
+    packed = pack_responses([[1, 2], [3]], [[[4, 5], [6], [7, 8]], [[9]]])
+    (query, key, value), upstream = random_heads(packed.layout, 2, 1, torch.float32)
+    real = (packed.blocks >= 0)[:, None, :, None]
+    assert 0 < real.sum() < real.numel()
+    clean = with_gradients(
+        shared_prefix_attention(query, key, value, packed.layout), (query, key, value), torch.where(real, upstream, 0)
+    )
+    dirty = [torch.where(real, x, torch.nan).detach().requires_grad_() for x in (query, key, value)]
+    out = shared_prefix_attention(*dirty, packed.layout)
+    found = with_gradients(out, dirty, torch.where(real, upstream, 0))
+    for actual, wanted in zip(found, clean, strict=True):
+        assert torch.equal(torch.where(real, actual, 0), torch.where(real, wanted, 0))
 
 
 def test_gradients_per_response():
@@ -190,6 +180,51 @@ def test_gradients_per_response():
     assert hidden.shape == (4, 3, 5) and hidden[0, 2].eq(-1).all()
     nan, mask = packed.per_response(torch.full((6,), torch.nan))
     assert nan[~mask].eq(0).all()
+
+
+def test_reference_counts():
+    """By hand: blocks of 2 + 2 + 1 + 0 and 3 + 1 tokens in rows of 5."""
+    packed = pack_responses([[1, 2], [3, 4, 5]], [[[6, 7], [8], []], [[9]]], max_tokens=5)
+    assert packed.layout.tolist() == [[[[0, 0, 0, 0, 0], [0, 0, 1, 1, 2]]], [[[1, 1, 1, 1, -1], [0, 0, 0, 1, 0]]]]
+    assert packed.blocks.tolist() == [[0] * 5, [1, 1, 1, 1, -1]] and packed.segments[0].tolist() == [0, 0, 1, 1, 2]
+    assert (packed.tokens, packed.input_ids.numel(), packed.separate_tokens) == (9, 10, 4 + 3 + 2 + 4)
+    assert packed.padding_fraction == pytest.approx(0.1)
+    assert packed.token_rows.tolist() == [2, 3, 4, 8]
+    split = packed.split(packed.input_ids)
+    assert [x.tolist() for x in split] == [[6, 7], [8], [], [9]]
+    wide = torch.randn(2, 5, 3, requires_grad=True)
+    pieces = packed.split(wide)
+    assert [tuple(x.shape) for x in pieces] == [(2, 3), (1, 3), (0, 3), (1, 3)]
+    torch.cat(pieces).sum().backward()
+    assert wide.grad.sum(-1).flatten().tolist() == [0, 0, 3, 3, 3, 0, 0, 0, 3, 0]
+    scores, mask = packed.per_prompt(torch.tensor([0.5, 1.5, 2.5, 3.5]), fill=-1.0)
+    assert scores.tolist() == [[0.5, 1.5, 2.5], [3.5, -1, -1]]
+    assert mask.tolist() == [[True, True, True], [True, False, False]]
+
+
+@pytest.mark.parametrize("case", [case for case in reference.CASES if case != "empty"])
+def test_values_block_mask(case):
+    """FlexAttention's BlockMask says entry by entry what attention_mask says, and gives what two parts give."""
+    inputs = reference.example_inputs(case)
+    packed = pack_responses(inputs["prompts"], inputs["responses"], max_tokens=inputs["max_tokens"])
+    rows, length = packed.input_ids.shape
+    blocks = packed.block_mask(BLOCK_SIZE=16)
+    assert blocks.BLOCK_SIZE == (16, 16)
+    assert torch.equal(create_mask(blocks.mask_mod, rows, 1, length, length, device="cpu"), packed.attention_mask)
+    query, key, value = (x.detach() for x in random_heads(packed.layout, 4, 2, torch.float64)[0])
+    with torch.no_grad():
+        found = flex_attention(query, key, value, block_mask=packed.block_mask(), enable_gqa=True)
+        wanted = shared_prefix_attention(query, key, value, packed.layout, form="two_part")
+    real = (packed.blocks >= 0)[:, None, :, None]
+    torch.testing.assert_close(torch.where(real, found, 0), torch.where(real, wanted, 0), rtol=1e-12, atol=1e-12)
+
+
+def test_values_choice_of_form():
+    """Long rows are faster in two parts, short ones under a dense mask; a narrow model needs longer ones."""
+    long, short = pack_responses([[1] * 512], [[[2] * 64] * 9]), pack_responses([[1] * 16], [[[2] * 8] * 9])
+    assert long.two_part_is_faster() and not short.two_part_is_faster()
+    middle = pack_responses([[1] * 64], [[[2] * 32] * 9])
+    assert middle.two_part_is_faster(hidden_size=768) and not middle.two_part_is_faster(hidden_size=32)
 
 
 def test_edges():
@@ -231,6 +266,57 @@ def test_bad_input_budget():
     packed = pack_responses([[1]], [[[2], [3]]])
     with pytest.raises(ValueError, match=r"values has shape \[3\], expected \[2\]"):
         packed.per_response(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"scores has shape \[3\], expected \[2\]"):
+        packed.per_prompt(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"values has shape \[3, 1\], expected \[1, 3\]"):
+        packed.split(torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": torch.zeros(1, 2, 3)}, r"query has shape \[1, 2, 3\], expected \[\*, \*, \*, \*\]"),
+        ({"query": torch.zeros(1, 2, 3, 8).long()}, "query has dtype int64"),
+        ({"key": torch.zeros(1, 2, 4, 8)}, r"key has shape \[1, 2, 4, 8\], expected \[1, 2, 3, 8\]"),
+        ({"key": torch.zeros(1, 2, 3, 8).double()}, "key has dtype float64, expected one of: float32"),
+        ({"value": torch.zeros(1, 1, 3, 8)}, r"value has shape \[1, 1, 3, 8\], expected \[1, 2, 3, \*\]"),
+        (
+            {"key": torch.zeros(1, 3, 3, 8), "value": torch.zeros(1, 3, 3, 8)},
+            "key has 3 heads, expected a divisor of the 2",
+        ),
+        ({"layout": torch.ones(1, 1, 3, 3).bool()}, r"layout has shape \[1, 1, 3, 3\], expected \[1, 1, 2, 3\]"),
+        ({"layout": torch.zeros(1, 1, 2, 3)}, "layout has dtype float32, expected one of: int64"),
+        (
+            {"layout": torch.tensor([[[[0, 0, 0], [1, 1, 2]]]])},
+            "in row 0 the responses of block 0 stand without their prompt",
+        ),
+        ({"form": "flash"}, "form must be one of 'auto', 'two_part', 'dense', got 'flash'"),
+        (
+            {"value": torch.zeros(1, 2, 3, 4), "form": "two_part"},
+            r"but the heads .* differ in size \(8 and 4\)",
+        ),
+    ],
+)
+def test_bad_input_attention(changes, message):
+    arguments = {name: torch.zeros(1, 2, 3, 8) for name in ("query", "key", "value")}
+    arguments |= {"layout": pack_responses([[1]], [[[2], [3]]]).layout, **changes}
+    with pytest.raises(ValueError, match=message):
+        shared_prefix_attention(**arguments)
+
+
+def test_bad_input_other_devices():
+    """Where PyTorch has no kernel for a part the dense mask serves, and an explicit wish for two parts raises."""
+    packed = pack_responses([[1]], [[[2], [3]]])
+    tensors = [torch.zeros(1, 2, 3, 8, device="meta")] * 3
+    with pytest.raises(ValueError, match="form is 'two_part', but the tensors are on meta"):
+        shared_prefix_attention(*tensors, packed.layout.to("meta"), form="two_part")
+    assert shared_prefix_attention(*tensors, packed.layout.to("meta")).shape == (1, 2, 3, 8)
+    unequal = shared_prefix_attention(
+        *(x.to("cpu") for x in torch.zeros(2, 1, 2, 3, 8)), torch.zeros(1, 2, 3, 4), packed.layout
+    )
+    assert unequal.shape == (1, 2, 3, 4)
+    with pytest.raises(ValueError, match="layout is on cpu, expected meta, where query is"):
+        shared_prefix_attention(*tensors, packed.layout)
 
 
 def test_contract():
@@ -246,3 +332,33 @@ def test_contract():
     assert packed.input_ids.shape[1] <= 40 and (packed.input_ids != 0).sum().item() == tokens
     assert len(packed.input_ids) <= 1.25 * tokens / 40 + 1
     assert packed.labels.eq(2).all() and packed.input_ids.flatten()[packed.last_token_rows].eq(2).all()
+
+
+def test_contract_attention():
+    """Same bits run to run, and a block's bits do not depend on what else lies in its row."""
+    prompts, responses = [[1] * 40, [2] * 9], [[[3] * 20] * 3, [[4] * 5] * 2]
+    both, alone = pack_responses(prompts, responses, max_tokens=200), pack_responses(prompts[:1], responses[:1])
+    length = alone.input_ids.shape[1]
+    inputs, upstream = random_heads(both.layout, 4, 2, torch.float32)
+    runs = [
+        with_gradients(shared_prefix_attention(*inputs, both.layout, form="two_part"), inputs, upstream)
+        for _ in range(2)
+    ]
+    own = [x[:, :, :length].detach().requires_grad_() for x in inputs]
+    single = shared_prefix_attention(*own, alone.layout, form="two_part")
+    single = with_gradients(single, own, upstream[:, :, :length])
+    for first, second, apart in zip(*runs, single, strict=True):
+        assert torch.equal(first, second) and torch.equal(first[:, :, :length], apart)
+
+
+def test_contract_strides():
+    """Tensors whose last dimension is not contiguous, as the kernel would misread them, and expanded gradients."""
+    packed = pack_responses([[1, 2]], [[[3, 4], [5]]])
+    inputs, _ = random_heads(packed.layout, 2, 2, torch.float64)
+    turned = [x.detach().mT.contiguous().mT.requires_grad_() for x in inputs]
+    assert turned[0].stride(-1) != 1
+    found, wanted = (shared_prefix_attention(*x, packed.layout, form="two_part") for x in (turned, inputs))
+    for actual, expected in zip(
+        with_gradients(found.sum(), turned, None), with_gradients(wanted.sum(), inputs, None), strict=True
+    ):
+        assert torch.equal(actual, expected)

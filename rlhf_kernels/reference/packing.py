@@ -39,8 +39,18 @@ def shared_prefix_mask(blocks: Tensor, segments: Tensor) -> Tensor:
     return seen[:, None]
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float | None = None) -> Tensor:
+    """[B, H, L, D]: softmax(scale * query key^T) value under the mask of the layout [B, 1, 2, L], all L^2 pairs of it.
+
+    key and value [B, G, L, D] have a head for each H / G heads of query.
+    """
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    mask = shared_prefix_mask(layout[:, 0, 0], layout[:, 0, 1])
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
 def pack(prompts: list[list[int]], responses: list[list[list[int]]], max_tokens: int, pad_token_id: int) -> dict:
-    """The fields of PackedResponses on the CPU, with `blocks` and `segments` in place of the attention mask."""
+    """The fields of PackedResponses, on the CPU."""
     sizes = [len(prompt) + sum(map(len, group)) for prompt, group in zip(prompts, responses, strict=True)]
     places, rows = place_blocks(sizes, max_tokens)
     length = max((start + size for (_, start), size in zip(places, sizes, strict=True)), default=0)
@@ -70,7 +80,8 @@ def pack(prompts: list[list[int]], responses: list[list[list[int]]], max_tokens:
     fields = {"label_rows": label_rows, "labels": labels, "last_token_rows": last_rows}
     fields |= {"cu_groups": cu_groups, "cu_responses": cu_responses}
     fields = {name: torch.tensor(values, dtype=torch.int64) for name, values in fields.items()}
-    return {"input_ids": input_ids, "position_ids": position_ids, "blocks": blocks, "segments": segments, **fields}
+    layout = torch.stack([blocks, segments], 1)[:, None]
+    return {"input_ids": input_ids, "position_ids": position_ids, "layout": layout, **fields}
 
 
 def example_inputs(case: str, *, dtype: torch.dtype = torch.int64, device="cpu", seed: int = 0) -> dict:
