@@ -16,8 +16,9 @@ import torch
 
 from . import models
 from .checkpoint import write_json
-from .data import encode_prompt, load_rows, pad_batch
-from .rollout import Rollouts, per_token_log_probs, sample
+from .data import encode_prompt, load_rows
+from .rollout import Rollouts, sample
+from .sequences import by_length, join, per_token_log_probs, response_scores
 
 Z95 = 1.959963984540054
 
@@ -118,12 +119,18 @@ def texts_of(tokenizer, rollouts: Rollouts, stop_token_ids: Sequence[int]) -> li
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in kept]
 
 
-def _by_length(rollouts: Rollouts, batch_size: int):
-    """Indices in batches of like length, so that little is spent on padding."""
-    order = sorted(
-        range(len(rollouts.prompt_ids)), key=lambda i: len(rollouts.prompt_ids[i]) + len(rollouts.response_ids[i])
-    )
+def _batches(rollouts: Rollouts, batch_size: int):
+    """Indices in batches of like length, the responses to one prompt together."""
+    order = by_length(rollouts.prompt_ids, rollouts.response_ids)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _share_width(model, rollouts: Rollouts) -> int | None:
+    """The width of a model that is to read rollouts which repeat prompts, and can share them; else None."""
+    if len(set(map(tuple, rollouts.prompt_ids))) == len(rollouts.prompt_ids):
+        return None
+    longest = max(len(p) + len(r) for p, r in zip(rollouts.prompt_ids, rollouts.response_ids))
+    return model.config.get_text_config().hidden_size if models.share_prompts([model], longest) else None
 
 
 @torch.no_grad()
@@ -133,18 +140,16 @@ def reward_scores(model, rollouts: Rollouts, *, batch_size: int = 64) -> list[fl
     Raises:
         ValueError: a text is longer than the reward model's context. Nothing is cut: half a text has no score.
     """
-    rows = [p + r for p, r in zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)]
     context = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, rows), default=0)
+    longest = max((len(p) + len(r) for p, r in zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)), default=0)
     if context and longest > context:
         raise ValueError(f"the longest prompt + response has {longest} tokens, the reward model's context is {context}")
-    scores = [0.0] * len(rows)
+    scores, width = [0.0] * len(rollouts.prompt_ids), _share_width(model, rollouts)
     model.eval()
-    for batch in _by_length(rollouts, batch_size):
-        ids, mask = pad_batch([rows[i] for i in batch], 0, "right")
-        last = torch.tensor([len(rows[i]) - 1 for i in batch])
-        ids, mask, last = (x.to(model.device) for x in (ids, mask, last))
-        for i, score in zip(batch, models.sequence_scores(model, ids, mask, last).tolist(), strict=True):
+    for batch in _batches(rollouts, batch_size):
+        prompts, responses = ([ids[i] for i in batch] for ids in (rollouts.prompt_ids, rollouts.response_ids))
+        found = response_scores(model, join(prompts, responses, model.device, share_width=width))
+        for i, score in zip(batch, found.tolist(), strict=True):
             scores[i] = score
     return scores
 
@@ -152,12 +157,11 @@ def reward_scores(model, rollouts: Rollouts, *, batch_size: int = 64) -> list[fl
 @torch.no_grad()
 def response_log_probs(model, rollouts: Rollouts, *, batch_size: int = 64) -> list[float]:
     """log p(response | prompt) of every row in nats, summed over its tokens, at temperature 1."""
-    sums = [0.0] * len(rollouts.prompt_ids)
+    sums, width = [0.0] * len(rollouts.prompt_ids), _share_width(model, rollouts)
     model.eval()
-    for batch in _by_length(rollouts, batch_size):
-        log_probs, mask, _ = per_token_log_probs(
-            model, [rollouts.prompt_ids[i] for i in batch], [rollouts.response_ids[i] for i in batch], temperature=1.0
-        )
+    for batch in _batches(rollouts, batch_size):
+        prompts, responses = ([ids[i] for i in batch] for ids in (rollouts.prompt_ids, rollouts.response_ids))
+        log_probs, mask, _ = per_token_log_probs(model, prompts, responses, temperature=1.0, share_width=width)
         for i, total in zip(batch, log_probs.double().where(mask, 0.0).sum(1).tolist(), strict=True):
             sums[i] = total
     return sums

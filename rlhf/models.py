@@ -15,7 +15,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf_kernels.integrations.transformers import ATTENTION, mask_for, packing_obstacle
+from rlhf_kernels import find_head
+from rlhf_kernels.integrations.transformers import (
+    ATTENTION,
+    mask_for,
+    packing_obstacle,
+    takes_shared_prefix,
+    use_shared_prefix_attention,
+)
 
 from .data import end_of_turn_id
 
@@ -255,27 +262,35 @@ def _unwrapped(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
-    """What the head of a model reads: the trunk's last hidden states, after its final norm.
+def model_inputs(model, input_ids, attention_mask=None, position_ids=None):
+    """Keyword arguments of a forward of `model`, without a cache.
 
     Args:
-        model: a causal language model or a sequence classifier of transformers, possibly wrapped by DDP or PEFT.
+        model: a model of transformers, possibly wrapped by DDP, FSDP2 or PEFT.
         input_ids: [B, T] int64.
         attention_mask: [B, T] with 1 = token; packed (then position_ids are needed): [B, 1, T, T] bool, or the layout
             [B, 1, 2, T] of `pack_responses`. None = all.
         position_ids: [B, T] int64; None counts the tokens of the mask.
-    Returns:
-        [B, T, H] in the model's dtype. Differentiable.
     """
     if position_ids is None:
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("position_ids: got None with a packed attention_mask, wants [B, T] positions")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         position_ids = position_ids_from_mask(mask)
-    inner = _unwrapped(model)
-    mask = mask_for(inner, attention_mask)
-    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
-    inputs["use_cache"] = False
+    mask = mask_for(_unwrapped(model), attention_mask)
+    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+
+
+def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
+    """What the head of a model reads: the trunk's last hidden states, after its final norm.
+
+    Args:
+        model: a causal language model or a sequence classifier of transformers, possibly wrapped by DDP or PEFT.
+        input_ids, attention_mask, position_ids: as in `model_inputs`.
+    Returns:
+        [B, T, H] in the model's dtype. Differentiable.
+    """
+    inputs, inner = model_inputs(model, input_ids, attention_mask, position_ids), _unwrapped(model)
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         return inner.base_model(**inputs).last_hidden_state
     if isinstance(inner.get_output_embeddings(), nn.Module):
@@ -308,18 +323,31 @@ def supports_packing(model, longest=None):
     return bool(gap <= 8 * torch.finfo(packed.dtype).eps ** 0.5 * packed.abs().max())
 
 
-def lm_head(model):
-    """(weight [V, H], bias [V] or None, softcap or None) of a language model's head, for the `linear_*` losses.
+def share_prompts(models, longest=None):
+    """Whether all these models can take packed rows; then they get the attention that needs no dense mask for them.
 
-    Raises:
-        ValueError: the model does more to its logits than a linear map and a soft cap (then use its logits).
+    Args:
+        models: language or reward models; None entries are passed over.
+        longest: as in `supports_packing`.
     """
-    inner = _unwrapped(model)
-    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(inner.config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"{type(inner).__name__} scales its logits ({name}), which linear losses do not do")
-    head = inner.get_output_embeddings()
-    return head.weight, getattr(head, "bias", None), getattr(inner.config, "final_logit_softcapping", None)
+    models = [model for model in models if model is not None]
+    if not all(supports_packing(model, longest) for model in models):
+        return False
+    for model in filter(takes_shared_prefix, models):
+        use_shared_prefix_attention(model, longest)
+    return True
+
+
+def linear_head(model):
+    """The `rlhf_kernels.ModelHead` of a language model; None where its logits must be made.
+
+    That is where the head is more than a linear map, as with adapters on it, or the model does more to its logits than
+    a factor and a soft cap.
+    """
+    try:
+        return find_head(model)
+    except ValueError:
+        return None
 
 
 def _score_head(model):

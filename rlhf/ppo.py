@@ -25,6 +25,8 @@ Departures and details (each number stands again at its line, here or in ppo_run
 10. beta is fixed (paper: 0.02), or steered to `kl_target`, with the sampled KL of the iteration just done.
 11. `max_kl` ends the run at the first iteration whose samples lie farther than that from the SFT model, without a step,
     and hands on the policy of the iteration before, the last one that was measured to be near enough.
+12. With `num_responses` above 1, the responses to a prompt that meet in a batch share one copy of it, where all
+    networks can take such rows and it is less work.
 """
 
 import contextlib
@@ -38,12 +40,11 @@ from tqdm.auto import tqdm
 from rlhf_kernels import gae, ppo_loss, rlhf_advantages
 from rlhf_kernels.advantages import masked_whiten
 
-from . import models
 from .ppo_config import PPOConfig
 from .ppo_run import PPORun
 from .ppo_state import Averages, timed
 from .rollout import Rollouts, sample
-from .sequences import response_log_probs, response_values
+from .sequences import response_log_probs, response_scores, response_values
 
 __all__ = ["PPOConfig", "PPOTrainer", "train_ppo"]
 
@@ -127,9 +128,7 @@ class PPOTrainer(PPORun):
             scores = torch.zeros(len(rows), device=self.accelerator.device)
             for chunk in self._all_chunks(rollouts):
                 batch = self._join(rollouts, chunk)
-                scores[chunk] = models.sequence_scores(
-                    self.reward_model, batch.input_ids, batch.attention_mask, batch.last_index
-                )
+                scores[chunk] = response_scores(self.reward_model, batch)
             return scores
         columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids", "at")}
         completions = self._decode(rollouts.response_ids)

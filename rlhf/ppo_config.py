@@ -35,6 +35,9 @@ class PPOConfig:
         "gradient_accumulation_steps * num_mini_batches * processes. Paper: 512.",
     )
     num_responses: int = _option(1, "Responses a prompt; must divide the responses of an iteration.")
+    packing: str = _option(
+        "auto", "Responses to one prompt share its computation: auto (where the models can and it saves time) or false."
+    )
     response_length: int = _option(53, "Most tokens of a response, stop token included.")
     temperature: float = _option(1.0, "Divides the logits, in sampling and in every log-prob. Paper: 1.")
     stop_token: str | None = _option(None, "A further token that ends a response, beside EOS. `eos` adds nothing.")
@@ -112,6 +115,8 @@ class PPOConfig:
             len(self.reward_clip_range) == 2 and self.reward_clip_range[0] < self.reward_clip_range[1]
         ):
             raise ValueError(f"reward_clip_range: got {self.reward_clip_range}, want two numbers, low and high")
+        if self.packing not in ("auto", "false"):
+            raise ValueError(f"packing: got {self.packing!r}, want auto or false")
         if self.lr_scheduler_type not in ("constant", "linear", "cosine"):
             raise ValueError(f"lr_scheduler_type: got {self.lr_scheduler_type!r}, want constant, linear or cosine")
         if self.report_to not in ("none", "tensorboard"):

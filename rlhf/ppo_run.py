@@ -16,7 +16,7 @@ from .kl_controller import KLController
 from .ppo_config import PPOConfig
 from .ppo_state import Cursor, WeightAverage, learning_rate_factor, load_checkpoint, save_checkpoint
 from .rollout import Rollouts, warn_ignored_sampling_settings
-from .sequences import Batch, join, response_log_probs, response_values, text_loss
+from .sequences import Batch, by_length, join, response_log_probs, response_values, text_loss
 from .startup_check import check_contract
 
 CPU_PADDING = 64  # tokens; about what one more forward and backward cost on a CPU beside the tokens themselves
@@ -115,6 +115,12 @@ class PPORun:
         for model in (self.reference, self.reward_model):
             if model is not None:
                 model.to(self.accelerator.device)
+        longest = max(len(row["prompt_ids"]) for row in self.prompts) + args.response_length
+        networks = (self.policy, self.reference, self.value, self.reward_model)
+        wanted = args.packing != "false" and args.num_responses > 1
+        self.share_width = None  # 12
+        if wanted and models.share_prompts(networks, longest):
+            self.share_width = self.policy.config.get_text_config().hidden_size
 
     def _check_context(self) -> None:
         networks = {"policy": self.policy, "value network": self.value, "reward model": self.reward_model}
@@ -179,7 +185,8 @@ class PPORun:
         return [self.texts[i] for i in self.ptx_cursor.take(count * self.world)[self.rank :: self.world]]
 
     def _chunks(self, rollouts: Rollouts, rows, size: int) -> list[list[int]]:
-        """Cut rows into chunks of like length, at most `size` rows each, so that little padding is computed.
+        """Cut rows into chunks of like length, at most `size` rows each, so that little padding is computed; the
+        responses to one prompt stay together, so that they can share it.
 
         On a CPU, where a few large forwards are no faster than many small ones, one process also ends a chunk before
         its padding exceeds CPU_PADDING tokens. Several processes make equally many chunks, as sharded weights need it.
@@ -187,9 +194,9 @@ class PPORun:
         lengths = [len(p) + len(r) for p, r in zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)]
         limit = CPU_PADDING if self.world == 1 and self.accelerator.device.type == "cpu" else math.inf
         chunks, padding = [], 0
-        for row in sorted(rows, key=lengths.__getitem__):
+        for row in by_length(rollouts.prompt_ids, rollouts.response_ids, rows):
             if chunks:
-                padding += len(chunks[-1]) * (lengths[row] - lengths[chunks[-1][-1]])
+                padding += len(chunks[-1]) * max(lengths[row] - lengths[chunks[-1][-1]], 0)
             if not chunks or len(chunks[-1]) == size or padding > limit:
                 chunks, padding = [*chunks, []], 0
             chunks[-1].append(row)
@@ -200,7 +207,8 @@ class PPORun:
 
     def _join(self, rollouts: Rollouts, rows) -> Batch:
         prompts, responses = ([ids[row] for row in rows] for ids in (rollouts.prompt_ids, rollouts.response_ids))
-        return join(prompts, responses, self.accelerator.device, steps=self.args.response_length)
+        options = {"steps": self.args.response_length, "share_width": self.share_width}
+        return join(prompts, responses, self.accelerator.device, **options)
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the processes."""

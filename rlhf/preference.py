@@ -82,7 +82,7 @@ class DPOTrainer(StageTrainer):
 
 def pair_log_probs(model, batch):
     """Summed log-probs [N, 2] fp32 (chosen, rejected), differentiable, and the token counts [N, 2]."""
-    log_probs = training.label_log_probs(model, batch)
+    log_probs = training.response_log_probs(model, batch)
     lengths = batch["cu_responses"].diff()
     return torch.segment_reduce(log_probs, "sum", lengths=lengths).view(-1, 2), lengths.view(-1, 2)
 

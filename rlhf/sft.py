@@ -9,9 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from rlhf_kernels import linear_cross_entropy
-
 from . import data, models, training
+from .sequences import label_loss
 from .training import StageConfig, StageTrainer, option
 
 
@@ -39,17 +38,8 @@ class SFTConfig(StageConfig):
 
 
 def token_losses(model, batch, **options):
-    """Cross-entropy of the response tokens through the head's weights; `options` go to `linear_cross_entropy`."""
-    try:
-        weight, bias, softcap = models.lm_head(model)
-    except ValueError:  # this head is more than a linear map: take its logits
-        nll = -training.label_log_probs(model, batch).sum()
-        items = options.get("num_items_in_batch")
-        return nll if options.get("reduction") == "sum" else nll / (len(batch["labels"]) if items is None else items)
-    hidden = models.hidden_states(model, batch["input_ids"], batch["attention_mask"], batch["position_ids"])
-    return linear_cross_entropy(
-        hidden.flatten(0, 1), weight, batch["labels"], rows=batch["label_rows"], bias=bias, softcap=softcap, **options
-    )
+    """Cross-entropy of the response tokens; `options` go to `sequences.label_loss`."""
+    return label_loss(model, training.batch_inputs(batch), batch["labels"], batch["label_rows"], **options)
 
 
 class SFTTrainer(StageTrainer):

@@ -3,9 +3,9 @@
 import torch
 
 from .data import encode_completion, encode_prompt
-from .models import load_tokenizer, sequence_scores, token_scores
+from .models import load_tokenizer
 from .rollout import sample
-from .sequences import join, response_log_probs
+from .sequences import join, response_log_probs, response_scores
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 """Largest difference by dtype; 2e-2 for half precision, where a batch of another shape rounds anew."""
@@ -64,9 +64,7 @@ def check_contract(trainer) -> dict[str, float]:
     _check_ids(trainer, rollouts, check)
     if trainer.reward_model is not None and args.value_model_path is None:
         with torch.no_grad():
-            scores = sequence_scores(trainer.reward_model, batch.input_ids, batch.attention_mask, batch.last_index)
-            values = token_scores(trainer.value, batch.input_ids, batch.attention_mask)
-        values = values.gather(1, batch.last_index[:, None]).squeeze(1)
+            scores, values = (response_scores(model, batch) for model in (trainer.reward_model, trainer.value))
         off = ((values - scores).abs() / scores.abs().clamp(min=1)).max()
         check("value_at_end", off, "the value network's output at the last token is not the reward model's score")
     if failures:

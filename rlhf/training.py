@@ -16,10 +16,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from rlhf_kernels import linear_logprobs, logprobs_from_logits, pack_responses
-from rlhf_kernels.integrations.transformers import mask_for, takes_shared_prefix, use_shared_prefix_attention
+from rlhf_kernels import pack_responses
 
 from . import checkpoint, data, models, rankings
+from .sequences import label_log_probs, packing_pays
 
 logger = logging.getLogger("rlhf")
 DEFAULT_CONTEXT = 1024
@@ -243,45 +243,25 @@ def _padded(prompts, responses, pad_id):
     }
 
 
-def label_log_probs(model, batch):
-    """[N] fp32: log p of each response token, in nats; differentiable. The logits are made only where they must be."""
-    try:
-        weight, bias, softcap = models.lm_head(model)
-    except ValueError:  # this head is more than a linear map: take its logits
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        logits = model(**inputs, attention_mask=mask_for(model, batch["attention_mask"])).logits
-        return logprobs_from_logits(logits.flatten(0, 1)[batch["label_rows"]], batch["labels"])
-    hidden = models.hidden_states(model, batch["input_ids"], batch["attention_mask"], batch["position_ids"])
-    options = {"rows": batch["label_rows"], "bias": bias, "softcap": softcap}
-    return linear_logprobs(hidden.flatten(0, 1), weight, batch["labels"], **options)
+def response_log_probs(model, batch):
+    """[N] fp32: log p of each response token of a batch, in nats; differentiable."""
+    return label_log_probs(model, batch_inputs(batch), batch["labels"], batch["label_rows"])
+
+
+def batch_inputs(batch):
+    """(input_ids, attention_mask, position_ids) of a batch of `make_batch`."""
+    return batch["input_ids"], batch["attention_mask"], batch["position_ids"]
 
 
 def may_pack(args, model):
-    """Whether rows may be packed: the run allows it, and the model gives the same hidden states packed as apart.
-
-    Such a model gets the attention that needs no dense mask for packed rows, where its class lets it be changed.
-    """
-    possible = args.packing != "false" and models.supports_packing(model, args.max_length)
+    """Whether rows may be packed: the run allows it, and the model gives the same hidden states packed as apart."""
+    possible = args.packing != "false" and models.share_prompts([model], args.max_length)
     if args.packing == "true" and not possible:
         raise ValueError(
             f"packing: {type(model).__name__} with {model.config._attn_implementation} attention does not give the "
             "same results packed as apart; use --packing false"
         )
-    if possible and takes_shared_prefix(model):
-        use_shared_prefix_attention(model, args.max_length)
     return possible
-
-
-def packing_pays(examples, hidden_size):
-    """Whether packed rows take less arithmetic than padded ones.
-
-    A layer of width H takes about 24 H^2 operations a token in its matrices and 4 H T in its attention over rows of T
-    tokens, so N tokens cost as N * (6 H + T). Packing saves tokens and makes longer rows.
-    """
-    blocks = [len(ex["prompt"]) + sum(map(len, ex["responses"])) for ex in examples]
-    rows = [len(ex["prompt"]) + len(response) for ex in examples for response in ex["responses"]]
-    block, row = max(blocks), max(rows)
-    return -(-sum(blocks) // block) * block * (6 * hidden_size + block) < len(rows) * row * (6 * hidden_size + row)
 
 
 def add_adapters(args, model, task_type):
@@ -336,7 +316,8 @@ class StageTrainer(Trainer):
 
     def collate(self, examples):
         width = self.model.config.hidden_size
-        packed = self.can_pack and (self.args.packing == "true" or packing_pays(examples, width))
+        groups = [(len(example["prompt"]), list(map(len, example["responses"]))) for example in examples]
+        packed = self.can_pack and (self.args.packing == "true" or packing_pays(groups, width))
         return make_batch(examples, self.tokenizer.pad_token_id, packed=packed, hidden_size=width)
 
     def count_items(self, batch):

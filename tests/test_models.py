@@ -99,16 +99,15 @@ def test_policy_is_no_reward_model(folder, caplog, capfd):
 def test_hidden_states_are_what_the_head_reads(tmp_path, family):
     model = models.load_policy(model_folder(tmp_path, family=family))
     ids = torch.arange(1, 11).view(2, 5)
-    weight, bias, softcap = models.lm_head(model)
-    assert bias is None and softcap is None
-    torch.testing.assert_close(models.hidden_states(model, ids) @ weight.T, model(ids).logits)
+    head = models.linear_head(model)
+    assert head.bias is None and head.softcap is None and head.scale == 1.0
+    torch.testing.assert_close(models.hidden_states(model, ids) @ head.weight.T, model(ids).logits)
 
 
-def test_head_that_scales_its_logits_is_refused(tmp_path):
+def test_head_that_is_no_linear_map():
     model = language_model(word_tokenizer())
-    model.config.logit_scale = 0.5
-    with pytest.raises(ValueError, match="scales its logits"):
-        models.lm_head(model)
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.ReLU())
+    assert models.linear_head(model) is None
 
 
 def test_head_init_standard_deviation(tmp_path):

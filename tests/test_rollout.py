@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from rlhf import rollout
+from rlhf import models, rollout
 from rlhf.rollout import Completion, RolloutError, per_token_log_probs, sample
-from rlhf.sequences import join
+from rlhf.sequences import by_length, join, response_log_probs, response_scores, response_values
+from tests.tiny import model_folder, word_tokenizer
 
 V, STOP = 13, [2, 5]
 PROMPTS = [[1, 4, 6], [1], [1, 7, 8, 9, 10, 11], [3, 3], [1, 12]]
@@ -145,8 +146,47 @@ def test_join():
     assert batch.attention_mask.tolist() == [[1] * 5, [1, 0, 0, 0, 0]]
     assert batch.response_mask.tolist() == [[True] * 3, [False] * 3]
     assert batch.rows.tolist() == [1, 2, 3]
-    assert batch.labels.tolist() == [6, 7, 2] and batch.last_index.tolist() == [4, 0]
+    assert batch.labels.tolist() == [6, 7, 2] and batch.last_rows.tolist() == [4, 5]
     assert batch.unpack(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[1, 2, 3], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_trap_02_shared_prompts_change_nothing(tmp_path, family):
+    """Equal prompts computed once: log-probs, entropies, values, scores, gradients as from a row for each response."""
+    tokenizer = word_tokenizer()
+    folder = model_folder(tmp_path, family=family, tokenizer=tokenizer)
+    policy, value = models.load_policy(folder), models.reward_model_from_policy(folder, 0, pad_token_id=0)
+    assert models.share_prompts([policy, value])
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(length):
+        return torch.randint(3, len(tokenizer), (length,), generator=generator).tolist()
+
+    long, short = ids(20), ids(17)
+    prompts = [long, short, long, ids(4), short, long]  # out of order
+    responses = [ids(5), ids(3), ids(1), ids(6), ids(2), ids(4)]
+    results = []
+    for width in (None, policy.config.hidden_size):
+        batch = join(prompts, responses, share_width=width)
+        log_probs, entropy = response_log_probs(policy, batch, temperature=0.7)
+        values, scores = response_values(value, batch), response_scores(value, batch)
+        loss = (log_probs * torch.linspace(-1, 1, len(log_probs))).sum() + entropy.mean()
+        grads = torch.autograd.grad(loss, list(policy.parameters()))
+        unpacked = [batch.unpack(x) for x in (log_probs, entropy, values)]
+        results.append((batch.input_ids.numel(), [*unpacked, scores], grads))
+    (apart, wanted, wanted_grads), (together, found, found_grads) = results
+    assert together < 0.7 * apart
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=2e-6)
+    for a, b in zip(found_grads, wanted_grads, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-6
+
+
+def test_by_length_keeps_prompts_together():
+    prompts, responses = [[1] * 9, [2], [1] * 9, [2], [3] * 4], [[5] * 2, [5], [5], [5] * 6, [5]]
+    order = by_length(prompts, responses)
+    assert order == [4, 1, 3, 2, 0]
+    assert by_length(prompts, responses, [0, 3, 2]) == [3, 2, 0]
 
 
 def faulty(change):

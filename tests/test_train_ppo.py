@@ -1,6 +1,7 @@
 """The algorithm of PPO and PPO-ptx on models of a few thousand parameters: the traps, with their numbers."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -137,6 +138,33 @@ def test_trap_16_metrics_do_not_depend_on_padding(home):
     assert found[0].keys() == found[1].keys() and found[0]["val/ratio_var"] > 1e-6
     for name, value in found[0].items():
         torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(found[1][name]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_shared_prompts_give_the_same_run(home, kind):
+    """Several responses a prompt, behind one copy of it or apart: the same samples and metrics, after updates too."""
+    prompts = [{"prompt": " ".join(["the cat sat on a mat and saw it ."] * 2)}, {"prompt": "a dog ran . " * 4}]
+    file = home.path / "long.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    options = {"dataset_name": str(file), "num_responses": 4, "num_mini_batches": 1, "num_ppo_epochs": 2, "kind": kind}
+    runs = []
+    for packing in ("auto", "false"):
+        trainer = home.trainer(packing, packing=packing, per_device_train_batch_size=8, **options)
+        assert trainer.share_width == (16 if packing == "auto" else None)
+        batch = trainer._join(Rollouts([[5, 6, 7] * 6] * 4, [[8, 2]] * 4, [True] * 4), range(4))
+        assert batch.input_ids.shape == ((1, 26) if packing == "auto" else (4, 20))
+        trainer.train()
+        rows = [
+            {k: v for k, v in row.items() if not k.startswith(("time", "eps", "tokens"))} for row in home.rows(packing)
+        ]
+        runs.append((home.rows(packing, "samples.jsonl"), rows))
+    for shared, apart in zip(runs[0][0], runs[1][0], strict=True):
+        assert {**shared, "score": 0} == {**apart, "score": 0}
+        assert shared["score"] == pytest.approx(apart["score"], abs=1e-4)
+    for shared, apart in zip(runs[0][1], runs[1][1], strict=True):
+        assert shared.keys() == apart.keys()
+        for name in shared:
+            assert shared[name] == pytest.approx(apart[name], rel=1e-3, abs=1e-4), name
 
 
 def test_trap_17_no_dropout_in_any_network(home):

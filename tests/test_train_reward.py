@@ -146,8 +146,7 @@ def test_trap_23_training_ids_are_scoring_ids(settings):
     trained = trainer.collate([example])
     assert torch.equal(trained["attention_mask"], scored.attention_mask.bool())
     assert torch.equal(trained["input_ids"][trained["attention_mask"]], scored.input_ids[scored.attention_mask.bool()])
-    width = trained["input_ids"].shape[1]
-    assert torch.equal(trained["last_token_rows"], scored.last_index + width * torch.arange(4))
+    assert torch.equal(trained["last_token_rows"], scored.last_rows)
     golden = tokenizer.convert_ids_to_tokens(example["prompt"] + example["responses"][0])
     assert golden == [*row["prompt"].split(), *row["completions"][0].split(), "</s>"]
 
@@ -269,10 +268,10 @@ def test_packing_must_be_possible(settings):
 
 def test_packing_where_it_saves_arithmetic(settings):
     """Long prompts with many short responses are packed; short prompts with long responses are padded."""
+    assert training.packing_pays([(256, [64] * 9)], 512)  # 832 tokens in place of 2880
+    assert not training.packing_pays([(8, [500] * 4)], 64)  # nothing to share, and rows of 2008 tokens
     shared = [{"prompt": [1] * 256, "responses": [[1] * 64] * 9}]
-    assert training.packing_pays(shared, 512)  # 832 tokens in place of 2880
     apart = [{"prompt": [1] * 8, "responses": [[1] * 500] * 4}]
-    assert not training.packing_pays(apart, 64)  # nothing to share, and rows of 2008 tokens
     trainer = make_trainer(settings(packing="auto"))
     assert trainer.can_pack
     row = trainer.train_dataset[0]["row"]
