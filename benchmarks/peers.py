@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,3 +161,44 @@ def verl_ppo():
         return policy + 0.1 * compute_value_loss(values, returns, old_values, mask, 0.2)[0]
 
     return run
+
+
+@_imported
+def trl_reward_trainer():
+    """TRL's RewardTrainer on the pairs of one ranking: its collator, its loss and its backward, without an optimizer.
+
+    make(model, chosen, rejected, pairs) -> step() -> the scores of the chosen and of the rejected texts, [N] each; a
+    step accumulates the gradients of all pairs, `pairs` of them at a time. fp32, nothing checkpointed, nothing cut.
+    """
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import RewardConfig, RewardTrainer
+
+    def make(model, chosen, rejected, pairs):
+        words = {str(token): token for token in range(model.config.vocab_size)}
+        backend = Tokenizer(models.WordLevel(words, unk_token="0"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="0", eos_token="0")
+        folder = tempfile.TemporaryDirectory()
+        steps = len(chosen) // pairs
+        config = RewardConfig(
+            output_dir=folder.name, use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None,
+            per_device_train_batch_size=pairs, gradient_accumulation_steps=steps, report_to="none", disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )  # fmt: skip
+        rows = [{"chosen_ids": a, "rejected_ids": b} for a, b in zip(chosen, rejected)]
+        trainer = RewardTrainer(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+        trainer.current_gradient_accumulation_steps = steps
+        found = []
+        model.score.register_forward_hook(lambda module, inputs, output: found.append(output.detach()[:, -1, 0]))
+
+        def step():
+            found.clear()
+            for start in range(0, len(rows), pairs):
+                trainer.training_step(model, trainer.data_collator(rows[start : start + pairs]))
+            return tuple(torch.cat(half) for half in zip(*(scores.chunk(2) for scores in found)))
+
+        step.folder = folder
+        return step
+
+    return make

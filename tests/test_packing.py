@@ -219,6 +219,26 @@ def test_values_block_mask(case):
     torch.testing.assert_close(torch.where(real, found, 0), torch.where(real, wanted, 0), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_values_random_layouts(seed):
+    """Both forms agree, gradients too, whatever the lengths, the groups and the rows."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def size(low, high):
+        return int(torch.randint(low, high, (), generator=generator))
+
+    prompts = [[1] * size(1, 30) for _ in range(size(1, 6))]
+    responses = [[[2] * size(0, 30) for _ in range(size(1, 6))] for _ in prompts]
+    packed = pack_responses(prompts, responses, max_tokens=size(200, 400))
+    inputs, upstream = random_heads(packed.layout, 4, 2, torch.float64, seed)
+    two, dense = (
+        with_gradients(shared_prefix_attention(*inputs, packed.layout, form=form), inputs, upstream)
+        for form in ("two_part", "dense")
+    )
+    for actual, wanted in zip(two, dense, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_values_choice_of_form():
     """Long rows are faster in two parts, short ones under a dense mask; a narrow model needs longer ones."""
     long, short = pack_responses([[1] * 512], [[[2] * 64] * 9]), pack_responses([[1] * 16], [[[2] * 8] * 9])

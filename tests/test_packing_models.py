@@ -227,7 +227,7 @@ def test_gradients_under_ddp(tmp_path):
 def test_other_rows_go_through_sdpa(family):
     """The switched model gives SDPA's bits: padded rows, no mask, the dense packed mask, generation with a cache."""
     plain, switched = tiny_model(family).eval(), tiny_model(family, "two_part").eval()
-    assert switched.config._attn_implementation == ATTENTION and "attn_implementation" not in switched.config.to_dict()
+    assert switched.config._attn_implementation == ATTENTION and ATTENTION not in switched.config.to_json_string()
     ids = torch.arange(3, 23).view(2, 10)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -279,6 +279,24 @@ def test_contract_forms_chosen_by_size():
     flex = tiny_model("llama")
     flex.set_attn_implementation("flex_attention")
     assert type(packed_inputs(flex, short)["attention_mask"]).__name__ == "BlockMask"
+
+
+@pytest.mark.parametrize("logit_scale", [1.0, 0.25])
+@pytest.mark.parametrize("switched", [False, True])
+def test_batches_of_the_stages(logit_scale, switched):
+    """A long batch holds the layout; a model with or without the attention for it reads the same log-probs from it."""
+    from rlhf import training
+
+    config = transformers.CohereConfig(**GROUPED, **IDS, logit_scale=logit_scale)  # other than 1: through the logits
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    model = use_shared_prefix_attention(model) if switched else model
+    examples = [{"prompt": [5, 6, 7, 8], "responses": torch.randint(3, VOCABULARY, (4, 300)).tolist()}]
+    packed, padded = (training.make_batch(examples, 0, packed=packed, hidden_size=32) for packed in (True, False))
+    assert packed.keys() == padded.keys() and packed["attention_mask"].shape == (1, 1, 2, 1204)
+    with torch.no_grad():
+        found, wanted = (training.label_log_probs(model, batch) for batch in (packed, padded))
+    assert wanted.std() > 1e-3 and (found - wanted).abs().max() <= 1e-6
 
 
 def test_import_of_the_losses_leaves_transformers_alone():
