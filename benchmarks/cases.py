@@ -86,6 +86,7 @@ class Bench:
     calls: dict[str, object]
     exact: Callable[[], Result] | None = None
     part: Callable[[Result], Result] = lambda result: result  # what of a call's result `exact` computes
+    errors: Callable[[Result, Result], dict[str, float]] | None = None  # named errors of (result, exact), for the docs
     moved: int = 0  # bytes that the op must read and write
     flops: int = 0
     roof: str = ""  # the implementation that is the roof: read, copy, matmuls
@@ -233,6 +234,8 @@ def measure(case: Case, impls: tuple[str, ...] | None = None, extra: dict | None
         exact = bench.exact()
         for name, result in results.items():
             rows[name] |= {"error": error(result, exact, 0), "grad_error": error(result, exact, 1)}
+            if bench.errors is not None:
+                rows[name]["errors"] = bench.errors(result, exact)
         del exact, results
     _fill_in(rows, _take_turns(live, case.seconds), bench, torch.get_num_threads())
     for call in live.values():

@@ -1,7 +1,7 @@
 """Goals, the README's table and the curves, from one results file.
 
 FILE is by default the one in benchmarks/results.
-    python -m benchmarks.plot [FILE]           rewrites the README's block and the curves beside FILE
+    python -m benchmarks.plot [FILE]           rewrites the README's block, linear.md's errors, the curves beside FILE
     python -m benchmarks.plot [FILE] --goals   prints goal, measured, met or missed by how much
 """
 
@@ -47,7 +47,8 @@ def as_groups(measured: dict) -> list[dict]:
 
 def _short(row: dict) -> dict:
     """Four digits are more than a clock gives."""
-    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items() if k != "seconds"}
+    short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items() if k != "seconds"}
+    return short | ({"errors": _short(row["errors"])} if "errors" in row else {})
 
 
 def judge(group: dict, goal: dict) -> tuple[float | None, float | str]:
@@ -138,6 +139,7 @@ def readme_block(path: Path | None) -> str:
     for group in data["groups"]:
         for impl in dict.fromkeys(goal["impl"] for goal in group["goals"]):
             lines.append(_table_line(group, impl))
+    lines += step_table(data["groups"])
     skipped = _skipped(data["groups"])
     if skipped:
         lines += ["", f"Not run there: {'; '.join(skipped)}."]
@@ -146,6 +148,34 @@ def readme_block(path: Path | None) -> str:
         link = curves.relative_to(ROOT).as_posix()
         lines += ["", f"Cost as one size is doubled three times:\n\n![time and peak memory against sizes]({link})"]
     return "\n".join(lines) + "\n"
+
+
+def step_table(groups: list[dict]) -> list[str]:
+    """Reward-model steps on one prompt: tokens computed, time and memory of the shared row beside all other ways."""
+    steps = [g for g in groups if g["function"] == "pack_responses" and not g["scale"]]
+    if not steps:
+        return []
+    lines = [
+        "",
+        "A reward model's step on one prompt with K ranked responses (`pack_responses`, forward + backward, two layers",
+        "of width 768): the prompt once, K rows, all K (K - 1) / 2 pairs apart, TRL's RewardTrainer on those pairs.",
+        "Scores and gradients are compared in the same run.",
+        "",
+        "| prompt, response, K | tokens: shared, rows, pairs | ms | K rows take | pairs take | TRL takes "
+        "| MiB: shared, rows, pairs, TRL |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for group in sorted(steps, key=lambda g: [g["sizes"][name] for name in ("prompt", "response", "K")]):
+        prompt, response, k = (group["sizes"][name] for name in ("prompt", "response", "K"))
+        tokens = (prompt + k * response, k * (prompt + response), k * (k - 1) * (prompt + response))
+        rows = group["rows"]
+        own = rows["ours"]["ms"]
+        others = [rows.get(name, {}) for name in ("rows", "pairs", "trl")]
+        times = [f"{_number(row['ms'] / own)} ×" if "ms" in row else "" for row in others]
+        peaks = [_number(row["peak_mib"]) if "peak_mib" in row else "–" for row in (rows["ours"], *others)]
+        cells = [f"{prompt}, {response}, {k}", ", ".join(map(str, tokens)), _number(own), *times, ", ".join(peaks)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _heading(data: dict, path: Path) -> list[str]:
@@ -266,12 +296,33 @@ def draw(groups: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def write_readme(path: Path | None) -> None:
-    """Replace what stands between the two marks."""
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{readme_block(path)}{END}{after}")
+def errors_block(groups: list[dict]) -> str:
+    """The table of named errors: a line for each implementation, beside its time and peak memory."""
+    named = [group for group in groups if any("errors" in row for row in group["rows"].values())]
+    columns = list(dict.fromkeys(key for g in named for row in g["rows"].values() for key in row.get("errors", ())))
+    lines = [f"| call | ms | MiB | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
+    for group in named:
+        for name, row in group["rows"].items():
+            if "errors" in row:
+                cells = [f"{row['errors'][key]:.1e}" if key in row["errors"] else "" for key in columns]
+                call = f"`{group['function']}`, {group['dtype']}, {group['shape']}: {name}"
+                lines.append(f"| {call} | {_number(row['ms'])} | {_figures(row)[1]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" if named else NOTHING + "\n"
+
+
+def replace_block(page: Path, begin: str, end: str, block: str) -> None:
+    """Replace what stands between two marks of a page."""
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n{block}{end}{after}")
+
+
+def write_pages(path: Path | None) -> None:
+    """The README's block, and the errors of the ops that name them in docs/ops."""
+    replace_block(README, BEGIN, END, readme_block(path))
+    if path is not None:
+        marks = (mark.replace("benchmarks", "errors") for mark in (BEGIN, END))
+        replace_block(ROOT / "docs" / "ops" / "linear.md", *marks, errors_block(load(path)["groups"]))
 
 
 def main() -> None:
@@ -288,7 +339,7 @@ def main() -> None:
         print("\n".join(goal_lines(groups)))
         return
     draw(groups, path.with_name(f"{path.stem}-scale.svg"))
-    write_readme(path)
+    write_pages(path)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn import functional as F
 
@@ -17,8 +19,9 @@ def products(case) -> dict[str, int]:
     """The matrix products that a call must make; a backward that comes later makes the logits once more."""
     if case.function == "linear_kl":
         return {"logits": 4}  # of both models, both in the forward and in the backward
-    logits = 2 if case.function == "linear_logprobs" else 1
-    return {"logits": logits, "grad_weight": 0 if case.variant == "frozen" else 1}
+    frozen = case.variant == "frozen"
+    logits = 2 if case.function == "linear_logprobs" and not frozen else 1
+    return {"logits": logits, "grad_weight": 0 if frozen else 1}
 
 
 def flops(case) -> int:
@@ -77,6 +80,16 @@ def part(result):
     return outputs, (grad_hidden[:ROWS], *(grad[:COLUMNS] for grad in grad_weight))
 
 
+def errors(result, exact):
+    """The largest and the mean |error| of log-probs or the loss, in nats; errors of d hidden and d weight by norm."""
+    (output,), grads = result
+    gap = (output.double() - exact[0][0]).abs()
+    found = {"log p, max": gap.max().item(), "log p, mean": gap.mean().item()} if gap.dim() else {"loss": gap.item()}
+    for name, actual, expected in zip(("d hidden", "d weight"), grads, exact[1]):
+        found[name] = ((actual.double() - expected).norm() / expected.norm()).item()
+    return found
+
+
 def head(rows, width, vocab, dtype):
     """Hidden states and a head whose logits have a standard deviation of 2."""
     return torch.randn(rows, width).to(dtype), torch.randn(vocab, width).mul_(2 / width**0.5).to(dtype)
@@ -122,12 +135,15 @@ def build(case):
         ),
     }[case.function]
     calls = {"ours": ours, "eager": eager, "compile": compiled(eager), **others}
+    if case.dtype != "fp32":
+        calls["ours-fast"] = functools.partial(ours, precision="fast")
     calls = {name: run(function) for name, function in calls.items()} | peers.GPU
     calls["matmuls"] = roof.matmuls(rows, width, vocab, dtype, **products(case))
     return Bench(
         calls={name: calls[name] for name in case.impls},
         exact=lambda: exact_by_rows(hidden, weight, labels, loss, frozen),
         part=part,
+        errors=None if case.scale else errors,
         flops=flops(case),
         roof="matmuls",
     )
@@ -171,10 +187,13 @@ def cases():
     logprobs, entropy, ppo = "linear_logprobs", "linear_cross_entropy", "linear_ppo_loss"
     recompute = within("matmuls", 1.05), memory("eager", 1 / 8)
     known = within("matmuls", 1.05), faster("eager", 1.1)
+    rounded = (faster("eager", 1.0, "ours-fast"),)
     gpu = "liger", "cce", "verl"
     found = [
         Case(logprobs, "fwdbwd", "fp32", BIG, ("ours", "eager", "compile", "trl", *gpu, "matmuls"), build, recompute),
-        Case(logprobs, "fwdbwd", "bf16", BIG, ("ours", "eager", "matmuls"), build),
+        Case(logprobs, "fwdbwd", "fp32", BIG, ("ours", "eager", "trl", "matmuls"), build, known, "frozen"),
+        Case(logprobs, "fwdbwd", "bf16", BIG, ("ours", "ours-fast", "eager", "trl", "matmuls"), build, rounded),
+        Case(entropy, "fwdbwd", "bf16", BIG, ("ours", "ours-fast", "eager", "torch", "matmuls"), build, rounded),
         Case(entropy, "fwdbwd", "fp32", BIG, ("ours", "eager", "compile", "torch", *gpu, "matmuls"), build, known),
         Case(entropy, "fwdbwd", "fp32", BIG, ("ours", "eager", "torch", "matmuls"), build, known, "frozen"),
         Case(ppo, "fwdbwd", "fp32", BIG, ("ours", "eager", "compile", "matmuls"), build, known),
