@@ -45,6 +45,14 @@ def token_losses(model, batch, **options):
 class SFTTrainer(StageTrainer):
     task_type = "CAUSAL_LM"
 
+    def collate(self, examples):
+        """Several answers to one prompt that meet in a batch become one example, and share it where that pays."""
+        merged = {}
+        for number, example in enumerate(examples):
+            key = tuple(example["prompt"]) if "prompt" in example["row"] else number  # plain texts stay apart
+            merged.setdefault(key, {**example, "responses": []})["responses"] += example["responses"]
+        return super().collate(list(merged.values()))
+
     def count_items(self, batch):
         return len(batch["labels"])
 

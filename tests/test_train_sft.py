@@ -270,3 +270,23 @@ def test_real_demonstrations(settings, shared_data, tmp_path):
         )
     )
     assert math.isfinite(json.loads((run / "run.json").read_text())["summary"]["eval/loss"])
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_several_answers_to_one_prompt(settings, packing):
+    """They share the prompt, and cost what they cost in rows of their own."""
+    prompt = "the dog ran up and down and"
+    rows = [{"prompt": prompt, "completion": text, "at": "x:1"} for text in ("sat", "ran up the cat", "was good")]
+    rows.insert(1, {"prompt": "a cat", "completion": "sat down", "at": "x:2"})
+    trainer = make_trainer(settings(packing=packing), rows=rows)
+    batch = trainer.collate(trainer.train_dataset)
+    tokens = sum(len(ex["prompt"]) + len(ex["responses"][0]) for ex in trainer.train_dataset)
+    shared = tokens - 2 * len(prompt.split())
+    lengths = (batch["attention_mask"].shape[-1], batch["input_ids"].numel())
+    assert lengths[1] <= 2 * (shared - 5) if packing == "true" else lengths[1] >= tokens
+    nll, count = expected_nll(trainer.model, trainer.train_dataset)
+    trainer.model.float()
+    assert trainer.count_items(batch) == count
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(nll / count, rel=1e-5)
+    texts = make_trainer(settings(packing=packing), rows=[{"text": "a b c", "at": "x:1"}, {"text": "a d", "at": "x:2"}])
+    assert len(texts.collate(texts.train_dataset)["cu_groups"]) == 3  # plain texts share nothing
