@@ -1,8 +1,9 @@
 """Files of a run that are either whole or absent: directories written aside and renamed, logs that resume, RNG state.
 
 Layout of a run directory (every stage): `metrics.jsonl`, `samples.jsonl`, `run.json`, the final model in the Hugging
-Face layout, and `checkpoint-N/` after N steps. A directory counts as a checkpoint when it holds `trainer_state.json`,
-which is written last, so that a run killed while saving never leaves something that looks like a checkpoint.
+Face layout, and `checkpoint-N/` after N steps; of PPO, where N counts iterations, also `checkpoint-N-U/`, U optimizer
+steps into the next one. A directory counts as a checkpoint when it holds `trainer_state.json`, which is written last,
+so that a run killed while saving never leaves something that looks like a checkpoint.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy
 import torch
 
-CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?")
 TEMPORARY_NAME = re.compile(r"\..+\.tmp-\d+(-old)?")
 RUN_MARKERS = ("metrics.jsonl", "run.json", "samples.jsonl", "trainer_state.json", "config.json", "model.safetensors")
 
@@ -114,8 +115,8 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
         for path in Path(output_dir).iterdir():
             match = CHECKPOINT_NAME.fullmatch(path.name)
             if match and (path / "trainer_state.json").is_file():
-                found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+                found.append((int(match[1]), -1 if match[2] is None else int(match[2]), path))
+    return [path for *_, path in sorted(found)]
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -124,10 +125,21 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def remove_old_checkpoints(output_dir: str | Path, keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints; None keeps all."""
+    """Remove all but the newest `keep` checkpoints, and any inside an iteration but the newest; None keeps all."""
     if keep is not None:
-        for path in checkpoints(output_dir)[: -max(keep, 1)]:
-            shutil.rmtree(path)
+        found = checkpoints(output_dir)
+        between = [path for path in found if CHECKPOINT_NAME.fullmatch(path.name)[2] is None]
+        for path in found[:-1]:
+            if path not in between[-max(keep, 1) :]:
+                remove_directory(path)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that a kill on the way leaves no half of it under its name."""
+    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}-old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    shutil.rmtree(aside)
 
 
 def prepare_output_dir(output_dir: str | Path, *, resume: bool) -> Path:
@@ -218,6 +230,12 @@ class MetricsLog:
             value = value.item() if hasattr(value, "item") else value
             row[name] = None if isinstance(value, float) and not math.isfinite(value) else value
         self.lines.append([row])
+
+    def last(self) -> dict:
+        """Return the metrics of the newest line, {} without one."""
+        lines = self.lines.path.read_text(encoding="utf-8").splitlines() if self.lines.path.exists() else []
+        row = json.loads(lines[-1]) if lines else {}
+        return {name: value for name, value in row.items() if name not in ("step", "time")}
 
 
 def rng_state() -> dict:

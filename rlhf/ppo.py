@@ -27,11 +27,13 @@ Departures and details (each number stands again at its line, here or in ppo_run
     and hands on the policy of the iteration before, the last one that was measured to be near enough.
 12. With `num_responses` above 1, the responses to a prompt that meet in a batch share one copy of it, where all
     networks can take such rows and it is less work.
+13. With several processes each one samples and scores its share of the prompts; then all hold the whole experience, and
+    each takes its share of every minibatch. Noise and order follow from the seed, the iteration and the place in it, so
+    that samples and steps are those of one process, and a run goes on between any two steps of an iteration.
 """
 
 import contextlib
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,26 +43,13 @@ from rlhf_kernels import gae, ppo_loss, rlhf_advantages
 from rlhf_kernels.advantages import masked_whiten
 
 from .ppo_config import PPOConfig
-from .ppo_run import PPORun
+from .ppo_iteration import Experience, Iteration
+from .ppo_run import OWN_COLUMNS, PPORun
 from .ppo_state import Averages, timed
 from .rollout import Rollouts, sample
 from .sequences import response_log_probs, response_scores, response_values
 
 __all__ = ["PPOConfig", "PPOTrainer", "train_ppo"]
-
-
-@dataclass
-class Experience:
-    """What the losses need of an iteration's responses; [B, T], 0 under the mask, 1 = keep."""
-
-    rollouts: Rollouts
-    mask: torch.Tensor
-    log_probs: torch.Tensor
-    ref_log_probs: torch.Tensor
-    values: torch.Tensor
-    entropy: torch.Tensor
-    advantages: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
 
 
 class PPOTrainer(PPORun):
@@ -91,33 +80,44 @@ class PPOTrainer(PPORun):
 
     def iteration(self) -> dict[str, float]:
         """Sample, score, and improve policy and value function once; return the metrics, means over kept tokens."""
-        args, averages, self.seconds = self.args, Averages(), {}
+        begun = self.begun or self.begin()
+        if self.stopped is None:
+            for chosen in self.minibatches(begun):  # 13
+                self.update(begun.experience, chosen, begun.averages)
+                begun.updates += 1
+                self.save_inside(begun)
+        self.begun = None
+        if self.ema is not None:
+            self.ema.update(self.policy)  # 9
+        metrics = {**begun.averages.read(self._sum), "objective/kl_coef": self.kl.value}
+        episodes = len(begun.experience.mask)
+        self.kl.update(metrics["objective/kl"], episodes)  # 10
+        self.step, self.episode = self.step + 1, self.episode + episodes
+        self._log_samples(begun.experience)
+        return {**metrics, **self._counters(begun.experience.rollouts)}
+
+    def begin(self) -> Iteration:
+        """Sample, score, and estimate the advantages of the responses that this iteration learns from."""
+        self.seconds, averages = {}, Averages()
         rows = self.next_prompts()
         rollouts = self.sample(rows)
         raw_scores = self.score(rows, rollouts)
-        scores = self.shape_scores(raw_scores, rollouts)
-        experience = self.evaluate(rollouts)
+        experience = self.gather(self.evaluate(rollouts), rows, raw_scores)  # 13
+        scores = self.shape_scores(experience.raw_scores, experience.rollouts)
         self.estimate_advantages(experience, scores, averages)
-        if not self.beyond_kl_budget(averages):  # 11
-            for _ in range(args.num_ppo_epochs):
-                for chosen in torch.randperm(len(rollouts.response_ids)).split(self.mini_batch_size):
-                    self.update(experience, chosen.tolist(), averages)
-        if self.ema is not None:
-            self.ema.update(self.policy)  # 9
-        metrics = {**averages.read(self._sum), "objective/kl_coef": self.kl.value}
-        episodes = len(rollouts.response_ids) * self.world
-        self.kl.update(metrics["objective/kl"], episodes)  # 10
-        self.step, self.episode = self.step + 1, self.episode + episodes
-        self._log_samples(rows, rollouts, raw_scores)
-        return {**metrics, **self._counters(rollouts, episodes)}
+        self.check_kl_budget(averages)  # 11
+        begun = Iteration(experience, averages)
+        self.save_inside(begun)
+        return begun
 
     @timed("rollout")
     def sample(self, rows: list[dict]) -> Rollouts:
         args = self.args
+        prompts = [row["prompt_ids"] for row in rows[:: args.num_responses]]
         return sample(
-            self.policy, self.tokenizer, [row["prompt_ids"] for row in rows[:: args.num_responses]],
-            response_length=args.response_length, temperature=args.temperature, stop_token_ids=self.stop_ids,
-            samples_per_prompt=args.num_responses, batch_size=args.local_rollout_batch_size,
+            self.policy, self.tokenizer, prompts, response_length=args.response_length, temperature=args.temperature,
+            stop_token_ids=self.stop_ids, samples_per_prompt=args.num_responses,
+            batch_size=args.local_rollout_batch_size, noise=self.noise(len(prompts)),
         )  # fmt: skip
 
     @timed("score")
@@ -130,7 +130,7 @@ class PPOTrainer(PPORun):
                 batch = self._join(rollouts, chunk)
                 scores[chunk] = response_scores(self.reward_model, batch)
             return scores
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "prompt_ids", "at")}
+        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in OWN_COLUMNS}
         completions = self._decode(rollouts.response_ids)
         scores = self.reward_fn([row["prompt"] for row in rows], completions, rollouts.response_ids, **columns)
         if len(scores) != len(rows) or not all(math.isfinite(score) for score in scores):
@@ -164,14 +164,14 @@ class PPOTrainer(PPORun):
         result = rlhf_advantages(
             scores, experience.log_probs, experience.ref_log_probs, experience.values, mask, kl_coef=self.kl.value,
             gamma=args.gamma, lam=args.lam, kl_estimator=args.kl_estimator,
-            whiten=args.whiten_advantages and not args.whiten_rewards, process_group=self._group(),
+            whiten=args.whiten_advantages and not args.whiten_rewards,
         )  # fmt: skip
         advantages, returns = result.advantages, result.returns
         if args.whiten_rewards:
-            rewards = masked_whiten(result.rewards, mask, center=False, process_group=self._group())
+            rewards = masked_whiten(result.rewards, mask, center=False)
             advantages, returns = gae(rewards, experience.values, mask, gamma=args.gamma, lam=args.lam)
             if args.whiten_advantages:
-                advantages = masked_whiten(advantages, mask, process_group=self._group())  # 5
+                advantages = masked_whiten(advantages, mask)  # 5
         experience.advantages, experience.returns = advantages, returns
         self._describe(experience, scores, result.kl.sum(-1), averages)
 
@@ -185,21 +185,20 @@ class PPOTrainer(PPORun):
             "objective/non_score_reward": -self.kl.value * kl_reward.mean(),
             "objective/rlhf_reward": (scores - self.kl.value * kl_reward).mean(),
             "val/explained_variance": 1 - unexplained / experience.returns[mask].var(correction=0),
-            "val/num_eos_tokens": ended * self.world,
+            "val/num_eos_tokens": ended,
             "completions/mean_length": mask.sum() / episodes, "completions/clipped_ratio": 1 - ended / episodes,
         }, episodes)  # fmt: skip
 
-    def beyond_kl_budget(self, averages: Averages) -> bool:
-        """Tell whether the samples lie beyond `max_kl`; then go back to the last weights that did not."""
+    def check_kl_budget(self, averages: Averages) -> None:
+        """Stop where the samples lie beyond `max_kl`, and go back to the last weights that did not."""
         if self.args.max_kl is None:
-            return False
+            return
         if averages.read(self._sum)["objective/kl"] <= self.args.max_kl:
             self.within_budget = {name: x.detach().clone() for name, x in self.policy.named_parameters()}
-            return False
+            return
         self.stopped = f"max_kl: the KL per response exceeded {self.args.max_kl} nats"
         if self.within_budget is not None:
             self.policy.load_state_dict(self.within_budget, strict=False)
-        return True
 
     @timed("update")
     def update(self, experience: Experience, chosen: list[int], averages: Averages) -> None:
@@ -243,11 +242,10 @@ class PPOTrainer(PPORun):
             averages.add(_token_means(loss.metrics), batch.response_mask.sum())
         averages.add({name: total * self.world for name, total in sums.totals().items()}, 1)
 
-    def _counters(self, rollouts: Rollouts, episodes: int) -> dict[str, float]:
+    def _counters(self, rollouts: Rollouts) -> dict[str, float]:
         seconds = sum(self.seconds.values())
-        tokens = sum(map(len, rollouts.response_ids)) * self.world
         times = {f"time/{phase}": value for phase, value in self.seconds.items()}
-        rates = {"eps": episodes / seconds, "tokens_per_sec": tokens / seconds}
+        rates = {"eps": len(rollouts.ended) / seconds, "tokens_per_sec": sum(map(len, rollouts.response_ids)) / seconds}
         return {"episode": self.episode, **rates, **times}
 
 

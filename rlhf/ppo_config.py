@@ -87,6 +87,7 @@ class PPOConfig:
     # the run
     seed: int = _option(42, "Seed of sampling, shuffling and new heads.")
     save_steps: int = _option(50, "A checkpoint every so many iterations, and at the end. 0: none.")
+    save_updates: int = _option(0, "Also one every so many optimizer steps inside an iteration (0, n, ...). 0: none.")
     save_total_limit: int | None = _option(2, "Checkpoints to keep. None: all.")
     resume_from_checkpoint: str | None = _option(None, "`true`: the newest of output_dir; or a checkpoint's folder.")
     report_to: str = _option("none", "none or tensorboard; metrics.jsonl is always written.")
@@ -117,6 +118,8 @@ class PPOConfig:
             raise ValueError(f"reward_clip_range: got {self.reward_clip_range}, want two numbers, low and high")
         if self.packing not in ("auto", "false"):
             raise ValueError(f"packing: got {self.packing!r}, want auto or false")
+        if self.save_updates < 0:
+            raise ValueError(f"save_updates: got {self.save_updates}, want a number of optimizer steps, or 0 for none")
         if self.lr_scheduler_type not in ("constant", "linear", "cosine"):
             raise ValueError(f"lr_scheduler_type: got {self.lr_scheduler_type!r}, want constant, linear or cosine")
         if self.report_to not in ("none", "tensorboard"):

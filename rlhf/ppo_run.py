@@ -1,25 +1,31 @@
 """What a PPO run needs around the algorithm: data, networks and optimizer at the start, logs and files on the way."""
 
 import dataclasses
+import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch.optim.lr_scheduler import LambdaLR
 
 from . import checkpoint, models
 from .data import encode_prompt, load_rows
 from .kl_controller import KLController
+from .ppo_checkpoint import load_checkpoint, save_checkpoint
 from .ppo_config import PPOConfig
-from .ppo_state import Cursor, WeightAverage, learning_rate_factor, load_checkpoint, save_checkpoint
+from .ppo_iteration import Experience, Iteration, gather, minibatches, sampling_noise
+from .ppo_state import Cursor, WeightAverage, learning_rate_factor
+from .processes import check_processes
 from .rollout import Rollouts, warn_ignored_sampling_settings
 from .sequences import Batch, by_length, join, response_log_probs, response_values, text_loss
 from .startup_check import check_contract
 
 CPU_PADDING = 64  # tokens; about what one more forward and backward cost on a CPU beside the tokens themselves
+OWN_COLUMNS = ("prompt", "prompt_ids", "row_number", "at")  # of a row of prompts; the others are the reward function's
 
 
 class ActorCritic(torch.nn.Module):
@@ -46,8 +52,14 @@ class PPORun:
         if args.dataset_name is None:
             raise ValueError("dataset_name: got none, want a file of prompts")
         self.args, self.reward_fn, self.callbacks = args, reward_fn, callbacks
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        check_processes(self.world, self.accelerator.distributed_type)
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"distributed_type: got {self.accelerator.distributed_type.value}, want one process or DDP: PPO does "
+                "not shard its networks"
+            )
         self.local_batch_size, self.mini_batch_size = args.batch_sizes(self.world)
         self.resumes = checkpoint.wants_resume(args.resume_from_checkpoint)
         resume = checkpoint.resolve_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -63,7 +75,7 @@ class PPORun:
         self.prompt_cursor = Cursor(len(self.prompts), args.seed)
         self.ptx_cursor = Cursor(len(self.texts), args.seed + 1) if self.texts else None
         self.step, self.episode, self.seconds, self.stopped = 0, 0, {}, None
-        self.contract = self.within_budget = None
+        self.contract = self.within_budget = self.begun = None
         if resume is not None:
             load_checkpoint(self, resume)
         else:
@@ -78,8 +90,8 @@ class PPORun:
         )
         where = {"split": args.dataset_train_split, "config": args.dataset_config}
         self.prompts = load_rows(args.dataset_name, "prompts", **where)
-        for row in self.prompts:
-            row["prompt_ids"] = encode_prompt(self.tokenizer, row["prompt"])
+        for number, row in enumerate(self.prompts):
+            row["prompt_ids"], row["row_number"] = encode_prompt(self.tokenizer, row["prompt"]), number
         self.texts = []
         if args.ptx_coef:  # 7
             for row in load_rows(args.ptx_dataset_name, "text"):
@@ -159,7 +171,7 @@ class PPORun:
         if self.accelerator.is_main_process:
             self.metrics_log = checkpoint.MetricsLog(self.output_dir, resume_step=resumed)
             self.samples_log = checkpoint.JsonLines(self.output_dir / "samples.jsonl", resume_step=resumed)
-            if resumed and (self.output_dir / "run.json").exists():
+            if self.contract is None and (self.output_dir / "run.json").exists():
                 self.contract = json.loads((self.output_dir / "run.json").read_text(encoding="utf-8")).get("contract")
             self._write_run({})
             if self.args.report_to == "tensorboard":
@@ -174,8 +186,29 @@ class PPORun:
     def next_prompts(self) -> list[dict]:
         """Return this process's share of the next prompts, each `num_responses` times in a row."""
         count = self.local_batch_size // self.args.num_responses
-        chosen = self.prompt_cursor.take(count * self.world)[self.rank :: self.world]
+        chosen = self.prompt_cursor.take(count * self.world)[self._share(count)]  # 13
         return [self.prompts[i] for i in chosen for _ in range(self.args.num_responses)]
+
+    def noise(self, prompts: int) -> torch.Tensor:
+        """Return the numbers that choose the tokens of so many prompts, this process's share of the iteration's."""
+        shape = (prompts * self.world, self.args.num_responses, self.args.response_length)
+        return sampling_noise(self.args.seed, self.step, shape)[self._share(prompts)]  # 13
+
+    def minibatches(self, begun: Iteration) -> Iterator[list[int]]:
+        """Yield this process's rows of each optimizer step that is left of the iteration."""
+        size = self.mini_batch_size * self.world
+        episodes, epochs = len(begun.experience.mask), self.args.num_ppo_epochs
+        steps = minibatches(self.args.seed, self.step, episodes=episodes, epochs=epochs, size=size)
+        for chosen in itertools.islice(steps, begun.updates, None):
+            yield chosen[self._share(self.mini_batch_size)]  # 13
+
+    def _share(self, count: int) -> slice:
+        return slice(self.rank * count, (self.rank + 1) * count)
+
+    def gather(self, experience: Experience, rows: list[dict], raw_scores: torch.Tensor) -> Experience:
+        """Return the experience of all processes, the same on each."""
+        experience.raw_scores, experience.prompts = raw_scores, [row["row_number"] for row in rows]
+        return experience if self.world == 1 else gather(experience, self.accelerator)  # 13
 
     def next_texts(self, episodes: int) -> list[list[int]]:
         """Return this process's share of the next pretraining texts for so many episodes; none without gamma."""
@@ -214,14 +247,11 @@ class PPORun:
         """Sum a tensor over the processes."""
         return tensor if self.world == 1 else self.accelerator.reduce(tensor.to(self.accelerator.device), "sum")
 
-    def _group(self):
-        return torch.distributed.group.WORLD if self.world > 1 else None
-
     def _decode(self, response_ids) -> list[str]:
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in response_ids]
 
     def _log(self, metrics: dict[str, float]) -> None:
-        bad = [name for name, value in metrics.items() if math.isnan(value) and name != "val/explained_variance"]
+        bad = _not_numbers(metrics)
         if self.metrics_log is not None:
             self.metrics_log.log(self.step, metrics)
         for name, value in metrics.items() if self.writer else ():
@@ -229,18 +259,28 @@ class PPORun:
         if bad:
             raise FloatingPointError(f"iteration {self.step}: {', '.join(bad)} became NaN; no checkpoint holds it")
 
-    def _log_samples(self, rows: list[dict], rollouts: Rollouts, scores: torch.Tensor) -> None:
+    def _log_samples(self, experience: Experience) -> None:
         if self.samples_log is not None:
             count = self.args.num_logged_samples
-            shown = zip(rows[:count], self._decode(rollouts.response_ids[:count]), scores[:count].tolist(), strict=True)
+            completions = self._decode(experience.rollouts.response_ids[:count])
+            shown = zip(experience.prompts[:count], completions, experience.raw_scores[:count].tolist(), strict=True)
             self.samples_log.append([
-                {"step": self.step, "prompt": row["prompt"], "completion": completion, "score": score}
-                for row, completion, score in shown
+                {"step": self.step, "prompt": self.prompts[number]["prompt"], "completion": completion, "score": score}
+                for number, completion, score in shown
             ])  # fmt: skip
+
+    def save_inside(self, begun: Iteration) -> None:
+        """Write `checkpoint-N-U` if one is due after U of the iteration's steps and more of them are to come."""
+        every, steps = self.args.save_updates, len(begun.experience.mask) // (self.mini_batch_size * self.world)
+        due = every > 0 and begun.updates % every == 0 and begun.updates < steps * self.args.num_ppo_epochs
+        if due and self.stopped is None and not _not_numbers(begun.averages.read(self._sum)):
+            self.begun = begun
+            self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
         """Write `checkpoint-N` for the iteration just done, and remove the oldest beyond `save_total_limit`."""
-        save_checkpoint(self, self.output_dir / f"checkpoint-{self.step}")
+        place = f"{self.step}" if self.begun is None else f"{self.step}-{self.begun.updates}"
+        save_checkpoint(self, self.output_dir / f"checkpoint-{place}")
         if self.accelerator.is_main_process:
             checkpoint.remove_old_checkpoints(self.output_dir, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
@@ -254,5 +294,10 @@ class PPORun:
             if self.ema is not None:
                 self.ema.swap(self.policy)
             models.save_model(self.value, self.tokenizer, self.output_dir / "value")
+            metrics = metrics or self.metrics_log.last()  # none of this process where only the end was left to do
             self._write_run({**metrics, "iterations": self.step, "episode": self.episode, "stopped": self.stopped})
         self.accelerator.wait_for_everyone()
+
+
+def _not_numbers(metrics: dict[str, float]) -> list[str]:
+    return [name for name, value in metrics.items() if math.isnan(value) and name != "val/explained_variance"]

@@ -1,15 +1,9 @@
-"""What a PPO run carries from one iteration to the next besides its networks, and how a checkpoint holds all of it."""
+"""What a PPO run carries from one iteration to the next besides its networks."""
 
 import functools
-import json
 import time
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-
-from . import models
-from .checkpoint import atomic_directory, rng_state, set_rng_state
 
 
 def timed(phase: str):
@@ -119,12 +113,19 @@ class Averages:
         """Add values that are means over `weight` items. A value that is not finite makes its mean so."""
         for name, value in metrics.items():
             total, count = self.sums.get(name, (0.0, 0.0))
-            value = value.detach().double() if isinstance(value, torch.Tensor) else float(value)
-            self.sums[name] = (total + value * weight, count + weight)
+            value, items = (x.detach().double() if isinstance(x, torch.Tensor) else float(x) for x in (value, weight))
+            self.sums[name] = (total + value * items, count + items)
 
     def totals(self) -> dict:
         """Return the sums of value * weight as they are, on the device and of this process alone."""
         return {name: total for name, (total, _) in self.sums.items()}
+
+    def state(self) -> dict[str, list[float]]:
+        """Return the sums of value * weight and of weights, to the bit; waits for the device."""
+        return {name: [float(x) for x in pair] for name, pair in self.sums.items()}
+
+    def load(self, state: dict) -> None:
+        self.sums = {name: tuple(pair) for name, pair in state.items()}
 
     def read(self, reduce) -> dict[str, float]:
         """Return the means as floats; `reduce` sums a tensor over the processes."""
@@ -134,50 +135,3 @@ class Averages:
         pairs = [torch.as_tensor(x, dtype=torch.float64, device=device) for pair in self.sums.values() for x in pair]
         totals = reduce(torch.stack(pairs)).view(-1, 2)
         return dict(zip(self.sums, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
-
-
-def save_checkpoint(trainer, directory: Path) -> None:
-    """Write everything that the next iteration depends on: networks, average, optimizer, schedule, RNG, cursors."""
-    rng = trainer.accelerator.gather_for_metrics([rng_state()], use_gather_object=True)
-    if not trainer.accelerator.is_main_process:
-        return
-    with atomic_directory(directory, replace=True) as folder, models.quiet():
-        trainer.policy.save_pretrained(folder)
-        trainer.tokenizer.save_pretrained(folder)
-        trainer.value.save_pretrained(folder / "value")
-        if trainer.ema is not None:
-            save_file(trainer.ema.weights, folder / "ema.safetensors")
-        if trainer.within_budget is not None:
-            save_file(trainer.within_budget, folder / "within_budget.safetensors")
-        torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
-        torch.save(trainer.scheduler.state_dict(), folder / "scheduler.pt")
-        torch.save({"ranks": rng}, folder / "rng_state.pth")
-        state = {
-            "global_step": trainer.step, "episode": trainer.episode, "kl_coef": trainer.kl.value,
-            "prompts": trainer.prompt_cursor.state(), "ptx": trainer.ptx_cursor and trainer.ptx_cursor.state(),
-            "num_processes": trainer.accelerator.num_processes,
-        }  # fmt: skip
-        (folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-
-
-def load_checkpoint(trainer, directory: Path) -> None:
-    """Put back what `save_checkpoint` wrote; the networks were loaded from the checkpoint when they were made."""
-    state = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
-    if state["num_processes"] != trainer.accelerator.num_processes:
-        raise ValueError(
-            f"resume_from_checkpoint: {directory} was written by {state['num_processes']} processes, this run has "
-            f"{trainer.accelerator.num_processes}; start it with the same number"
-        )
-    trainer.step, trainer.episode, trainer.kl.value = state["global_step"], state["episode"], state["kl_coef"]
-    trainer.prompt_cursor.load(state["prompts"])
-    if trainer.ptx_cursor and state["ptx"]:
-        trainer.ptx_cursor.load(state["ptx"])
-    if trainer.ema is not None:
-        weights = load_file(directory / "ema.safetensors")
-        trainer.ema.weights = {name: weight.to(trainer.ema.weights[name].device) for name, weight in weights.items()}
-    if (directory / "within_budget.safetensors").exists():
-        trainer.within_budget = load_file(directory / "within_budget.safetensors")
-    trainer.optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu"))
-    trainer.scheduler.load_state_dict(torch.load(directory / "scheduler.pt", weights_only=True))
-    ranks = torch.load(directory / "rng_state.pth", weights_only=True)["ranks"]
-    set_rng_state(ranks[trainer.accelerator.process_index])

@@ -2,9 +2,9 @@
 
 Tokens are drawn from `softmax(logits / temperature)` over the whole vocabulary and nothing else: top_p, top_k,
 min_length and every other processor of a model's generation_config are left out, since a log-prob of the renormalised
-distribution is not the one that the loss differentiates. Each row has its own uniform numbers, drawn before the first
-step from torch's global CPU generator, so that a response depends neither on the batch size nor on the other rows (up
-to the rounding of the logits).
+distribution is not the one that the loss differentiates. Each row has its own uniform numbers, given as `noise` or
+drawn before the first step, so that a response depends neither on the batch size nor on the other rows (up to the
+rounding of the logits).
 """
 
 import warnings
@@ -91,7 +91,7 @@ def collect(prompt_ids, samples_per_prompt: int, completions: Iterable[Completio
 def sample(
     model, tokenizer, prompt_ids: list[list[int]], *, response_length: int, temperature: float,
     stop_token_ids: list[int], samples_per_prompt: int = 1, batch_size: int | None = None,
-    engine: Callable[..., Iterable[Completion]] | None = None,
+    noise: torch.Tensor | None = None, engine: Callable[..., Iterable[Completion]] | None = None,
 ) -> Rollouts:  # fmt: skip
     """Sample responses from the whole distribution `softmax(logits / temperature)`.
 
@@ -104,10 +104,12 @@ def sample(
         stop_token_ids: a response ends with the first of these.
         samples_per_prompt: K; the prompt is computed once for its K responses.
         batch_size: most rows at a time; None = all. Prompts of like length go together.
+        noise: [P, K, response_length] float64 in [0, 1), the number that chooses each token. None: drawn from torch's
+            global CPU generator.
         engine: another engine, called with `(model, tokenizer, prompt_ids, **settings)`; returns `Completion`s in any
             order.
     Returns:
-        `Rollouts` of P * K rows in the order of the prompts. Uses torch's global CPU generator.
+        `Rollouts` of P * K rows in the order of the prompts.
     Raises:
         ValueError: an argument is out of range, or prompt and response do not fit the model's context.
         RolloutError: the engine lost or broke a completion.
@@ -119,6 +121,9 @@ def sample(
             raise ValueError(f"{name}: got {value}, want at least 1")
     if not all(prompt_ids):
         raise ValueError("prompt_ids: a prompt is empty; every prompt needs at least one token")
+    shape = (len(prompt_ids), samples_per_prompt, response_length)
+    if noise is not None and tuple(noise.shape) != shape:
+        raise ValueError(f"noise: got shape {tuple(noise.shape)}, want {shape} (prompts, samples, tokens)")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, prompt_ids), default=0)
     if context and longest + response_length > context:
@@ -128,17 +133,19 @@ def sample(
         )
     completions = (engine or transformers_engine)(
         model, tokenizer, prompt_ids, response_length=response_length, temperature=temperature,
-        stop_token_ids=list(stop_token_ids), samples_per_prompt=samples_per_prompt, batch_size=batch_size,
+        stop_token_ids=list(stop_token_ids), samples_per_prompt=samples_per_prompt, batch_size=batch_size, noise=noise,
     )  # fmt: skip
     return collect(prompt_ids, samples_per_prompt, completions, set(stop_token_ids))
 
 
 @torch.no_grad()
 def transformers_engine(
-    model, tokenizer, prompt_ids, *, response_length, temperature, stop_token_ids, samples_per_prompt, batch_size
-) -> list[Completion]:
+    model, tokenizer, prompt_ids, *, response_length, temperature, stop_token_ids, samples_per_prompt, batch_size,
+    noise=None,
+) -> list[Completion]:  # fmt: skip
     """The built-in engine: a plain loop over the model with its KV cache."""
-    noise = torch.rand(len(prompt_ids), samples_per_prompt, response_length, dtype=torch.float64)
+    if noise is None:
+        noise = torch.rand(len(prompt_ids), samples_per_prompt, response_length, dtype=torch.float64)
     order = sorted(range(len(prompt_ids)), key=lambda prompt: len(prompt_ids[prompt]))
     step = max(1, (batch_size or len(order) * samples_per_prompt) // samples_per_prompt)
     stop, completions, training = set(stop_token_ids), [], model.training

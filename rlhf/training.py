@@ -19,6 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from rlhf_kernels import pack_responses
 
 from . import checkpoint, data, models, rankings
+from .processes import check_processes
 from .sequences import label_log_probs, packing_pays
 
 logger = logging.getLogger("rlhf")
@@ -396,7 +397,7 @@ class StageTrainer(Trainer):
             keep = {str(best), *map(str, checkpoint.checkpoints(output)[-self.args.save_total_limit :])}
             for old in checkpoint.checkpoints(output):
                 if str(old) not in keep:
-                    checkpoint.shutil.rmtree(old)
+                    checkpoint.remove_directory(old)
 
 
 class StageProgress(ProgressCallback):
@@ -439,6 +440,7 @@ def run_stage(args, make_trainer, finish):
     Returns:
         Path of the run directory.
     """
+    check_processes(args.world_size, args.distributed_state.distributed_type)
     last = checkpoint.resolve_checkpoint(args.output_dir, args.resume_from_checkpoint)
     output, step = Path(args.output_dir), None
     if args.process_index == 0:

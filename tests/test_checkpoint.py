@@ -79,6 +79,36 @@ def test_last_checkpoint_is_the_newest_complete_one(tmp_path):
     assert not (tmp_path / "checkpoint-9").exists() and newest.exists()
 
 
+def test_checkpoints_inside_an_iteration(tmp_path):
+    """They come after their iteration's, only the newest of them is kept, and they do not count."""
+    for step in ("9", "10", "9-2", "9-11", "10-0"):
+        make_checkpoint(tmp_path, step)
+    assert [path.name[11:] for path in checkpoint.checkpoints(tmp_path)] == ["9", "9-2", "9-11", "10", "10-0"]
+    checkpoint.remove_old_checkpoints(tmp_path, None)
+    assert len(names(tmp_path)) == 5
+    checkpoint.remove_old_checkpoints(tmp_path, 2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-10-0", "checkpoint-9"]
+    checkpoint.remove_old_checkpoints(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-10-0"]
+    make_checkpoint(tmp_path, "11")
+    checkpoint.remove_old_checkpoints(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-11"]
+
+
+def test_a_kill_while_removing_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or killed(path))
+        checkpoint.remove_old_checkpoints(tmp_path, 1)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"] and len(names(tmp_path)) == 2
+    prepare_output_dir(tmp_path, resume=True)
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
 @pytest.mark.parametrize("wanted", [None, False, "false", "no"])
 def test_resolve_checkpoint_off(tmp_path, wanted):
     make_checkpoint(tmp_path, 3)
@@ -126,6 +156,7 @@ def test_metrics_log_continues_at_the_checkpoint(tmp_path):
     log = MetricsLog(tmp_path, resume_step=2)
     log.log(3, {"loss": float("nan"), "x": float("inf")})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert log.last() == {"loss": None, "x": None} and MetricsLog(tmp_path / "absent").last() == {}
     assert [row["step"] for row in rows] == [1, 2, 3] and all("time" in row for row in rows)
     assert rows[1]["loss"] == 1.0 and rows[1]["count"] == 2 and rows[2]["loss"] is None and rows[2]["x"] is None
 

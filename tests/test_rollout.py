@@ -61,6 +61,14 @@ def test_sample_equals_the_loop_without_cache(model, temperature):
     assert {len(ids) for ids in rollouts.response_ids} != {12} or model.config.model_type == "gpt2"
 
 
+def test_given_noise_chooses_the_tokens(model):
+    noise = torch.rand(len(PROMPTS), 2, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    found = run(model, samples_per_prompt=2, noise=noise).response_ids
+    assert found[::2] == naive(model, PROMPTS, noise[:, 0], 0.7, 12)
+    assert found[1::2] == naive(model, PROMPTS, noise[:, 1], 0.7, 12)
+    assert run(model, PROMPTS[2:], samples_per_prompt=2, noise=noise[2:]).response_ids == found[4:]
+
+
 def test_samples_do_not_depend_on_the_batch(model):
     whole = run(model, samples_per_prompt=3)
     assert whole.prompt_ids == [prompt for prompt in PROMPTS for _ in range(3)]
@@ -245,6 +253,7 @@ def test_trap_13_any_order_is_put_right(model):
         ({"samples_per_prompt": 0}, "samples_per_prompt: got 0"),
         ({"response_length": 27}, "the longest prompt has 6 tokens; with response_length 27 .* context of 32"),
         ({"prompts": [[1], []]}, "a prompt is empty"),
+        ({"noise": torch.zeros(5, 12)}, r"noise: got shape \(5, 12\), want \(5, 1, 12\)"),
     ],
 )
 def test_bad_input(model, options, message):

@@ -1,7 +1,11 @@
 """Policies and reward models of a few thousand parameters with their data, for the tests of PPO."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -16,6 +20,8 @@ from rlhf.rollout import Rollouts
 WORDS = ["<pad>", "<unk>", "</s>", ".", "banana", "the", "cat", "dog"]
 WORDS += ["sat", "ran", "on", "a", "mat", "and", "saw", "it"]
 PAD, EOS, STOP, BANANA = 0, 2, 3, 4
+TIMINGS = ("time", "time/rollout", "time/score", "time/evaluate", "time/update", "eps", "tokens_per_sec")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_tokenizer(words=WORDS):
@@ -114,3 +120,13 @@ HAND_MADE = Rollouts(
     response_ids=[[4, 5, EOS], [6] * 8, [EOS], [4, 4, 9, 10, 5]],
     ended=[True, False, True, False],
 )
+
+
+def forked(home, plan):
+    """Run the plan in children of `ppo_forks.py`; return what each run was doing when it was killed."""
+    (home.path / "plan.json").write_text(json.dumps(plan))
+    command = [sys.executable, str(ROOT / "tests" / "ppo_forks.py"), "plan.json", "result.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, cwd=home.path, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((home.path / "result.json").read_text())

@@ -1,0 +1,107 @@
+"""Checkpoints of a PPO run: everything that the steps to come depend on, so that they come out the same to the bit.
+
+`checkpoint-N/` stands after N iterations, `checkpoint-N-U/` U optimizer steps into the next one. Both hold the policy
+(as a model that can be used), `value/`, `ema.safetensors`, `within_budget.safetensors`, `optimizer.pt`, `scheduler.pt`,
+`rng_state.pth` (of every process) and `trainer_state.json`: counters, the KL controller, the cursors of prompts and
+pretraining texts, and the settings. Within an iteration they also hold `experience.safetensors` and `iteration.json`:
+the responses with their log-probs, values, scores and advantages, and the metrics up to there. The order of the
+minibatches that are left follows from the seed, the iteration and the epoch.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+
+from . import models
+from .checkpoint import atomic_directory, rng_state, set_rng_state
+from .ppo_iteration import load_iteration, save_iteration
+
+MAY_CHANGE = (
+    "sft_model_path", "reward_model_path", "value_model_path", "dataset_name", "dataset_config", "dataset_train_split",
+    "ptx_dataset_name", "output_dir", "trust_remote_code", "total_episodes", "num_train_epochs", "max_steps",
+    "save_steps", "save_updates", "save_total_limit", "resume_from_checkpoint", "report_to", "num_logged_samples",
+    "disable_tqdm",
+)  # fmt: skip
+"""Settings that a resumed run may have otherwise: where things lie, how long it goes on, what it writes."""
+
+
+def save_checkpoint(trainer, directory: Path) -> None:
+    """Write everything that the next step depends on; called by every process."""
+    begun = trainer.begun
+    ranks = gather_object([(rng_state(), begun and begun.averages.state())])
+    if not trainer.accelerator.is_main_process:
+        return
+    with atomic_directory(directory, replace=True) as folder, models.quiet():
+        trainer.policy.save_pretrained(folder)
+        trainer.tokenizer.save_pretrained(folder)
+        trainer.value.save_pretrained(folder / "value")
+        if trainer.ema is not None:
+            save_file(trainer.ema.weights, folder / "ema.safetensors")
+        if trainer.within_budget is not None:
+            save_file(trainer.within_budget, folder / "within_budget.safetensors")
+        if begun is not None:
+            save_iteration(begun, [averages for _, averages in ranks], folder)
+        torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
+        torch.save(trainer.scheduler.state_dict(), folder / "scheduler.pt")
+        torch.save({"ranks": [rng for rng, _ in ranks]}, folder / "rng_state.pth")
+        state = {
+            "global_step": trainer.step, "episode": trainer.episode, "kl_coef": trainer.kl.value,
+            "stopped": trainer.stopped, "seconds": trainer.seconds,
+            "prompts": trainer.prompt_cursor.state(), "ptx": trainer.ptx_cursor and trainer.ptx_cursor.state(),
+            "run": _run(trainer),
+        }  # fmt: skip
+        (folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(trainer, directory: Path) -> None:
+    """Put back what `save_checkpoint` wrote; the networks were loaded from the checkpoint when they were made.
+
+    Raises:
+        ValueError: this run has other settings, data or processes than the one that wrote it; names what differs.
+    """
+    state = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
+    _check_same_run(state["run"], _run(trainer), directory)
+    trainer.step, trainer.episode, trainer.kl.value = state["global_step"], state["episode"], state["kl_coef"]
+    trainer.stopped, trainer.seconds = state["stopped"], state["seconds"]
+    trainer.prompt_cursor.load(state["prompts"])
+    if trainer.ptx_cursor:
+        trainer.ptx_cursor.load(state["ptx"])
+    if trainer.ema is not None:
+        weights = load_file(directory / "ema.safetensors")
+        trainer.ema.weights = {name: weight.to(trainer.ema.weights[name].device) for name, weight in weights.items()}
+    if (directory / "within_budget.safetensors").exists():
+        trainer.within_budget = load_file(directory / "within_budget.safetensors")
+    trainer.begun = load_iteration(directory, trainer.rank, trainer.accelerator.device)
+    trainer.optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu"))
+    trainer.scheduler.load_state_dict(torch.load(directory / "scheduler.pt", weights_only=True))
+    set_rng_state(torch.load(directory / "rng_state.pth", weights_only=True)["ranks"][trainer.rank])
+
+
+def _run(trainer) -> dict:
+    """What must be the same for a run to go on: settings, data, processes."""
+    settings = {name: value for name, value in dataclasses.asdict(trainer.args).items() if name not in MAY_CHANGE}
+    run = {"num_processes": trainer.world, **settings}
+    if trainer.args.lr_scheduler_type != "constant":
+        run["max_steps"] = trainer.iterations  # such a schedule looks to the end
+    prompts = [row["prompt_ids"] for row in trainer.prompts]
+    data = {"dataset_name": prompts, "ptx_dataset_name": trainer.texts}
+    digests = {name: hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for name, ids in data.items()}
+    return {**run, **digests}
+
+
+def _check_same_run(theirs: dict, ours: dict, directory: Path) -> None:
+    different = [name for name in theirs if name in ours and theirs[name] != ours[name]]
+    if different:
+        data = ("dataset_name", "ptx_dataset_name")
+        lines = [
+            f"{name}: holds other rows than when {directory} was written"
+            if name in data
+            else f"{name}: {directory} was written by a run with {theirs[name]!r}, this run has {ours[name]!r}"
+            for name in different
+        ]
+        raise ValueError("; ".join(lines) + " (resume_from_checkpoint goes on with the same run only)")

@@ -1,0 +1,115 @@
+"""Runs PPO in children of one process that has imported everything, and kills them: python ppo_forks.py PLAN RESULT.
+
+PLAN is a JSON file: a list of runs {"options": settings of PPOConfig, "ranks": processes, "kills": how often all of
+them get SIGKILL at a random moment, "seed": of these moments}. After each kill the run is started again with
+`resume_from_checkpoint: true`, in the end until it is done. RESULT: for each run, what it was doing at each kill.
+"""
+
+import json
+import mmap
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from rlhf import ppo_run
+from rlhf.ppo import PPOConfig, PPOTrainer, train_ppo
+
+PHASES = ("start", "between", "rollout", "update", "save")
+ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
+
+def watch(shared):
+    """Make the trainer note in shared memory what it is doing."""
+
+    def noting(owner, name, phase):
+        original = getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            shared[0] = PHASES.index(phase)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                shared[0] = PHASES.index("between")
+
+        setattr(owner, name, noted)
+
+    noting(PPOTrainer, "sample", "rollout")
+    noting(PPOTrainer, "update", "update")
+    noting(ppo_run, "save_checkpoint", "save")
+
+
+def note_rollouts(folder, rank):
+    """Make the trainer write what each process samples to `rollouts-RANK.jsonl` beside the run."""
+    original = PPOTrainer.sample
+
+    def noted(self, rows):
+        rollouts = original(self, rows)
+        with open(f"{folder}-rollouts-{rank}.jsonl", "a") as file:
+            prompts = [row["row_number"] for row in rows]
+            file.write(json.dumps({"prompts": prompts, "responses": rollouts.response_ids}) + "\n")
+        return rollouts
+
+    PPOTrainer.sample = noted
+
+
+def child(options, rank, ranks, port, shared):
+    code = 1
+    try:
+        if ranks > 1:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        watch(shared)
+        note_rollouts(options["output_dir"], rank)
+        train_ppo(PPOConfig(**options))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        code = 0
+    except BaseException as error:
+        print(f"rank {rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(code)
+
+
+def start(options, ranks):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared, children = mmap.mmap(-1, 1), []
+    for rank in range(ranks):
+        children.append(os.fork())
+        if children[-1] == 0:
+            child(options, rank, ranks, port, shared if rank == 0 else bytearray(1))
+    return children, shared
+
+
+def run(options, ranks=1, kills=0, seed=0):
+    moments, hits = random.Random(seed), []
+    for kill in range(kills + 1):
+        children, shared = start({**options, "resume_from_checkpoint": "true" if kill else None}, ranks)
+        if kill < kills:
+            early = moments.random() < 0.1  # now and then before it has begun
+            while not early and shared[0] == 0 and os.waitid(os.P_PID, children[0], ENDED) is None:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 0.5))
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)  # a child that has ended stays killable until it is waited for
+        ends = [os.waitpid(pid, 0)[1] for pid in children]
+        if kill < kills and any(map(os.WIFSIGNALED, ends)):
+            hits.append(PHASES[shared[0]])
+        elif any(ends):
+            raise SystemExit(f"a run failed: {ends}")
+        else:
+            return hits
+    return hits
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps([run(**each) for each in plan]))
