@@ -61,16 +61,15 @@ def run_python(*sources, time_limit_s=5.0, memory_limit_mb=512):
         >>> run_python("import sys; sys.exit(0)", "assert False").reason
         'SystemExit: 0 (part 1, line 1)'
     """
-    proof = secrets.token_hex(16)
     parts = [(f"<part {number}>", source) for number, source in enumerate(sources, start=1)]
-    task = {"kind": "python", "parts": parts, "proof": proof}
+    task = {"kind": "python", "parts": parts}
     status, output, _ = _run(task, time_limit_s, memory_limit_mb)
-    if output == proof:
+    if output == task["proof"]:
         return Outcome(True, "passed")
     if status is None:
         return Outcome(False, f"time limit of {time_limit_s:g} s")
     if output:
-        return Outcome(False, output)
+        return Outcome(False, output[:1000])
     cause = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     return Outcome(False, f"the process ended early ({cause})")
 
@@ -117,6 +116,7 @@ def _run(task, time_limit_s, memory_limit_mb):
         tempfile.TemporaryFile() as messages,
     ):
         task |= {
+            "proof": secrets.token_hex(16),  # what the process must know to be believed
             "directory": directory, "path": [str(entry) for entry in sys.path if entry], "file_bytes": FILE_BYTES,
             "cpu_s": math.ceil(time_limit_s) + 1, "memory_bytes": int(memory_limit_mb * 2**20),
         }  # fmt: skip
@@ -134,8 +134,9 @@ def _run(task, time_limit_s, memory_limit_mb):
         finally:
             _kill_group(process)
         output, errors = (_read(file) for file in (result, messages))
-    if output.startswith('{"cannot"'):
-        raise SandboxError(f"this machine cannot confine a process, so no code is run: {json.loads(output)['cannot']}")
+    if output.startswith(f"{task['proof']} "):
+        reason = output.partition(" ")[2]
+        raise SandboxError(f"this machine cannot confine a process, so no code is run: {reason}")
     return status, output, errors
 
 

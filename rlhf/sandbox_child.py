@@ -60,7 +60,7 @@ def main():
     try:
         confine(task["directory"], task["cpu_s"], task["memory_bytes"], task["file_bytes"])
     except (OSError, ValueError) as error:
-        os.write(output, json.dumps({"cannot": str(error)}).encode())
+        os.write(output, f"{task['proof']} {error}".encode(errors="replace"))
         return
     if check is None:
         run_program(task["parts"], task["proof"].encode(), output)

@@ -17,12 +17,14 @@ import json
 import logging
 import math
 import numbers
+import sys
 from pathlib import Path
 
 import torch
 
 from . import models
 from .data import encode_completion, encode_prompt
+from .ppo_state import Averages
 from .rewards import BUILT_IN
 from .rollout import Rollouts
 from .sequences import join, response_scores
@@ -55,35 +57,37 @@ class Scorer:
         Process rewards go to `rollouts.step_rewards`, [B, T] fp32, or None where no function gave any. The mean reward
         of each part goes into `averages`, before its weight, where there are functions.
         """
-        device = self.trainer.accelerator.device
-        scores, steps = torch.zeros(len(rollouts.response_ids), device=device), None
+        averages = Averages() if averages is None else averages
+        scores = torch.zeros(len(rollouts.response_ids), device=self.trainer.accelerator.device)
         if self.trainer.reward_model is not None:
             found = self.reward_model_scores(rows, rollouts)
             scores = scores + self.weights["reward_model"] * found
-            if self.functions and averages is not None:
+            if self.functions:
                 averages.add({"rewards/reward_model/mean": found.mean()}, len(found))
-        if not self.functions:
-            return scores
-        silent = [self.trainer.reward_model is None] * len(rows)
+        return scores + self.function_scores(rows, rollouts, averages) if self.functions else scores
+
+    def function_scores(self, rows: list[dict], rollouts: Rollouts, averages: Averages) -> torch.Tensor:
+        """Weighted sum of the functions' rewards at the last tokens, [B] fp32; sets `rollouts.step_rewards`."""
         arguments, columns = self._arguments(rows, rollouts)
+        places, length = [row["at"] for row in rows], self.trainer.args.response_length
+        ends, steps = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), length, dtype=torch.float64)
+        rewarded = torch.full((len(rows),), self.trainer.reward_model is not None)
+        has_steps = False
         for name, function in self.functions.items():
-            ends, own_steps, given = call(name, function, arguments, columns, [row["at"] for row in rows])
-            scores = scores + self.weights[name] * torch.tensor(ends, dtype=torch.float32, device=device)
-            total = torch.tensor(ends, dtype=torch.float64)
-            if any(own_steps):
-                own = padded(own_steps, self.trainer.args.response_length)
-                total = total + own.sum(-1)
-                own = (self.weights[name] * own).float().to(device)
-                steps = own if steps is None else steps + own
-            count = sum(given)
-            if averages is not None:
-                averages.add({f"rewards/{name}/mean": total.sum().item() / max(count, 1)}, count)
-            silent = [before and not now for before, now in zip(silent, given)]
-        if any(silent):
-            where = rows[silent.index(True)]["at"]
-            raise ValueError(f"reward_fn: got None from every function for the row {where}, want a number from one")
-        rollouts.step_rewards = steps
-        return scores
+            own_ends, own_steps, given = call(name, function, arguments, columns, places)
+            has_steps = has_steps or any(own_steps)
+            own_ends, own_steps = torch.tensor(own_ends, dtype=torch.float64), padded(own_steps, length)
+            ends += self.weights[name] * own_ends
+            steps += self.weights[name] * own_steps
+            rewarded |= torch.tensor(given)
+            total, count = (own_ends + own_steps.sum(-1)).sum().item(), sum(given)
+            averages.add({f"rewards/{name}/mean": total / max(count, 1)}, count)
+        if not rewarded.all():
+            place = places[rewarded.tolist().index(False)]
+            raise ValueError(f"reward_fn: got None from every function for the row {place}, want a number from one")
+        device = self.trainer.accelerator.device
+        rollouts.step_rewards = steps.float().to(device) if has_steps else None
+        return ends.float().to(device)
 
     def reward_model_scores(self, rows: list[dict], rollouts: Rollouts) -> torch.Tensor:
         """Score with the reward model, [B] fp32: on the ids as sampled, or decoded and encoded by its own tokenizer."""
@@ -142,12 +146,15 @@ def reward_functions(reward_fn, names: str | None) -> list:
         raise ValueError(f"reward_function: got {names!r} and a reward_fn, want one of them")
     if reward_fn is not None:
         return list(reward_fn) if isinstance(reward_fn, (list, tuple)) else [reward_fn]
-    return [load_function(name.strip()) for name in (names or "").split(",") if name.strip()]
+    modules = {}
+    return [load_function(name.strip(), modules) for name in (names or "").split(",") if name.strip()]
 
 
-def load_function(name: str):
+def load_function(name: str, modules: dict):
     """A reward by its built-in name, or the object `f` of a file by `path/to/file.py:f`.
 
+    Args:
+        modules: files that have run, so that each runs once; filled in.
     Raises:
         ValueError: no such built-in, file or object; or the file does not run.
     """
@@ -159,15 +166,23 @@ def load_function(name: str):
     file = Path(path).expanduser()
     if not file.is_file() or file.suffix != ".py":
         raise ValueError(f"reward_function: got {name!r}, but {path} is not a Python file")
-    spec = importlib.util.spec_from_file_location(f"rlhf_reward_file_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"reward_function: {path} does not run ({type(error).__name__}: {error})") from error
+    if file not in modules:
+        modules[file] = _run_file(file)
+    module = modules[file]
     if not callable(getattr(module, attribute, None)):
         raise ValueError(f"reward_function: got {name!r}, but {path} defines no function {attribute!r}")
     return getattr(module, attribute)
+
+
+def _run_file(file: Path):
+    spec = importlib.util.spec_from_file_location(f"rlhf_reward_file_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"reward_function: {file} does not run ({type(error).__name__}: {error})") from error
+    return module
 
 
 def call(name: str, function, arguments, columns: dict, places: list[str]):

@@ -123,7 +123,7 @@ def test_regex():
 def test_a_regex_that_backtracks_for_ever_is_stopped():
     start = time.monotonic()
     found = ask(regex, ["a" * 60, "aab", "a" * 60], pattern=["(a+)+b"] * 3, time_limit_s=0.1)
-    assert found == [0.0, 1.0, 0.0] and time.monotonic() - start < 5  # it would take centuries
+    assert found == [0.0, 1.0, 0.0] and time.monotonic() - start < 30  # it would take centuries
     assert run_checks("regex", [("a" * 60, "(a+)+b"), ("b", "b")], row_time_limit_s=0.1) == [None, True]
 
 
@@ -195,6 +195,7 @@ CHEATS = {
     "exit when called": "import sys\ndef add(a, b): sys.exit(0)",
     "atexit": "import atexit, os\natexit.register(os._exit, 0)\ndef add(a, b): return 0",
     "print": "print('passed')\ndef add(a, b): return 0",
+    "forge": "import contextlib as c, os\nfor fd in range(1, 9):\n with c.suppress(OSError): os.write(fd, b'passed')",
     "main": "if __name__ == '__main__':\n    raise SystemExit(0)",
 }
 
@@ -275,7 +276,7 @@ assert found == [1]
 asyncio.run(asyncio.sleep(0))
 print("x" * 10_000_000)
 """
-    assert run_python(source) == (True, "passed")
+    assert run_python(source, time_limit_s=30) == (True, "passed")
     command = [sys.executable, "-c", "print(hash('a'))"]
     seeded = subprocess.run(command, env={"PYTHONHASHSEED": "0"}, capture_output=True, check=True, text=True).stdout
     assert run_python(f"assert hash('a') == {seeded}") == (True, "passed")  # sets have one order in every process
@@ -284,7 +285,7 @@ print("x" * 10_000_000)
 def test_the_directory_is_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
     deep = "import os\nfor _ in range(1200):\n    os.mkdir('d')\n    os.chdir('d')"
-    assert run_python(deep) == (True, "passed")
+    assert run_python(deep, time_limit_s=30) == (True, "passed")
     assert run_python("import os; os.makedirs('a/b'); os.mkdir('closed', 0)") == (True, "passed")
     assert not run_python("open('x', 'w').write('x')\nwhile True: pass", time_limit_s=0.5).passed
     assert list(tmp_path.iterdir()) == []

@@ -3,18 +3,19 @@
 import functools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf import cli, data, models, scoring
-from rlhf.ppo import train_ppo
+from rlhf.ppo import PPOTrainer, train_ppo
 from rlhf.ppo_state import Averages
 from rlhf.rewards import math_answer, regex
 from rlhf.rollout import Rollouts
 from rlhf.startup_check import ContractError, check_contract
-from rlhf.training import make_batch
+from rlhf.training import encode_rows
 from tests.tiny_ppo import (
     EOS,
     HAND_MADE,
@@ -119,7 +120,7 @@ def test_a_function_joins_the_reward_model(home):
     trainer = home.trainer("alone")
     alone = trainer.score(ROWS, HAND_MADE)
     args = home.config("both", reward_weights=[0.5, 2.0])
-    both = scoring.Scorer(trainer_with(args, bananas), [bananas])
+    both = PPOTrainer(args, reward_fn=bananas).score
     averages = Averages()
     found = both(ROWS, HAND_MADE, averages)
     expected = 0.5 * alone.double() + 2 * torch.tensor([1.0, 0.0, 0.0, 2.0], dtype=torch.float64)
@@ -127,16 +128,10 @@ def test_a_function_joins_the_reward_model(home):
     metrics = averages.read(lambda tensor: tensor)
     assert metrics["rewards/bananas/mean"] == 0.75
     assert metrics["rewards/reward_model/mean"] == pytest.approx(alone.mean().item(), rel=1e-6)
-    silent = scoring.Scorer(trainer_with(home.config("silent"), constant()), [constant(None, None, None, None)])
+    silent = PPOTrainer(home.config("silent"), reward_fn=constant(None, None, None, None)).score
     averages = Averages()
     assert torch.equal(silent(ROWS, HAND_MADE, averages), alone)
     assert "rewards/<lambda>/mean" not in averages.read(lambda tensor: tensor)  # a mean over nothing
-
-
-def trainer_with(args, reward_fn):
-    from rlhf.ppo import PPOTrainer
-
-    return PPOTrainer(args, reward_fn=reward_fn)
 
 
 def raising(prompts, completions, completion_ids, **columns):
@@ -205,18 +200,18 @@ def test_functions_from_the_command_line(home):
     with pytest.raises(
         ValueError, match=r"reward_function: got 'maths', want path/to/file.py:name, or one of math_answer"
     ):
-        scoring.load_function("maths")
+        scoring.load_function("maths", {})
     with pytest.raises(ValueError, match=r"nowhere\.py is not a Python file"):
-        scoring.load_function("nowhere.py:f")
+        scoring.load_function("nowhere.py:f", {})
     with pytest.raises(ValueError, match=r"my_rewards\.py defines no function 'long'"):
-        scoring.load_function(f"{file}:long")
+        scoring.load_function(f"{file}:long", {})
     with pytest.raises(ValueError, match="defines no function 'N'"):
-        scoring.load_function(f"{file}:N")
+        scoring.load_function(f"{file}:N", {})
     with pytest.raises(ValueError, match="reward_function: got 'regex' and a reward_fn, want one of them"):
         scoring.reward_functions(bananas, "regex")
     file.write_text("1 / 0")
     with pytest.raises(ValueError, match=r"does not run \(ZeroDivisionError: division by zero\)"):
-        scoring.load_function(f"{file}:short")
+        scoring.load_function(f"{file}:short", {})
 
 
 def test_the_command_line_runs_functions(home, capsys):
@@ -342,19 +337,18 @@ def test_a_reward_at_the_last_token_is_a_score(home):
 
 def ids_read(trainer, rows, rollouts):
     """The ids that the reward model reads for each response, without padding, and the scores."""
-    read, hook = [], None
+    read = []
 
     def note(module, args, kwargs):
         for ids, mask in zip(kwargs["input_ids"], kwargs["attention_mask"], strict=True):
             read.append(ids[mask.bool()].tolist())
 
     hook = trainer.reward_model.base_model.register_forward_pre_hook(note, with_kwargs=True)
-    order = [row for chunk in trainer._all_chunks(rollouts) for row in chunk]
     try:
         scores = trainer.score(rows, rollouts)
     finally:
         hook.remove()
-    return read, scores, order
+    return read, scores
 
 
 DRIFTING = Rollouts(
@@ -371,7 +365,7 @@ def test_trap_22_sampled_ids_reach_the_reward_model_unchanged(home, reward_token
     for prompt, response in zip(DRIFTING.prompt_ids, DRIFTING.response_ids, strict=True):
         text = trainer.tokenizer.decode(response, skip_special_tokens=True)
         assert data.encode_completion(trainer.tokenizer, text) != response and prompt
-    read, _, _ = ids_read(trainer, ROWS, DRIFTING)
+    read, _ = ids_read(trainer, ROWS, DRIFTING)
     sampled = [p + r for p, r in zip(DRIFTING.prompt_ids, DRIFTING.response_ids, strict=True)]
     assert sorted(read) == sorted(sampled)
     assert trainer.own_tokens is None
@@ -411,7 +405,7 @@ def test_trap_23_another_tokenizer_scores_the_ids_of_its_training(home, stop):
     rollouts.response_ids, rollouts.ended = list(HAND_MADE.response_ids), HAND_MADE.ended
     if stop == ".":
         rollouts.response_ids[0] = [4, 5, STOP]
-    read, scores, _ = ids_read(trainer, ROWS, rollouts)
+    read, scores = ids_read(trainer, ROWS, rollouts)
     number = {word: index for index, word in enumerate(OTHER_WORDS)}
     golden = [[number[word] for word in words] for words in TEXTS]
     golden[0].append(EOS)
@@ -421,9 +415,26 @@ def test_trap_23_another_tokenizer_scores_the_ids_of_its_training(home, stop):
     for ids, found in zip(golden, scores, strict=True):
         hidden = judge.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
         assert found.item() == pytest.approx((hidden @ judge.score.weight[0]).item() + 0.25, abs=1e-5)
-    example = {"prompt": golden[0][:2], "responses": [golden[0][2:]], "row": {"ranks": [0]}}
-    trained = make_batch([example], PAD, packed=False)["input_ids"][0].tolist()
-    assert trained == golden[0]
+    texts = [" ".join(words[len(row["prompt"].split()) :]) for words, row in zip(TEXTS, ROWS, strict=True)]
+    assert trained_ids(OTHER_WORDS, [0], texts) == golden[:1]
+
+
+def trained_ids(vocabulary, chosen, texts):
+    """The ids of prompt and completion that reward training makes of these rows."""
+    rows = [{**ROWS[row], "completions": [texts[row]], "ranks": [0]} for row in chosen]
+    args = SimpleNamespace(max_length=40, long_prompts="error")
+    examples = encode_rows(make_tokenizer(vocabulary), rows, ("completions",), args, what="training")
+    return [example["prompt"] + example["responses"][0] for example in examples]
+
+
+def test_trap_23_ppo_scores_the_ids_of_reward_training(home):
+    trainer = home.trainer()
+    prompts = [data.encode_prompt(trainer.tokenizer, row["prompt"]) for row in ROWS]
+    ended = [[4, 5, EOS], [6, EOS], [7, 8, 9, EOS], [3, 10, EOS]]
+    read, _ = ids_read(trainer, ROWS, Rollouts(prompts, ended, [True] * 4))
+    texts = trainer._decode(ended)
+    assert texts == ["banana the", "cat", "dog sat ran", ". on"]
+    assert sorted(read) == sorted(trained_ids(WORDS, range(4), texts))
 
 
 def test_a_prefix_space_survives_the_way_through_text(home):
