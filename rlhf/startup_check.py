@@ -89,7 +89,8 @@ def _check_ids(trainer, rollouts, check) -> None:
         text = tokenizer.decode(response, skip_special_tokens=True)
         wrong += encode_prompt(other, row["prompt"]) != row["prompt_ids"]
         wrong += encode_completion(other, text) != encode_completion(tokenizer, text)
-    check("reward_ids", wrong, "the reward model's tokenizer gives other ids than the policy's", 0)
+    meaning = "the reward model's tokenizer gives other ids than the policy's (see --reward_tokenizer auto)"
+    check("reward_ids", wrong, meaning, 0)
 
 
 def _check_own_ids(trainer, rollouts, check) -> None:
