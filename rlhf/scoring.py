@@ -67,7 +67,10 @@ class Scorer:
         return scores + self.function_scores(rows, rollouts, averages) if self.functions else scores
 
     def function_scores(self, rows: list[dict], rollouts: Rollouts, averages: Averages) -> torch.Tensor:
-        """Weighted sum of the functions' rewards at the last tokens, [B] fp32; sets `rollouts.step_rewards`."""
+        """Weighted sum of the functions' rewards at the last tokens, [B] fp32; sets `rollouts.step_rewards`.
+
+        Where a function gave process rewards on any process, all processes have step rewards.
+        """
         arguments, columns = self._arguments(rows, rollouts)
         places, length = [row["at"] for row in rows], self.trainer.args.response_length
         ends, steps = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), length, dtype=torch.float64)
@@ -86,6 +89,7 @@ class Scorer:
             place = places[rewarded.tolist().index(False)]
             raise ValueError(f"reward_fn: got None from every function for the row {place}, want a number from one")
         device = self.trainer.accelerator.device
+        has_steps = self.trainer._sum(torch.tensor(float(has_steps))) > 0  # on any process, so that all do the same
         rollouts.step_rewards = steps.float().to(device) if has_steps else None
         return ends.float().to(device)
 
@@ -116,7 +120,7 @@ class Scorer:
 
     def _arguments(self, rows, rollouts):
         completions = self.trainer._decode(rollouts.response_ids)
-        taken = ("prompt", "prompts", "completions", "completion_ids", "prompt_ids", "at")
+        taken = ("prompt", "prompts", "completions", "completion_ids", "prompt_ids", "row_number", "at")
         names = dict.fromkeys(name for row in rows for name in row if name not in taken)
         columns = {name: [row.get(name) for row in rows] for name in names}
         return ([row["prompt"] for row in rows], completions, [list(ids) for ids in rollouts.response_ids]), columns
