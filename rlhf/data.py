@@ -24,7 +24,7 @@ class _Bad(Exception):
     """What is wrong with one row; `load_rows` adds the place."""
 
 
-def load_rows(name_or_path, kind, *, split="train", config=None):
+def load_rows(name_or_path, kind, *, split="train", config=None, columns=False):
     """Read and check every row of a data file (or of a set of the `datasets` package) before it is used.
 
     Args:
@@ -34,9 +34,11 @@ def load_rows(name_or_path, kind, *, split="train", config=None):
             `scores`, or `prompt` + `chosen` + `rejected`; optional fields: see rankings.py), "preference" (`prompt` +
             `chosen` + `rejected`), "unpaired" (`prompt` + `completion` + `label`), "prompts", "text" (or a text file).
         split, config: which split of a folder or of a named data set, and which configuration of the latter.
+        columns: True keeps the other fields of a row too, unchecked.
     Returns:
-        Dicts with the fields of their kind and no other, and `at`, the place a row came from ("file:line"). A string
-        `context` has been put before the prompt, one empty line between. Ranks are integers, lower is better.
+        Dicts with the fields of their kind and (but for `columns`) no other, and `at`, the place a row came from
+        ("file:line"). A string `context` has been put before the prompt, one empty line between. Ranks are integers,
+        lower is better.
     Raises:
         DataError: what is wrong, by file and line; also when the file is missing or holds no rows.
     """
@@ -49,7 +51,7 @@ def load_rows(name_or_path, kind, *, split="train", config=None):
                 raise raw
             if not isinstance(raw, dict):
                 raise _Bad(f"a row must be a JSON object with named fields, got {type(raw).__name__}")
-            rows.append({**_CHECKS[kind](raw), "at": at})
+            rows.append({**(raw if columns else {}), **_CHECKS[kind](raw), "at": at})
         except _Bad as error:
             problems.append(f"{at}: {error}")
     if len(problems) > _SHOWN_ERRORS:

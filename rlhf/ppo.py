@@ -30,6 +30,10 @@ Departures and details (each number stands again at its line, here or in ppo_run
 13. With several processes each one samples and scores its share of the prompts; then all hold the whole experience, and
     each takes its share of every minibatch. Noise and order follow from the seed, the iteration and the place in it, so
     that samples and steps are those of one process, and a run goes on between any two steps of an iteration.
+14. A reward function may reward steps of a response or each of its tokens (process rewards). They are added to the
+    tokens' rewards before the advantages are made; reward_clip_range does not touch them.
+15. A reward model with another tokenizer, where `reward_tokenizer` allows it, reads the decoded response, encoded as in
+    its training. A response that was cut off gets no end token there either.
 """
 
 import contextlib
@@ -44,16 +48,17 @@ from rlhf_kernels.advantages import masked_whiten
 
 from .ppo_config import PPOConfig
 from .ppo_iteration import Experience, Iteration
-from .ppo_run import OWN_COLUMNS, PPORun
+from .ppo_run import PPORun
 from .ppo_state import Averages, timed
 from .rollout import Rollouts, sample
-from .sequences import response_log_probs, response_scores, response_values
+from .sequences import response_log_probs, response_values
 
 __all__ = ["PPOConfig", "PPOTrainer", "train_ppo"]
 
 
 class PPOTrainer(PPORun):
-    """The loop. `reward_fn(prompts, completions, completion_ids, **columns) -> list[float]` replaces the reward model.
+    """The loop. `reward_fn(prompts, completions, completion_ids, **columns)`, or a list of such functions, joins or
+    replaces the reward model; `rlhf/scoring.py` says what they return.
 
     A callback is called as `callback(trainer, step, metrics)` after each iteration; one that returns True ends the run.
     """
@@ -101,7 +106,7 @@ class PPOTrainer(PPORun):
         self.seconds, averages = {}, Averages()
         rows = self.next_prompts()
         rollouts = self.sample(rows)
-        raw_scores = self.score(rows, rollouts)
+        raw_scores = self.score(rows, rollouts, averages)
         experience = self.gather(self.evaluate(rollouts), rows, raw_scores)  # 13
         scores = self.shape_scores(experience.raw_scores, experience.rollouts)
         self.estimate_advantages(experience, scores, averages)
@@ -122,20 +127,9 @@ class PPOTrainer(PPORun):
 
     @timed("score")
     @torch.no_grad()
-    def score(self, rows: list[dict], rollouts: Rollouts) -> torch.Tensor:
-        """Return the reward of each response, [B] fp32, on its ids as sampled: nothing is decoded for the model."""
-        if self.reward_fn is None:
-            scores = torch.zeros(len(rows), device=self.accelerator.device)
-            for chunk in self._all_chunks(rollouts):
-                batch = self._join(rollouts, chunk)
-                scores[chunk] = response_scores(self.reward_model, batch)
-            return scores
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name not in OWN_COLUMNS}
-        completions = self._decode(rollouts.response_ids)
-        scores = self.reward_fn([row["prompt"] for row in rows], completions, rollouts.response_ids, **columns)
-        if len(scores) != len(rows) or not all(math.isfinite(score) for score in scores):
-            raise ValueError(f"reward_fn: got {len(scores)} scores, want {len(rows)} finite numbers")
-        return torch.tensor(scores, dtype=torch.float32, device=self.accelerator.device)
+    def score(self, rows: list[dict], rollouts: Rollouts, averages: Averages | None = None) -> torch.Tensor:
+        """Return the reward of each response, [B] fp32; rewards of its steps go into `rollouts.step_rewards`."""
+        return self.scorer(rows, rollouts, averages)
 
     def shape_scores(self, scores: torch.Tensor, rollouts: Rollouts) -> torch.Tensor:
         """Clip the scores, then take the penalty off those of responses that did not end with a stop token."""
@@ -160,20 +154,24 @@ class PPOTrainer(PPORun):
 
     def estimate_advantages(self, experience: Experience, scores: torch.Tensor, averages: Averages) -> None:
         """Fill in advantages and returns, and note what the rewards were made of."""
-        args, mask = self.args, experience.mask
+        args, mask, steps = self.args, experience.mask, experience.rollouts.step_rewards
+        again = args.whiten_rewards or steps is not None
         result = rlhf_advantages(
             scores, experience.log_probs, experience.ref_log_probs, experience.values, mask, kl_coef=self.kl.value,
             gamma=args.gamma, lam=args.lam, kl_estimator=args.kl_estimator,
-            whiten=args.whiten_advantages and not args.whiten_rewards,
+            whiten=args.whiten_advantages and not again,
         )  # fmt: skip
         advantages, returns = result.advantages, result.returns
-        if args.whiten_rewards:
-            rewards = masked_whiten(result.rewards, mask, center=False)
+        if again:
+            rewards = result.rewards if steps is None else result.rewards + steps  # 14
+            if args.whiten_rewards:
+                rewards = masked_whiten(rewards, mask, center=False)
             advantages, returns = gae(rewards, experience.values, mask, gamma=args.gamma, lam=args.lam)
             if args.whiten_advantages:
                 advantages = masked_whiten(advantages, mask)  # 5
         experience.advantages, experience.returns = advantages, returns
-        self._describe(experience, scores, result.kl.sum(-1), averages)
+        totals = scores if steps is None else scores + steps.sum(-1)
+        self._describe(experience, totals, result.kl.sum(-1), averages)
 
     def _describe(self, experience: Experience, scores, kl_reward, averages: Averages) -> None:
         mask, episodes, ended = experience.mask, len(scores), sum(experience.rollouts.ended)

@@ -1,5 +1,6 @@
 """The options of PPO. Names follow TRL 1.12; a default that changes the mathematics is neutral, not the paper's."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -14,8 +15,10 @@ class PPOConfig:
 
     # models and data
     sft_model_path: str = _option("demo", "Policy to start from, and reference of the KL: a folder, or `demo`.")
-    reward_model_path: str | None = _option(None, "Reward model folder. None only with a Python reward function.")
-    value_model_path: str | None = _option(None, "Value network to start from. None: the reward model (paper).")
+    reward_model_path: str | None = _option(None, "Reward model folder. None only with a reward function.")
+    value_model_path: str | None = _option(
+        None, "Value network to start from, or a language model, given a new head. None: the reward model (paper)."
+    )
     dataset_name: str | None = _option(None, "Prompts: a jsonl, json or parquet file, or a data set's name.")
     dataset_config: str | None = _option(None, "Configuration of a named data set.")
     dataset_train_split: str = _option("train", "Split of a named data set.")
@@ -46,6 +49,11 @@ class PPOConfig:
     local_rollout_forward_batch_size: int = _option(64, "Rows of a forward without gradient (scores, log-probs).")
     local_rollout_batch_size: int | None = _option(None, "Rows sampled at a time on a process. None: all.")
     # rewards
+    reward_function: str | None = _option(None, "file.py:name, math_answer, regex, json_schema, unit_test; or several.")
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Factors of the reward model, if any, and of each function. None: all 1."}
+    )
+    reward_tokenizer: str = _option("same", "same: as the policy's, checked. auto: may be another.")
     kl_coef: float = _option(0.05, "beta, the weight of the KL in the reward. Paper: 0.02.")
     kl_estimator: str = _option("k1", "KL of a token: k1 = log-ratio, k3 = the one that is never negative.")
     kl_target: float | None = _option(None, "Steer beta to this KL per response, nats. None: beta stays.")
@@ -116,6 +124,10 @@ class PPOConfig:
             len(self.reward_clip_range) == 2 and self.reward_clip_range[0] < self.reward_clip_range[1]
         ):
             raise ValueError(f"reward_clip_range: got {self.reward_clip_range}, want two numbers, low and high")
+        if self.reward_weights is not None and not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"reward_weights: got {self.reward_weights}, want finite numbers")
+        if self.reward_tokenizer not in ("same", "auto"):
+            raise ValueError(f"reward_tokenizer: got {self.reward_tokenizer!r}, want same or auto")
         if self.packing not in ("auto", "false"):
             raise ValueError(f"packing: got {self.packing!r}, want auto or false")
         if self.save_updates < 0:
@@ -156,7 +168,7 @@ def _groups(**first: str) -> dict[str, tuple[str, ...]]:
 PPOConfig.groups = _groups(
     models_and_data="sft_model_path",
     rollouts="total_episodes",
-    rewards="kl_coef",
+    rewards="reward_function",
     loss_and_optimizer="num_ppo_epochs",
     run_and_output="seed",
 )

@@ -21,11 +21,11 @@ from .ppo_iteration import Experience, Iteration, gather, minibatches, sampling_
 from .ppo_state import Cursor, WeightAverage, learning_rate_factor
 from .processes import check_processes
 from .rollout import Rollouts, warn_ignored_sampling_settings
+from .scoring import Scorer, own_tokens, reward_functions
 from .sequences import Batch, by_length, join, response_log_probs, response_values, text_loss
 from .startup_check import check_contract
 
 CPU_PADDING = 64  # tokens; about what one more forward and backward cost on a CPU beside the tokens themselves
-OWN_COLUMNS = ("prompt", "prompt_ids", "row_number", "at")  # of a row of prompts; the others are the reward function's
 
 
 class ActorCritic(torch.nn.Module):
@@ -46,12 +46,12 @@ class PPORun:
     """The run around the loop of `rlhf.ppo.PPOTrainer`. The numbers are those of the list in `rlhf/ppo.py`."""
 
     def __init__(self, args: PPOConfig, *, reward_fn=None, callbacks=()):
-        if (args.reward_model_path is None) == (reward_fn is None):
-            got = "none" if reward_fn is None else "one and a reward_fn"
-            raise ValueError(f"reward_model_path: got {got}, want a reward model's folder (in Python, or reward_fn)")
+        self.reward_functions = reward_functions(reward_fn, args.reward_function)
+        if args.reward_model_path is None and not self.reward_functions:
+            raise ValueError("reward_model_path: got none, want a reward model's folder, or a reward_function, or both")
         if args.dataset_name is None:
             raise ValueError("dataset_name: got none, want a file of prompts")
-        self.args, self.reward_fn, self.callbacks = args, reward_fn, callbacks
+        self.args, self.callbacks = args, callbacks
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         check_processes(self.world, self.accelerator.distributed_type)
@@ -69,6 +69,7 @@ class PPORun:
         self._load_data()
         set_seed(args.seed + self.rank)
         self._load_models(resume)
+        self.scorer = Scorer(self, self.reward_functions)
         self._make_optimizer()
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)  # 10
         self.ema = None if args.ema_decay is None else WeightAverage(self.policy, args.ema_decay)  # 9
@@ -89,7 +90,7 @@ class PPORun:
             args.sft_model_path, pad_token=args.pad_token, eos_token=args.eos_token, **options
         )
         where = {"split": args.dataset_train_split, "config": args.dataset_config}
-        self.prompts = load_rows(args.dataset_name, "prompts", **where)
+        self.prompts = load_rows(args.dataset_name, "prompts", columns=bool(self.reward_functions), **where)
         for number, row in enumerate(self.prompts):
             row["prompt_ids"], row["row_number"] = encode_prompt(self.tokenizer, row["prompt"]), number
         self.texts = []
@@ -113,12 +114,14 @@ class PPORun:
         self.reward_model = None
         if args.reward_model_path is not None:
             self.reward_model = models.load_reward_model(args.reward_model_path, **options).requires_grad_(False).eval()
-        start = (resume / "value") if resume else (args.value_model_path or args.reward_model_path)  # 4
-        if start is not None:
+        self.own_tokens = own_tokens(self)  # 15
+        start = args.value_model_path or args.reward_model_path or args.sft_model_path  # 4
+        start = (resume / "value") if resume else start
+        if models.is_reward_model(start, args.trust_remote_code):
             self.value = models.load_reward_model(start, **options)
         else:
             self.value = models.reward_model_from_policy(
-                args.sft_model_path, args.seed, pad_token_id=self.tokenizer.pad_token_id, **options
+                start, args.seed, pad_token_id=self.tokenizer.pad_token_id, **options
             )
         warn_ignored_sampling_settings(self.policy)  # 1
         extra = [token for token in (args.stop_token, args.stop_token_id) if token not in (None, "eos")]
@@ -128,14 +131,15 @@ class PPORun:
             if model is not None:
                 model.to(self.accelerator.device)
         longest = max(len(row["prompt_ids"]) for row in self.prompts) + args.response_length
-        networks = (self.policy, self.reference, self.value, self.reward_model)
+        networks = (self.policy, self.reference, self.value, None if self.own_tokens else self.reward_model)
         wanted = args.packing != "false" and args.num_responses > 1
         self.share_width = None  # 12
         if wanted and models.share_prompts(networks, longest):
             self.share_width = self.policy.config.get_text_config().hidden_size
 
     def _check_context(self) -> None:
-        networks = {"policy": self.policy, "value network": self.value, "reward model": self.reward_model}
+        networks = {"policy": self.policy, "value network": self.value}
+        networks |= {} if self.own_tokens else {"reward model": self.reward_model}
         for name, model in networks.items():
             context = model and getattr(model.config.get_text_config(), "max_position_embeddings", None)
             for row in self.prompts if context else ():
@@ -181,6 +185,7 @@ class PPORun:
 
     def _write_run(self, summary: dict) -> None:
         run = {"stage": "ppo", "config": dataclasses.asdict(self.args), "summary": summary, "contract": self.contract}
+        run["rewards"] = self.scorer.describe()
         checkpoint.write_json(self.output_dir / "run.json", run)
 
     def next_prompts(self) -> list[dict]:
@@ -262,8 +267,10 @@ class PPORun:
     def _log_samples(self, experience: Experience) -> None:
         if self.samples_log is not None:
             count = self.args.num_logged_samples
-            completions = self._decode(experience.rollouts.response_ids[:count])
-            shown = zip(experience.prompts[:count], completions, experience.raw_scores[:count].tolist(), strict=True)
+            completions, scores = self._decode(experience.rollouts.response_ids[:count]), experience.raw_scores
+            if experience.rollouts.step_rewards is not None:  # 14
+                scores = scores + experience.rollouts.step_rewards.sum(-1)
+            shown = zip(experience.prompts[:count], completions, scores[:count].tolist(), strict=True)
             self.samples_log.append([
                 {"step": self.step, "prompt": self.prompts[number]["prompt"], "completion": completion, "score": score}
                 for number, completion, score in shown

@@ -128,10 +128,11 @@ class Averages:
         self.sums = {name: tuple(pair) for name, pair in state.items()}
 
     def read(self, reduce) -> dict[str, float]:
-        """Return the means as floats; `reduce` sums a tensor over the processes."""
+        """Return the means as floats; `reduce` sums a tensor over the processes. A mean over nothing is left out."""
         if not self.sums:
             return {}
         device = next((x.device for pair in self.sums.values() for x in pair if isinstance(x, torch.Tensor)), None)
         pairs = [torch.as_tensor(x, dtype=torch.float64, device=device) for pair in self.sums.values() for x in pair]
         totals = reduce(torch.stack(pairs)).view(-1, 2)
-        return dict(zip(self.sums, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
+        means = zip(self.sums, totals[:, 1].tolist(), (totals[:, 0] / totals[:, 1]).tolist(), strict=True)
+        return {name: mean for name, count, mean in means if count != 0}

@@ -35,6 +35,7 @@ class Rollouts:
     prompt_ids: list[list[int]]
     response_ids: list[list[int]]
     ended: list[bool]
+    step_rewards: torch.Tensor | None = None  # [B, T] fp32 process rewards, which scoring fills in; None where none
 
 
 @dataclass

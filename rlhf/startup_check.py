@@ -2,7 +2,7 @@
 
 import torch
 
-from .data import encode_completion, encode_prompt
+from .data import encode_completion, encode_example, encode_prompt
 from .models import load_tokenizer
 from .rollout import sample
 from .sequences import join, response_log_probs, response_scores
@@ -79,7 +79,9 @@ def _check_ids(trainer, rollouts, check) -> None:
     for row in trainer.prompts[:4]:
         wrong += encode_prompt(tokenizer, row["prompt"]) != row["prompt_ids"]
     check("prompt_ids", wrong, "prompts are not the ids that reward training gives them", 0)
-    if trainer.reward_model is None:
+    if trainer.own_tokens is not None:
+        _check_own_ids(trainer, rollouts, check)
+    if trainer.reward_model is None or trainer.own_tokens is not None:
         return
     other = load_tokenizer(trainer.args.reward_model_path, trust_remote_code=trainer.args.trust_remote_code)
     wrong = int(other.eos_token_id != tokenizer.eos_token_id)
@@ -87,4 +89,24 @@ def _check_ids(trainer, rollouts, check) -> None:
         text = tokenizer.decode(response, skip_special_tokens=True)
         wrong += encode_prompt(other, row["prompt"]) != row["prompt_ids"]
         wrong += encode_completion(other, text) != encode_completion(tokenizer, text)
-    check("reward_ids", wrong, "the reward model's tokenizer gives other ids than the policy's", 0)
+    meaning = "the reward model's tokenizer gives other ids than the policy's (see --reward_tokenizer auto)"
+    check("reward_ids", wrong, meaning, 0)
+
+
+def _check_own_ids(trainer, rollouts, check) -> None:
+    """A reward model with another tokenizer must read what `encode_example` makes of the text, as in its training."""
+    own, wrong = trainer.own_tokens, 0
+    encoded = own(trainer.prompts[:4], rollouts)
+    for row, *sampled, prompt, response in zip(
+        trainer.prompts, rollouts.prompt_ids, rollouts.response_ids, rollouts.ended, encoded.prompt_ids,
+        encoded.response_ids,
+    ):  # fmt: skip
+        text = own.text(*sampled)
+        answer = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        example = {"prompt": row["prompt"], "completion": answer}
+        trained = encode_example(own.tokenizer, example, max_length=2**31)["input_ids"]
+        wrong += prompt + response != (trained if sampled[-1] else trained[:-1])
+    check("reward_ids", wrong, "the reward model would read other ids than those of its training", 0)
+    size = trainer.reward_model.get_input_embeddings().num_embeddings
+    largest = max(max(ids) for ids in (*encoded.prompt_ids, *encoded.response_ids) if ids)
+    check("reward_vocabulary", max(0, largest + 1 - size), "its tokenizer has ids beyond the reward model's table", 0)

@@ -1,0 +1,339 @@
+"""From responses to scores: a reward model, Python reward functions, or both, weighted and summed.
+
+A reward function is `f(prompts, completions, completion_ids, **columns)` and returns one entry a response:
+
+- a number: the reward of the response, which stands at its last token;
+- None: no reward from this function for this response; another one must give it one;
+- a list of as many numbers as the response has tokens (stop token included): process rewards, one for each token;
+- {"steps": [(end, reward), ...]}: process rewards of steps; `end` counts the response's tokens up to and including the
+  step's last one, so that the step ends with completion_ids[row][end - 1] and the last step's `end` may be the
+  response's length. Several steps may end at one token: their rewards are added.
+"""
+
+import functools
+import importlib.util
+import itertools
+import json
+import logging
+import math
+import numbers
+import sys
+from pathlib import Path
+
+import torch
+
+from . import models
+from .data import encode_completion, encode_prompt
+from .ppo_state import Averages
+from .rewards import BUILT_IN
+from .rollout import Rollouts
+from .sequences import join, response_scores
+
+logger = logging.getLogger(__name__)
+
+
+class Scorer:
+    """Scores the responses of a run, on each process its own."""
+
+    def __init__(self, trainer, functions):
+        self.trainer, self.functions = trainer, named(functions)
+        parts = ["reward_model"] * (trainer.reward_model is not None) + list(self.functions)
+        weights = trainer.args.reward_weights or [1.0] * len(parts)
+        if len(weights) != len(parts):
+            raise ValueError(f"reward_weights: got {len(weights)} numbers, want one for each of {', '.join(parts)}")
+        self.weights = dict(zip(parts, weights))
+        self.own_tokens = trainer.own_tokens
+
+    def describe(self) -> dict:
+        """What run.json tells about the rewards."""
+        tokens = None if self.trainer.reward_model is None else "the policy's ids, unchanged"
+        if self.own_tokens is not None:
+            tokens = "the reward model's own: responses are decoded and encoded again"
+        return {"weights": self.weights, "reward_model_tokens": tokens}
+
+    def __call__(self, rows: list[dict], rollouts: Rollouts, averages=None) -> torch.Tensor:
+        """Return the score of each response, [B] fp32, that stands at its last token.
+
+        Process rewards go to `rollouts.step_rewards`, [B, T] fp32, or None where no function gave any. The mean reward
+        of each part goes into `averages`, before its weight, where there are functions.
+        """
+        averages = Averages() if averages is None else averages
+        scores = torch.zeros(len(rollouts.response_ids), device=self.trainer.accelerator.device)
+        if self.trainer.reward_model is not None:
+            found = self.reward_model_scores(rows, rollouts)
+            scores = scores + self.weights["reward_model"] * found
+            if self.functions:
+                averages.add({"rewards/reward_model/mean": found.mean()}, len(found))
+        return scores + self.function_scores(rows, rollouts, averages) if self.functions else scores
+
+    def function_scores(self, rows: list[dict], rollouts: Rollouts, averages: Averages) -> torch.Tensor:
+        """Weighted sum of the functions' rewards at the last tokens, [B] fp32; sets `rollouts.step_rewards`.
+
+        Where a function gave process rewards on any process, all processes have step rewards.
+        """
+        arguments, columns = self._arguments(rows, rollouts)
+        places, length = [row["at"] for row in rows], self.trainer.args.response_length
+        ends, steps = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), length, dtype=torch.float64)
+        rewarded = torch.full((len(rows),), self.trainer.reward_model is not None)
+        has_steps = False
+        for name, function in self.functions.items():
+            own_ends, own_steps, given = call(name, function, arguments, columns, places)
+            has_steps = has_steps or any(own_steps)
+            own_ends, own_steps = torch.tensor(own_ends, dtype=torch.float64), padded(own_steps, length)
+            ends += self.weights[name] * own_ends
+            steps += self.weights[name] * own_steps
+            rewarded |= torch.tensor(given)
+            total, count = (own_ends + own_steps.sum(-1)).sum().item(), sum(given)
+            averages.add({f"rewards/{name}/mean": total / max(count, 1)}, count)
+        if not rewarded.all():
+            place = places[rewarded.tolist().index(False)]
+            raise ValueError(f"reward_fn: got None from every function for the row {place}, want a number from one")
+        device = self.trainer.accelerator.device
+        has_steps = self.trainer._sum(torch.tensor(float(has_steps))) > 0  # on any process, so that all do the same
+        rollouts.step_rewards = steps.float().to(device) if has_steps else None
+        return ends.float().to(device)
+
+    def reward_model_scores(self, rows: list[dict], rollouts: Rollouts) -> torch.Tensor:
+        """Score with the reward model, [B] fp32: on the ids as sampled, or decoded and encoded by its own tokenizer."""
+        trainer = self.trainer
+        scores = torch.zeros(len(rollouts.response_ids), device=trainer.accelerator.device)
+        if self.own_tokens is not None:  # 15
+            rollouts = self.own_tokens(rows, rollouts)
+            self._check_context(rows, rollouts)
+        for chunk in trainer._all_chunks(rollouts):
+            if self.own_tokens is None:
+                batch = trainer._join(rollouts, chunk)
+            else:
+                prompts, responses = ([ids[i] for i in chunk] for ids in (rollouts.prompt_ids, rollouts.response_ids))
+                batch = join(prompts, responses, scores.device)
+            scores[chunk] = response_scores(trainer.reward_model, batch)
+        return scores
+
+    def _check_context(self, rows, rollouts: Rollouts) -> None:
+        context = context_of(self.trainer.reward_model)
+        for row, prompt, response in zip(rows, rollouts.prompt_ids, rollouts.response_ids):
+            if context and len(prompt) + len(response) > context:
+                raise ValueError(
+                    f"{row['at']}: prompt and response have {len(prompt) + len(response)} tokens of the reward model, "
+                    f"longer than its context of {context}; nothing is cut, so lower response_length"
+                )
+
+    def _arguments(self, rows, rollouts):
+        completions = self.trainer._decode(rollouts.response_ids)
+        taken = ("prompt", "prompts", "completions", "completion_ids", "prompt_ids", "row_number", "at")
+        names = dict.fromkeys(name for row in rows for name in row if name not in taken)
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        return ([row["prompt"] for row in rows], completions, [list(ids) for ids in rollouts.response_ids]), columns
+
+
+def named(functions) -> dict:
+    """Functions by the names that metrics carry; a repeated name gets a number."""
+    found = {}
+    for function in functions:
+        if not callable(function):
+            raise ValueError(f"reward_fn: got {function!r}, want a function or a list of functions")
+        inner = function
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        name = base = getattr(inner, "__name__", type(inner).__name__)
+        for number in itertools.count(2):
+            if name not in found and name != "reward_model":
+                break
+            name = f"{base}_{number}"
+        found[name] = function
+    return found
+
+
+def reward_functions(reward_fn, names: str | None) -> list:
+    """The functions of a run: those given in Python (one, a list, or None), or those that `--reward_function` names."""
+    if reward_fn is not None and names:
+        raise ValueError(f"reward_function: got {names!r} and a reward_fn, want one of them")
+    if reward_fn is not None:
+        return list(reward_fn) if isinstance(reward_fn, (list, tuple)) else [reward_fn]
+    modules = {}
+    return [load_function(name.strip(), modules) for name in (names or "").split(",") if name.strip()]
+
+
+def load_function(name: str, modules: dict):
+    """A reward by its built-in name, or the object `f` of a file by `path/to/file.py:f`.
+
+    Args:
+        modules: files that have run, so that each runs once; filled in.
+    Raises:
+        ValueError: no such built-in, file or object; or the file does not run.
+    """
+    path, colon, attribute = name.rpartition(":")
+    if not colon:
+        if name in BUILT_IN:
+            return BUILT_IN[name]
+        raise ValueError(f"reward_function: got {name!r}, want path/to/file.py:name, or one of {', '.join(BUILT_IN)}")
+    file = Path(path).expanduser()
+    if not file.is_file() or file.suffix != ".py":
+        raise ValueError(f"reward_function: got {name!r}, but {path} is not a Python file")
+    if file not in modules:
+        modules[file] = _run_file(file)
+    module = modules[file]
+    if not callable(getattr(module, attribute, None)):
+        raise ValueError(f"reward_function: got {name!r}, but {path} defines no function {attribute!r}")
+    return getattr(module, attribute)
+
+
+def _run_file(file: Path):
+    spec = importlib.util.spec_from_file_location(f"rlhf_reward_file_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"reward_function: {file} does not run ({type(error).__name__}: {error})") from error
+    return module
+
+
+def call(name: str, function, arguments, columns: dict, places: list[str]):
+    """Call a reward function on B responses and check what it returns.
+
+    Returns:
+        (ends, steps, given), B entries each: the reward at the last token, 0.0 where there is none; a list of
+        (end, reward), empty where there are none; and whether there was any.
+    Raises:
+        ValueError: the function raised, or an entry is none of the kinds above; names function and row.
+    """
+    try:
+        entries = list(function(*arguments, **columns))
+    except Exception as error:
+        where = culprit(function, arguments, columns, places)
+        raise ValueError(f"reward_fn: {name} raised {type(error).__name__}: {error}{where}") from error
+    count, ids = len(places), arguments[2]
+    if len(entries) != count:
+        raise ValueError(f"reward_fn: got {len(entries)} scores, want {count} finite numbers or None (from {name})")
+    parsed = []
+    for entry, tokens, place in zip(entries, ids, places):
+        try:
+            parsed.append(parse(entry, len(tokens)))
+        except ValueError as error:
+            raise ValueError(f"reward_fn: {error} (from {name}, for the row {place})") from None
+    return [list(part) for part in zip(*parsed)] if parsed else ([], [], [])
+
+
+def culprit(function, arguments, columns, places) -> str:
+    """Where a function that raised on a batch raises on one row alone, too: that row."""
+    for row, place in enumerate(places):
+        try:
+            function(*([part[row]] for part in arguments), **{key: [part[row]] for key, part in columns.items()})
+        except Exception:
+            return f" (for the row {place})"
+    return f" (for the rows {places[0]} to {places[-1]} together, not for any of them alone)"
+
+
+def parse(entry, tokens: int):
+    """One entry of a reward function -> (reward at the last token, steps, whether there is a reward)."""
+    entry = entry.tolist() if hasattr(entry, "tolist") else entry  # of numpy and torch
+    if entry is None:
+        return 0.0, [], False
+    if isinstance(entry, dict):
+        if entry.keys() != {"steps"}:
+            raise ValueError(f"got a dict with {', '.join(map(repr, entry)) or 'no keys'}, want {{'steps': [...]}}")
+        steps = []
+        for step in entry["steps"]:
+            if not (isinstance(step, (tuple, list)) and len(step) == 2):
+                raise ValueError(f"got the step {step!r}, want (end, reward)")
+            end = step[0].tolist() if hasattr(step[0], "tolist") else step[0]
+            if not (isinstance(end, int) and 1 <= end <= tokens):
+                raise ValueError(f"got a step that ends after {end!r} tokens, want 1 to {tokens}")
+            steps.append((end, finite(step[1])))
+        return 0.0, steps, True
+    if isinstance(entry, (list, tuple)):
+        if len(entry) != tokens:
+            raise ValueError(f"got {len(entry)} rewards of tokens, want {tokens}")
+        return 0.0, [(end, finite(reward)) for end, reward in enumerate(entry, start=1)], True
+    return finite(entry), [], True
+
+
+def finite(reward) -> float:
+    reward = reward.tolist() if hasattr(reward, "tolist") else reward
+    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+        raise ValueError(f"got {reward!r}, want a finite number or None")
+    return float(reward)
+
+
+def padded(steps: list[list[tuple[int, float]]], length: int) -> torch.Tensor:
+    """[(end, reward), ...] of B responses -> [B, T] fp64, each reward at the last token of its step."""
+    found = torch.zeros(len(steps), length, dtype=torch.float64)
+    for row, pairs in enumerate(steps):
+        for end, reward in pairs:
+            found[row, end - 1] += reward
+    return found
+
+
+class OwnTokens:
+    """Prompts and responses as the ids on which a reward model with another tokenizer was trained.
+
+    A response is decoded with the policy's tokenizer, without the token that ended it, and encoded by the functions
+    that encoded the reward model's training data; one that was cut off gets no end token.
+    """
+
+    def __init__(self, policy_tokenizer, tokenizer):
+        self.policy_tokenizer, self.tokenizer = policy_tokenizer, tokenizer
+
+    def text(self, prompt_ids, response_ids, ended: bool) -> str:
+        """The response as it goes on after its prompt: some tokenizers drop the space before a text's first word."""
+        kept = response_ids[:-1] if ended else response_ids
+        head, whole, alone = (
+            self.policy_tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (prompt_ids, [*prompt_ids, *kept], kept)
+        )
+        return whole[len(head) :] if whole.startswith(head) else alone
+
+    def __call__(self, rows: list[dict], rollouts: Rollouts) -> Rollouts:
+        prompts, responses = [], []
+        for row, *sampled in zip(rows, rollouts.prompt_ids, rollouts.response_ids, rollouts.ended, strict=True):
+            text = self.text(*sampled)
+            completion = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+            prompts.append(encode_prompt(self.tokenizer, row["prompt"]))
+            responses.append(encode_completion(self.tokenizer, completion, eos=sampled[-1]))
+        return Rollouts(prompts, responses, list(rollouts.ended))
+
+
+def own_tokens(trainer) -> OwnTokens | None:
+    """The way to the reward model's ids where `reward_tokenizer` is auto and its tokenizer is not the policy's.
+
+    Raises:
+        ValueError: the value network would have to start from that reward model, or a prompt is too long for it.
+    """
+    args = trainer.args
+    if trainer.reward_model is None or args.reward_tokenizer == "same":
+        return None
+    tokenizer = models.load_tokenizer(args.reward_model_path, trust_remote_code=args.trust_remote_code)
+    if same_tokenizer(tokenizer, trainer.tokenizer):
+        return None
+    if args.value_model_path is None:
+        raise ValueError(
+            "value_model_path: got none, and the value network cannot start from a reward model of another tokenizer; "
+            f"give {args.sft_model_path} to start from the policy, with a new head, or a value network of its tokenizer"
+        )
+    logger.warning("the reward model has another tokenizer: responses are decoded, and encoded again for it")
+    context = context_of(trainer.reward_model)
+    for row in trainer.prompts if context else ():
+        length = len(encode_prompt(tokenizer, row["prompt"]))
+        if length + args.response_length > context:
+            raise ValueError(
+                f"{row['at']}: the prompt has {length} tokens of the reward model; with response_length "
+                f"{args.response_length} it does not fit its context of {context}"
+            )
+    return OwnTokens(trainer.tokenizer, tokenizer)
+
+
+def context_of(model) -> int | None:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def same_tokenizer(first, second) -> bool:
+    """Whether two tokenizers give the same ids to every prompt and completion."""
+
+    def state(tokenizer):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        rules = json.loads(backend.to_str()) if backend is not None else {}
+        rules = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
+        return tokenizer.get_vocab(), rules, tokenizer.eos_token_id, tokenizer.chat_template, type(tokenizer).__name__
+
+    return state(first) == state(second)
