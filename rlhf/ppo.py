@@ -27,6 +27,11 @@ Departures and details (each number stands again at its line, here or in ppo_run
     and hands on the policy of the iteration before, the last one that was measured to be near enough.
 12. With `num_responses` above 1, the responses to a prompt that meet in a batch share one copy of it, where all
     networks can take such rows and it is less work.
+13. Log-probs that a rollout engine gives are compared with those of 2, and go nowhere else.
+14. With `use_peft` policy and value network are LoRA adapters on frozen weights (the value network's head trains in
+    full), and the SFT model of the KL is the policy with its adapters off.
+15. No step is made from numbers that are not finite: the run stops and leaves the batch behind. Numbers that look
+    unhealthy are told, and end the run where that is asked for.
 """
 
 import contextlib
@@ -40,6 +45,7 @@ from tqdm.auto import tqdm
 from rlhf_kernels import gae, ppo_loss, rlhf_advantages
 from rlhf_kernels.advantages import masked_whiten
 
+from .guards import finite_experience, prompts_kept, stop_if_not_finite
 from .ppo_config import PPOConfig
 from .ppo_run import PPORun
 from .ppo_state import Averages, timed
@@ -91,13 +97,15 @@ class PPOTrainer(PPORun):
 
     def iteration(self) -> dict[str, float]:
         """Sample, score, and improve policy and value function once; return the metrics, means over kept tokens."""
-        args, averages, self.seconds = self.args, Averages(), {}
+        args, averages, self.seconds, self.tokens_trained = self.args, Averages(), {}, 0
         rows = self.next_prompts()
         rollouts = self.sample(rows)
         raw_scores = self.score(rows, rollouts)
         scores = self.shape_scores(raw_scores, rollouts)
         experience = self.evaluate(rollouts)
+        averages.add(self.compare_engine(experience), 1)  # 13
         self.estimate_advantages(experience, scores, averages)
+        stop_if_not_finite(self, finite_experience(experience, scores), experience, averages)  # 15
         if not self.beyond_kl_budget(averages):  # 11
             for _ in range(args.num_ppo_epochs):
                 for chosen in torch.randperm(len(rollouts.response_ids)).split(self.mini_batch_size):
@@ -105,6 +113,8 @@ class PPOTrainer(PPORun):
         if self.ema is not None:
             self.ema.update(self.policy)  # 9
         metrics = {**averages.read(self._sum), "objective/kl_coef": self.kl.value}
+        measured = {name: value for name, value in metrics.items() if name != "val/explained_variance"}
+        stop_if_not_finite(self, measured, experience, averages)  # 15
         episodes = len(rollouts.response_ids) * self.world
         self.kl.update(metrics["objective/kl"], episodes)  # 10
         self.step, self.episode = self.step + 1, self.episode + episodes
@@ -113,12 +123,13 @@ class PPOTrainer(PPORun):
 
     @timed("rollout")
     def sample(self, rows: list[dict]) -> Rollouts:
-        args = self.args
-        return sample(
-            self.policy, self.tokenizer, [row["prompt_ids"] for row in rows[:: args.num_responses]],
-            response_length=args.response_length, temperature=args.temperature, stop_token_ids=self.stop_ids,
-            samples_per_prompt=args.num_responses, batch_size=args.local_rollout_batch_size,
-        )  # fmt: skip
+        args, prompts = self.args, rows[:: self.args.num_responses]
+        with prompts_kept(self, prompts):  # 15
+            return sample(
+                self.policy, self.tokenizer, [row["prompt_ids"] for row in prompts],
+                response_length=args.response_length, temperature=args.temperature, stop_token_ids=self.stop_ids,
+                samples_per_prompt=args.num_responses, batch_size=args.local_rollout_batch_size, engine=self.engine,
+            )  # fmt: skip
 
     @timed("score")
     @torch.no_grad()
@@ -194,7 +205,8 @@ class PPOTrainer(PPORun):
         if self.args.max_kl is None:
             return False
         if averages.read(self._sum)["objective/kl"] <= self.args.max_kl:
-            self.within_budget = {name: x.detach().clone() for name, x in self.policy.named_parameters()}
+            trained = ((name, x) for name, x in self.policy.named_parameters() if x.requires_grad)
+            self.within_budget = {name: x.detach().clone() for name, x in trained}
             return False
         self.stopped = f"max_kl: the KL per response exceeded {self.args.max_kl} nats"
         if self.within_budget is not None:
@@ -204,12 +216,16 @@ class PPOTrainer(PPORun):
     @timed("update")
     def update(self, experience: Experience, chosen: list[int], averages: Averages) -> None:
         """Make one optimizer step from the rows `chosen` (and the next pretraining texts)."""
-        self.accumulate_gradients(experience, chosen, self.next_texts(len(chosen)), averages)
+        texts = self.next_texts(len(chosen))
+        self.accumulate_gradients(experience, chosen, texts, averages)
         norms = {}
         for name, network in (("policy", self.policy), ("value", self.value)):  # 4
             limit = math.inf if self.args.max_grad_norm is None else self.args.max_grad_norm
             norms[f"grad_norm/{name}"] = self.accelerator.clip_grad_norm_(network.parameters(), limit)
         averages.add({**norms, "lr": self.scheduler.get_last_lr()[0]}, 1)
+        if self.accelerator.scaler is None:  # which would leave such a step out by itself
+            stop_if_not_finite(self, norms, experience, averages, chosen)  # 15
+        self.tokens_trained += self._count_tokens(experience.rollouts, chosen) + sum(map(len, texts))
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -247,7 +263,7 @@ class PPOTrainer(PPORun):
         seconds = sum(self.seconds.values())
         tokens = sum(map(len, rollouts.response_ids)) * self.world
         times = {f"time/{phase}": value for phase, value in self.seconds.items()}
-        rates = {"eps": episodes / seconds, "tokens_per_sec": tokens / seconds}
+        rates = {"eps": episodes / seconds, "tokens_per_sec": tokens / seconds, **self._throughput(rollouts)}
         return {"episode": self.episode, **rates, **times}
 
 

@@ -11,11 +11,14 @@ from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 
 from . import checkpoint, models
+from .adapters import AdaptersOff, add_adapters, load_adapters, merged
 from .data import encode_prompt, load_rows
+from .guards import HealthGuards, refuse_bad_weights
 from .kl_controller import KLController
 from .ppo_config import PPOConfig
 from .ppo_state import Cursor, WeightAverage, learning_rate_factor, load_checkpoint, save_checkpoint
-from .rollout import Rollouts, warn_ignored_sampling_settings
+from .rollout import RolloutError, Rollouts, warn_ignored_sampling_settings
+from .rollout_engines import gap_complaint, load_engine, log_prob_gap
 from .sequences import Batch, by_length, join, response_log_probs, response_values, text_loss
 from .startup_check import check_contract
 
@@ -54,6 +57,8 @@ class PPORun:
         self.output_dir = Path(args.output_dir)
         if self.accelerator.is_main_process:
             checkpoint.prepare_output_dir(self.output_dir, resume=self.resumes)
+        self.engine = load_engine(args.rollout_engine, batch_size=args.local_rollout_batch_size)
+        self.guards = HealthGuards(args)  # 15
         self._load_data()
         set_seed(args.seed + self.rank)
         self._load_models(resume)
@@ -96,12 +101,14 @@ class PPORun:
             "dtype": getattr(torch, args.dtype), "attn_implementation": args.attn_implementation,
             "trust_remote_code": args.trust_remote_code,
         }  # fmt: skip
-        self.policy = models.load_policy(resume or args.sft_model_path, **options)
-        self.reference = models.load_policy(args.sft_model_path, **options).requires_grad_(False).eval()
-        self.reward_model = None
+        whole = None if args.use_peft else resume
+        self.policy = models.load_policy(whole or args.sft_model_path, **options)
+        self.reference = self.reward_model = None
+        if not args.use_peft:
+            self.reference = models.load_policy(args.sft_model_path, **options).requires_grad_(False).eval()
         if args.reward_model_path is not None:
             self.reward_model = models.load_reward_model(args.reward_model_path, **options).requires_grad_(False).eval()
-        start = (resume / "value") if resume else (args.value_model_path or args.reward_model_path)  # 4
+        start = (whole / "value") if whole else (args.value_model_path or args.reward_model_path)  # 4
         if start is not None:
             self.value = models.load_reward_model(start, **options)
         else:
@@ -121,6 +128,16 @@ class PPORun:
         self.share_width = None  # 12
         if wanted and models.share_prompts(networks, longest):
             self.share_width = self.policy.config.get_text_config().hidden_size
+        if args.use_peft:  # 14
+            self._add_adapters(resume)
+
+    def _add_adapters(self, resume: Path | None) -> None:
+        self.policy = add_adapters(self.args, self.policy, "CAUSAL_LM")
+        self.value = add_adapters(self.args, self.value, "SEQ_CLS")
+        if resume is not None:
+            load_adapters(self.policy, resume)
+            load_adapters(self.value, resume / "value")
+        self.reference = AdaptersOff(self.policy)
 
     def _check_context(self) -> None:
         networks = {"policy": self.policy, "value network": self.value, "reward model": self.reward_model}
@@ -136,8 +153,11 @@ class PPORun:
     def _make_optimizer(self) -> None:
         args = self.args
         groups = [  # 4
-            {"params": list(self.policy.parameters()), "lr": args.learning_rate},
-            {"params": list(self.value.parameters()), "lr": args.value_learning_rate or args.learning_rate},
+            {"params": [x for x in network.parameters() if x.requires_grad], "lr": rate}
+            for network, rate in (
+                (self.policy, args.learning_rate),
+                (self.value, args.value_learning_rate or args.learning_rate),
+            )
         ]
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = torch.optim.AdamW(
@@ -169,6 +189,8 @@ class PPORun:
 
     def _write_run(self, summary: dict) -> None:
         run = {"stage": "ppo", "config": dataclasses.asdict(self.args), "summary": summary, "contract": self.contract}
+        run["health"] = self.guards.found
+        self.warnings_written = len(self.guards.found)
         checkpoint.write_json(self.output_dir / "run.json", run)
 
     def next_prompts(self) -> list[dict]:
@@ -220,14 +242,48 @@ class PPORun:
     def _decode(self, response_ids) -> list[str]:
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in response_ids]
 
+    def _count_tokens(self, rollouts: Rollouts, rows) -> int:
+        return sum(len(rollouts.prompt_ids[row]) + len(rollouts.response_ids[row]) for row in rows)
+
+    def _throughput(self, rollouts: Rollouts) -> dict[str, float]:
+        """Tokens a second of each phase, all processes together: those sampled; those of prompts and responses, a
+        prompt counted with each of its responses; and those that optimizer steps were made from.
+        """
+        seen = self._count_tokens(rollouts, range(len(rollouts.response_ids)))
+        sampled = sum(map(len, rollouts.response_ids))
+        tokens = {"rollout": sampled, "score": seen, "evaluate": seen, "update": self.tokens_trained}
+        return {
+            f"throughput/{phase}_tokens_per_sec": self.world * tokens[phase] / seconds
+            for phase, seconds in self.seconds.items()
+        }
+
+    def compare_engine(self, experience) -> dict[str, float]:
+        """Return how far the log-probs that the rollout engine gave lie from the trainer's; {} where it gave none.
+
+        Raises:
+            RolloutError: farther than `rollout_gap_limit`.
+        """
+        if experience.rollouts.log_probs is None:
+            return {}
+        gather = self.accelerator.gather
+        gap = log_prob_gap(experience.rollouts.log_probs, experience.log_probs, experience.mask, gather)
+        complaint = gap_complaint(gap, self.args.rollout_gap_limit)
+        if complaint:
+            raise RolloutError(f"{complaint}; rollout_gap_limit sets the limit")
+        complaint = gap_complaint(gap, self.args.rollout_gap_warning)
+        if complaint:
+            self.guards.warn(self.step + 1, "rollout_gap", complaint)
+        return gap
+
     def _log(self, metrics: dict[str, float]) -> None:
-        bad = [name for name, value in metrics.items() if math.isnan(value) and name != "val/explained_variance"]
+        holding = self.guards.check(self.step, metrics)
+        self.stopped = self.stopped or self.guards.reason_to_stop(holding)
         if self.metrics_log is not None:
-            self.metrics_log.log(self.step, metrics)
+            self.metrics_log.log(self.step, metrics | ({"health": holding} if holding else {}))
+            if len(self.guards.found) > self.warnings_written:
+                self._write_run({})
         for name, value in metrics.items() if self.writer else ():
             self.writer.add_scalar(name, value, self.step)
-        if bad:
-            raise FloatingPointError(f"iteration {self.step}: {', '.join(bad)} became NaN; no checkpoint holds it")
 
     def _log_samples(self, rows: list[dict], rollouts: Rollouts, scores: torch.Tensor) -> None:
         if self.samples_log is not None:
@@ -240,6 +296,7 @@ class PPORun:
 
     def save_checkpoint(self) -> None:
         """Write `checkpoint-N` for the iteration just done, and remove the oldest beyond `save_total_limit`."""
+        refuse_bad_weights(self)  # 15
         save_checkpoint(self, self.output_dir / f"checkpoint-{self.step}")
         if self.accelerator.is_main_process:
             checkpoint.remove_old_checkpoints(self.output_dir, self.args.save_total_limit)
@@ -247,12 +304,15 @@ class PPORun:
 
     def save(self, metrics: dict[str, float]) -> None:
         """Write the final policy (the average, where there is one), the value network, and the summary."""
+        refuse_bad_weights(self)  # 15
         if self.accelerator.is_main_process:
             if self.ema is not None:
                 self.ema.swap(self.policy)  # 9
-            models.save_model(self.policy, self.tokenizer, self.output_dir)
+            model, state = merged(self.policy)  # 14
+            models.save_model(model, self.tokenizer, self.output_dir, state)
             if self.ema is not None:
                 self.ema.swap(self.policy)
-            models.save_model(self.value, self.tokenizer, self.output_dir / "value")
+            model, state = merged(self.value)
+            models.save_model(model, self.tokenizer, self.output_dir / "value", state)
             self._write_run({**metrics, "iterations": self.step, "episode": self.episode, "stopped": self.stopped})
         self.accelerator.wait_for_everyone()

@@ -67,26 +67,32 @@ class Cursor:
 
 
 class WeightAverage:
-    """Exponential moving average of a model's weights, in fp32: `average = decay * average + (1 - decay) * weights`."""
+    """Exponential moving average, in fp32, of those weights of a model that train.
+
+    `average = decay * average + (1 - decay) * weights`
+    """
 
     def __init__(self, model, decay: float):
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay: got {decay}, want a number in [0, 1) (paper: 0.992), or None for no average")
         self.decay = decay
-        self.weights = {name: weight.detach().float().clone() for name, weight in model.named_parameters()}
+        self.weights = {
+            name: weight.detach().float().clone() for name, weight in model.named_parameters() if weight.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, model) -> None:
-        for name, weight in model.named_parameters():
-            self.weights[name].lerp_(weight.detach().float(), 1 - self.decay)
+        trained = dict(model.named_parameters())
+        for name, average in self.weights.items():
+            average.lerp_(trained[name].detach().float(), 1 - self.decay)
 
     @torch.no_grad()
     def swap(self, model) -> None:
         """Exchange the model's weights with the average (twice gives them back, in the model's dtype)."""
-        for name, weight in model.named_parameters():
-            held = weight.detach().float().clone()
-            weight.copy_(self.weights[name])
-            self.weights[name] = held
+        trained = dict(model.named_parameters())
+        for name, average in self.weights.items():
+            self.weights[name] = trained[name].detach().float().clone()
+            trained[name].copy_(average)
 
 
 def learning_rate_factor(
@@ -155,7 +161,7 @@ def save_checkpoint(trainer, directory: Path) -> None:
         state = {
             "global_step": trainer.step, "episode": trainer.episode, "kl_coef": trainer.kl.value,
             "prompts": trainer.prompt_cursor.state(), "ptx": trainer.ptx_cursor and trainer.ptx_cursor.state(),
-            "num_processes": trainer.accelerator.num_processes,
+            "num_processes": trainer.accelerator.num_processes, "guards": trainer.guards.state(),
         }  # fmt: skip
         (folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
@@ -170,6 +176,7 @@ def load_checkpoint(trainer, directory: Path) -> None:
         )
     trainer.step, trainer.episode, trainer.kl.value = state["global_step"], state["episode"], state["kl_coef"]
     trainer.prompt_cursor.load(state["prompts"])
+    trainer.guards.load(state["guards"])
     if trainer.ptx_cursor and state["ptx"]:
         trainer.ptx_cursor.load(state["ptx"])
     if trainer.ema is not None:
