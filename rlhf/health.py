@@ -210,6 +210,21 @@ def entropy_collapse(report) -> Check:
     )
 
 
+def warnings_told(report) -> Check:
+    def judge(name, run):
+        if run.health is None:
+            return None
+        told = ", ".join(f"{entry['guard'].replace('_', ' ')} at iteration {entry['step']}" for entry in run.health)
+        return told or "none", "watch" if told else "good"
+
+    return _per_run(
+        report,
+        judge,
+        "Warnings while it trained",
+        "What the guards saw several iterations in a row; run.json has their words, --on_health what becomes of them.",
+    )
+
+
 def alignment_tax(report) -> Check:
     losses = {row["name"]: row.get("lm_loss") for row in report.table}
     losses = {name: loss for name, loss in losses.items() if loss is not None}
@@ -250,6 +265,7 @@ CHECKS = (
     no_movement,
     value_function,
     entropy_collapse,
+    warnings_told,
     alignment_tax,
     reward_model,
 )

@@ -255,7 +255,7 @@ def position_ids_from_mask(attention_mask):
     return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
 
 
-def _unwrapped(model):
+def unwrapped(model):
     """The transformers model inside DDP and PEFT wrappers (adapters sit in its modules, so they still take part)."""
     while hasattr(model, "module") and isinstance(model.module, nn.Module):
         model = model.module
@@ -277,7 +277,7 @@ def model_inputs(model, input_ids, attention_mask=None, position_ids=None):
             raise ValueError("position_ids: got None with a packed attention_mask, wants [B, T] positions")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         position_ids = position_ids_from_mask(mask)
-    mask = mask_for(_unwrapped(model), attention_mask)
+    mask = mask_for(unwrapped(model), attention_mask)
     return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, "use_cache": False}
 
 
@@ -290,7 +290,7 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
     Returns:
         [B, T, H] in the model's dtype. Differentiable.
     """
-    inputs, inner = model_inputs(model, input_ids, attention_mask, position_ids), _unwrapped(model)
+    inputs, inner = model_inputs(model, input_ids, attention_mask, position_ids), unwrapped(model)
     if not isinstance(model, nn.parallel.DistributedDataParallel):
         return inner.base_model(**inputs).last_hidden_state
     if isinstance(inner.get_output_embeddings(), nn.Module):
@@ -374,7 +374,7 @@ def token_scores(model, input_ids, attention_mask=None, position_ids=None):
 
 def scores_from_hidden(model, hidden):
     """[..., H] hidden states -> [...] fp32 calibrated scores."""
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     return _score_head(inner)(hidden).squeeze(-1).float() - float(getattr(inner.config, "reward_bias", 0.0))
 
 
@@ -414,8 +414,8 @@ def stop_token_ids(tokenizer, model, extra=None):
     return sorted(ids)
 
 
-def save_model(model, tokenizer, directory):
-    """Write a model (safetensors) and its tokenizer; a reader sees all of it or none of it.
+def save_model(model, tokenizer, directory, state_dict=None):
+    """Write a model (safetensors), or another state of it, and its tokenizer; a reader sees all of it or none of it.
 
     Files are written aside and moved when all are there, config.json last; without it a folder is not a model. A disk
     that is full leaves the folder as it was.
@@ -425,7 +425,7 @@ def save_model(model, tokenizer, directory):
     while hasattr(model, "module") and isinstance(model.module, nn.Module):
         model = model.module
     with atomic_directory(directory) as folder, quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)
 
 

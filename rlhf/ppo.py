@@ -34,6 +34,11 @@ Departures and details (each number stands again at its line, here or in ppo_run
     tokens' rewards before the advantages are made; reward_clip_range does not touch them.
 15. A reward model with another tokenizer, where `reward_tokenizer` allows it, reads the decoded response, encoded as in
     its training. A response that was cut off gets no end token there either.
+16. Log-probs that a rollout engine gives are compared with those of 2, and go nowhere else.
+17. With `use_peft` policy and value network are LoRA adapters on frozen weights (the value network's head trains in
+    full), and the SFT model of the KL is the policy with its adapters off.
+18. No step is made from numbers that are not finite: the run stops and leaves the batch behind. Numbers that look
+    unhealthy are told, and end the run where that is asked for.
 """
 
 import contextlib
@@ -46,6 +51,7 @@ from tqdm.auto import tqdm
 from rlhf_kernels import gae, ppo_loss, rlhf_advantages
 from rlhf_kernels.advantages import masked_whiten
 
+from .guards import finite_experience, prompts_kept, stop_if_not_finite
 from .ppo_config import PPOConfig
 from .ppo_iteration import Experience, Iteration
 from .ppo_run import PPORun
@@ -95,6 +101,8 @@ class PPOTrainer(PPORun):
         if self.ema is not None:
             self.ema.update(self.policy)  # 9
         metrics = {**begun.averages.read(self._sum), "objective/kl_coef": self.kl.value}
+        measured = {name: value for name, value in metrics.items() if name != "val/explained_variance"}
+        stop_if_not_finite(self, measured, begun.experience, begun.averages)  # 18
         episodes = len(begun.experience.mask)
         self.kl.update(metrics["objective/kl"], episodes)  # 10
         self.step, self.episode = self.step + 1, self.episode + episodes
@@ -103,13 +111,15 @@ class PPOTrainer(PPORun):
 
     def begin(self) -> Iteration:
         """Sample, score, and estimate the advantages of the responses that this iteration learns from."""
-        self.seconds, averages = {}, Averages()
+        self.seconds, self.tokens_trained, averages = {}, 0, Averages()
         rows = self.next_prompts()
         rollouts = self.sample(rows)
         raw_scores = self.score(rows, rollouts, averages)
         experience = self.gather(self.evaluate(rollouts), rows, raw_scores)  # 13
         scores = self.shape_scores(experience.raw_scores, experience.rollouts)
+        averages.add(self.compare_engine(experience), 1)  # 16
         self.estimate_advantages(experience, scores, averages)
+        stop_if_not_finite(self, finite_experience(experience, scores), experience, averages)  # 18
         self.check_kl_budget(averages)  # 11
         begun = Iteration(experience, averages)
         self.save_inside(begun)
@@ -117,13 +127,14 @@ class PPOTrainer(PPORun):
 
     @timed("rollout")
     def sample(self, rows: list[dict]) -> Rollouts:
-        args = self.args
-        prompts = [row["prompt_ids"] for row in rows[:: args.num_responses]]
-        return sample(
-            self.policy, self.tokenizer, prompts, response_length=args.response_length, temperature=args.temperature,
-            stop_token_ids=self.stop_ids, samples_per_prompt=args.num_responses,
-            batch_size=args.local_rollout_batch_size, noise=self.noise(len(prompts)),
-        )  # fmt: skip
+        args, prompts = self.args, rows[:: self.args.num_responses]
+        with prompts_kept(self, prompts):  # 18
+            return sample(
+                self.policy, self.tokenizer, [row["prompt_ids"] for row in prompts],
+                response_length=args.response_length, temperature=args.temperature, stop_token_ids=self.stop_ids,
+                samples_per_prompt=args.num_responses, batch_size=args.local_rollout_batch_size,
+                noise=self.noise(len(prompts)), engine=self.engine, seed=self.engine_seed(),
+            )  # fmt: skip
 
     @timed("score")
     @torch.no_grad()
@@ -192,7 +203,8 @@ class PPOTrainer(PPORun):
         if self.args.max_kl is None:
             return
         if averages.read(self._sum)["objective/kl"] <= self.args.max_kl:
-            self.within_budget = {name: x.detach().clone() for name, x in self.policy.named_parameters()}
+            trained = ((name, x) for name, x in self.policy.named_parameters() if x.requires_grad)
+            self.within_budget = {name: x.detach().clone() for name, x in trained}
             return
         self.stopped = f"max_kl: the KL per response exceeded {self.args.max_kl} nats"
         if self.within_budget is not None:
@@ -201,12 +213,16 @@ class PPOTrainer(PPORun):
     @timed("update")
     def update(self, experience: Experience, chosen: list[int], averages: Averages) -> None:
         """Make one optimizer step from the rows `chosen` (and the next pretraining texts)."""
-        self.accumulate_gradients(experience, chosen, self.next_texts(len(chosen)), averages)
+        texts = self.next_texts(len(chosen))
+        self.accumulate_gradients(experience, chosen, texts, averages)
         norms = {}
         for name, network in (("policy", self.policy), ("value", self.value)):  # 4
             limit = math.inf if self.args.max_grad_norm is None else self.args.max_grad_norm
             norms[f"grad_norm/{name}"] = self.accelerator.clip_grad_norm_(network.parameters(), limit)
         averages.add({**norms, "lr": self.scheduler.get_last_lr()[0]}, 1)
+        if self.accelerator.scaler is None:  # which would leave such a step out by itself
+            stop_if_not_finite(self, norms, experience, averages, chosen)  # 18
+        self.tokens_trained += self._count_tokens(experience.rollouts, chosen) + sum(map(len, texts))
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -244,6 +260,7 @@ class PPOTrainer(PPORun):
         seconds = sum(self.seconds.values())
         times = {f"time/{phase}": value for phase, value in self.seconds.items()}
         rates = {"eps": len(rollouts.ended) / seconds, "tokens_per_sec": sum(map(len, rollouts.response_ids)) / seconds}
+        rates |= self._throughput(rollouts)
         return {"episode": self.episode, **rates, **times}
 
 

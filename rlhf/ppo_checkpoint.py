@@ -53,7 +53,7 @@ def save_checkpoint(trainer, directory: Path) -> None:
             "global_step": trainer.step, "episode": trainer.episode, "kl_coef": trainer.kl.value,
             "stopped": trainer.stopped, "seconds": trainer.seconds,
             "prompts": trainer.prompt_cursor.state(), "ptx": trainer.ptx_cursor and trainer.ptx_cursor.state(),
-            "run": _run(trainer),
+            "guards": trainer.guards.state(), "run": _run(trainer),
         }  # fmt: skip
         (folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
@@ -69,6 +69,7 @@ def load_checkpoint(trainer, directory: Path) -> None:
     trainer.step, trainer.episode, trainer.kl.value = state["global_step"], state["episode"], state["kl_coef"]
     trainer.stopped, trainer.seconds = state["stopped"], state["seconds"]
     trainer.prompt_cursor.load(state["prompts"])
+    trainer.guards.load(state["guards"])
     if trainer.ptx_cursor:
         trainer.ptx_cursor.load(state["ptx"])
     if trainer.ema is not None:

@@ -48,6 +48,15 @@ class PPOConfig:
     missing_eos_penalty: float | None = _option(None, "Taken off the score of a response without a stop token.")
     local_rollout_forward_batch_size: int = _option(64, "Rows of a forward without gradient (scores, log-probs).")
     local_rollout_batch_size: int | None = _option(None, "Rows sampled at a time on a process. None: all.")
+    rollout_engine: str = _option(
+        "builtin",
+        "What samples: builtin, generate (transformers), generate_batch (its continuous batching, for GPUs), or "
+        "path.py:function, as rlhf.rollout.RolloutEngine says.",
+    )
+    rollout_gap_warning: float | None = _option(
+        0.05, "Warn where an engine's log-probs are farther from the trainer's in the mean, nats a token. None: never."
+    )
+    rollout_gap_limit: float | None = _option(0.1, "Stop there. None: never.")
     # rewards
     reward_function: str | None = _option(None, "file.py:name, math_answer, regex, json_schema, unit_test; or several.")
     reward_weights: list[float] | None = field(
@@ -92,6 +101,23 @@ class PPOConfig:
     ptx_batch_multiplier: int = _option(1, "Pretraining texts an episode. Paper: 8.")
     ptx_max_length: int = _option(512, "Tokens of a pretraining text; a longer one becomes several.")
     ema_decay: float | None = _option(None, "Decay of the policy weights' average. None: no average. Paper: 0.992.")
+    # LoRA
+    use_peft: bool = _option(
+        False, "Train LoRA adapters on policy and value network (package peft); the reference is the policy without."
+    )
+    lora_r: int = _option(16, "LoRA rank.")
+    lora_alpha: int = _option(32, "LoRA scale.")
+    lora_dropout: float = _option(0.0, "Dropout in front of the adapters: only 0, as the ratio would not be 1.")
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt. None: peft's choice for the architecture."}
+    )
+    # health
+    on_health: str = _option("warn", "When a run looks unhealthy: stop, warn or ignore. NaN always stops it.")
+    health_kl: float = _option(1.0, "KL of a response over its tokens above this, nats.")
+    health_entropy: float = _option(0.25, "Entropy below this share of the first iterations'.")
+    health_explained_variance: float = _option(-2.0, "Explained variance of the values below this.")
+    health_clip_fraction: float = _option(0.5, "Share of tokens with a clipped ratio above this.")
+    health_patience: int = _option(3, "So many iterations in a row.")
     # the run
     seed: int = _option(42, "Seed of sampling, shuffling and new heads.")
     save_steps: int = _option(50, "A checkpoint every so many iterations, and at the end. 0: none.")
@@ -108,6 +134,7 @@ class PPOConfig:
         at_least_one = (
             "num_responses", "response_length", "num_ppo_epochs", "num_mini_batches", "per_device_train_batch_size",
             "gradient_accumulation_steps", "local_rollout_forward_batch_size", "ptx_batch_multiplier",
+            "lora_r", "health_patience",
         )  # fmt: skip
         for name in at_least_one:
             if getattr(self, name) < 1:
@@ -134,6 +161,12 @@ class PPOConfig:
             raise ValueError(f"save_updates: got {self.save_updates}, want a number of optimizer steps, or 0 for none")
         if self.lr_scheduler_type not in ("constant", "linear", "cosine"):
             raise ValueError(f"lr_scheduler_type: got {self.lr_scheduler_type!r}, want constant, linear or cosine")
+        if self.on_health not in ("stop", "warn", "ignore"):
+            raise ValueError(f"on_health: got {self.on_health!r}, want stop, warn or ignore")
+        if self.lora_dropout:
+            raise ValueError(
+                f"lora_dropout: got {self.lora_dropout}, want 0: with dropout the ratio of an unchanged policy is not 1"
+            )
         if self.report_to not in ("none", "tensorboard"):
             raise ValueError(f"report_to: got {self.report_to!r}, want none or tensorboard")
 
@@ -170,5 +203,7 @@ PPOConfig.groups = _groups(
     rollouts="total_episodes",
     rewards="reward_function",
     loss_and_optimizer="num_ppo_epochs",
+    LoRA="use_peft",
+    health="on_health",
     run_and_output="seed",
 )

@@ -13,14 +13,17 @@ from accelerate.utils import DistributedType, set_seed
 from torch.optim.lr_scheduler import LambdaLR
 
 from . import checkpoint, models
+from .adapters import AdaptersOff, add_adapters, load_adapters, merged
 from .data import encode_prompt, load_rows
+from .guards import HealthGuards, refuse_bad_weights
 from .kl_controller import KLController
 from .ppo_checkpoint import load_checkpoint, save_checkpoint
 from .ppo_config import PPOConfig
-from .ppo_iteration import Experience, Iteration, gather, minibatches, sampling_noise
+from .ppo_iteration import Experience, Iteration, draws, gather, minibatches, sampling_noise
 from .ppo_state import Cursor, WeightAverage, learning_rate_factor
 from .processes import check_processes
-from .rollout import Rollouts, warn_ignored_sampling_settings
+from .rollout import RolloutError, Rollouts, warn_ignored_sampling_settings
+from .rollout_engines import gap_complaint, load_engine, log_prob_gap
 from .scoring import Scorer, own_tokens, reward_functions
 from .sequences import Batch, by_length, join, response_log_probs, response_values, text_loss
 from .startup_check import check_contract
@@ -66,6 +69,8 @@ class PPORun:
         self.output_dir = Path(args.output_dir)
         if self.accelerator.is_main_process:
             checkpoint.prepare_output_dir(self.output_dir, resume=self.resumes)
+        self.engine = load_engine(args.rollout_engine, batch_size=args.local_rollout_batch_size)
+        self.guards = HealthGuards(args)  # 18
         self._load_data()
         set_seed(args.seed + self.rank)
         self._load_models(resume)
@@ -75,7 +80,7 @@ class PPORun:
         self.ema = None if args.ema_decay is None else WeightAverage(self.policy, args.ema_decay)  # 9
         self.prompt_cursor = Cursor(len(self.prompts), args.seed)
         self.ptx_cursor = Cursor(len(self.texts), args.seed + 1) if self.texts else None
-        self.step, self.episode, self.seconds, self.stopped = 0, 0, {}, None
+        self.step, self.episode, self.seconds, self.stopped, self.tokens_trained = 0, 0, {}, None, 0
         self.contract = self.within_budget = self.begun = None
         if resume is not None:
             load_checkpoint(self, resume)
@@ -109,14 +114,16 @@ class PPORun:
             "dtype": getattr(torch, args.dtype), "attn_implementation": args.attn_implementation,
             "trust_remote_code": args.trust_remote_code,
         }  # fmt: skip
-        self.policy = models.load_policy(resume or args.sft_model_path, **options)
-        self.reference = models.load_policy(args.sft_model_path, **options).requires_grad_(False).eval()
-        self.reward_model = None
+        whole = None if args.use_peft else resume
+        self.policy = models.load_policy(whole or args.sft_model_path, **options)
+        self.reference = self.reward_model = None
+        if not args.use_peft:
+            self.reference = models.load_policy(args.sft_model_path, **options).requires_grad_(False).eval()
         if args.reward_model_path is not None:
             self.reward_model = models.load_reward_model(args.reward_model_path, **options).requires_grad_(False).eval()
         self.own_tokens = own_tokens(self)  # 15
         start = args.value_model_path or args.reward_model_path or args.sft_model_path  # 4
-        start = (resume / "value") if resume else start
+        start = (whole / "value") if whole else start
         if models.is_reward_model(start, args.trust_remote_code):
             self.value = models.load_reward_model(start, **options)
         else:
@@ -136,6 +143,16 @@ class PPORun:
         self.share_width = None  # 12
         if wanted and models.share_prompts(networks, longest):
             self.share_width = self.policy.config.get_text_config().hidden_size
+        if args.use_peft:  # 17
+            self._add_adapters(resume)
+
+    def _add_adapters(self, resume: Path | None) -> None:
+        self.policy = add_adapters(self.args, self.policy, "CAUSAL_LM")
+        self.value = add_adapters(self.args, self.value, "SEQ_CLS")
+        if resume is not None:
+            load_adapters(self.policy, resume)
+            load_adapters(self.value, resume / "value")
+        self.reference = AdaptersOff(self.policy)
 
     def _check_context(self) -> None:
         networks = {"policy": self.policy, "value network": self.value}
@@ -152,8 +169,11 @@ class PPORun:
     def _make_optimizer(self) -> None:
         args = self.args
         groups = [  # 4
-            {"params": list(self.policy.parameters()), "lr": args.learning_rate},
-            {"params": list(self.value.parameters()), "lr": args.value_learning_rate or args.learning_rate},
+            {"params": [x for x in network.parameters() if x.requires_grad], "lr": rate}
+            for network, rate in (
+                (self.policy, args.learning_rate),
+                (self.value, args.value_learning_rate or args.learning_rate),
+            )
         ]
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = torch.optim.AdamW(
@@ -186,6 +206,8 @@ class PPORun:
     def _write_run(self, summary: dict) -> None:
         run = {"stage": "ppo", "config": dataclasses.asdict(self.args), "summary": summary, "contract": self.contract}
         run["rewards"] = self.scorer.describe()
+        run["health"] = self.guards.found
+        self.warnings_written = len(self.guards.found)
         checkpoint.write_json(self.output_dir / "run.json", run)
 
     def next_prompts(self) -> list[dict]:
@@ -198,6 +220,10 @@ class PPORun:
         """Return the numbers that choose the tokens of so many prompts, this process's share of the iteration's."""
         shape = (prompts * self.world, self.args.num_responses, self.args.response_length)
         return sampling_noise(self.args.seed, self.step, shape)[self._share(prompts)]  # 13
+
+    def engine_seed(self) -> int:
+        """Return the seed of another rollout engine, of this iteration and process."""
+        return int(draws(self.args.seed, 2, self.step, self.rank).integers(2**31 - 1))  # 13
 
     def minibatches(self, begun: Iteration) -> Iterator[list[int]]:
         """Yield this process's rows of each optimizer step that is left of the iteration."""
@@ -255,14 +281,44 @@ class PPORun:
     def _decode(self, response_ids) -> list[str]:
         return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in response_ids]
 
+    def _count_tokens(self, rollouts: Rollouts, rows) -> int:
+        return sum(len(rollouts.prompt_ids[row]) + len(rollouts.response_ids[row]) for row in rows)
+
+    def _throughput(self, rollouts: Rollouts) -> dict[str, float]:
+        """Tokens a second of each phase, all processes together: those sampled; those of prompts and responses, a
+        prompt counted with each of its responses; and those that optimizer steps were made from.
+        """
+        seen = self._count_tokens(rollouts, range(len(rollouts.response_ids)))
+        sampled, trained = sum(map(len, rollouts.response_ids)), self.world * self.tokens_trained
+        tokens = {"rollout": sampled, "score": seen, "evaluate": seen, "update": trained}
+        return {f"throughput/{phase}_tokens_per_sec": tokens[phase] / spent for phase, spent in self.seconds.items()}
+
+    def compare_engine(self, experience) -> dict[str, float]:
+        """Return how far the log-probs that the rollout engine gave lie from the trainer's; {} where it gave none.
+
+        Raises:
+            RolloutError: farther than `rollout_gap_limit`.
+        """
+        if experience.rollouts.log_probs is None:
+            return {}
+        gap = log_prob_gap(experience.rollouts.log_probs, experience.log_probs, experience.mask)
+        complaint = gap_complaint(gap, self.args.rollout_gap_limit)
+        if complaint:
+            raise RolloutError(f"{complaint}; rollout_gap_limit sets the limit")
+        complaint = gap_complaint(gap, self.args.rollout_gap_warning)
+        if complaint:
+            self.guards.warn(self.step + 1, "rollout_gap", complaint)
+        return gap
+
     def _log(self, metrics: dict[str, float]) -> None:
-        bad = _not_numbers(metrics)
+        holding = self.guards.check(self.step, metrics)
+        self.stopped = self.stopped or self.guards.reason_to_stop(holding)
         if self.metrics_log is not None:
-            self.metrics_log.log(self.step, metrics)
+            self.metrics_log.log(self.step, metrics | ({"health": holding} if holding else {}))
+            if len(self.guards.found) > self.warnings_written:
+                self._write_run({})
         for name, value in metrics.items() if self.writer else ():
             self.writer.add_scalar(name, value, self.step)
-        if bad:
-            raise FloatingPointError(f"iteration {self.step}: {', '.join(bad)} became NaN; no checkpoint holds it")
 
     def _log_samples(self, experience: Experience) -> None:
         if self.samples_log is not None:
@@ -286,6 +342,7 @@ class PPORun:
 
     def save_checkpoint(self) -> None:
         """Write `checkpoint-N` for the iteration just done, and remove the oldest beyond `save_total_limit`."""
+        refuse_bad_weights(self)  # 18
         place = f"{self.step}" if self.begun is None else f"{self.step}-{self.begun.updates}"
         save_checkpoint(self, self.output_dir / f"checkpoint-{place}")
         if self.accelerator.is_main_process:
@@ -294,13 +351,16 @@ class PPORun:
 
     def save(self, metrics: dict[str, float]) -> None:
         """Write the final policy (the average, where there is one), the value network, and the summary."""
+        refuse_bad_weights(self)  # 18
         if self.accelerator.is_main_process:
             if self.ema is not None:
                 self.ema.swap(self.policy)  # 9
-            models.save_model(self.policy, self.tokenizer, self.output_dir)
+            model, state = merged(self.policy)  # 17
+            models.save_model(model, self.tokenizer, self.output_dir, state)
             if self.ema is not None:
                 self.ema.swap(self.policy)
-            models.save_model(self.value, self.tokenizer, self.output_dir / "value")
+            model, state = merged(self.value)
+            models.save_model(model, self.tokenizer, self.output_dir / "value", state)
             metrics = metrics or self.metrics_log.last()  # none of this process where only the end was left to do
             self._write_run({**metrics, "iterations": self.step, "episode": self.episode, "stopped": self.stopped})
         self.accelerator.wait_for_everyone()

@@ -61,26 +61,32 @@ class Cursor:
 
 
 class WeightAverage:
-    """Exponential moving average of a model's weights, in fp32: `average = decay * average + (1 - decay) * weights`."""
+    """Exponential moving average, in fp32, of those weights of a model that train.
+
+    `average = decay * average + (1 - decay) * weights`
+    """
 
     def __init__(self, model, decay: float):
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay: got {decay}, want a number in [0, 1) (paper: 0.992), or None for no average")
         self.decay = decay
-        self.weights = {name: weight.detach().float().clone() for name, weight in model.named_parameters()}
+        self.weights = {
+            name: weight.detach().float().clone() for name, weight in model.named_parameters() if weight.requires_grad
+        }
 
     @torch.no_grad()
     def update(self, model) -> None:
-        for name, weight in model.named_parameters():
-            self.weights[name].lerp_(weight.detach().float(), 1 - self.decay)
+        trained = dict(model.named_parameters())
+        for name, average in self.weights.items():
+            average.lerp_(trained[name].detach().float(), 1 - self.decay)
 
     @torch.no_grad()
     def swap(self, model) -> None:
         """Exchange the model's weights with the average (twice gives them back, in the model's dtype)."""
-        for name, weight in model.named_parameters():
-            held = weight.detach().float().clone()
-            weight.copy_(self.weights[name])
-            self.weights[name] = held
+        trained = dict(model.named_parameters())
+        for name, average in self.weights.items():
+            self.weights[name] = trained[name].detach().float().clone()
+            trained[name].copy_(average)
 
 
 def learning_rate_factor(

@@ -4,24 +4,31 @@ Tokens are drawn from `softmax(logits / temperature)` over the whole vocabulary 
 min_length and every other processor of a model's generation_config are left out, since a log-prob of the renormalised
 distribution is not the one that the loss differentiates. Each row has its own uniform numbers, given as `noise` or
 drawn before the first step, so that a response depends neither on the batch size nor on the other rows (up to the
-rounding of the logits).
+rounding of the logits). Other engines stand in rollout_engines.py, or anywhere else: see `RolloutEngine`.
 """
 
+import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from .sequences import per_token_log_probs
 
-__all__ = ["Completion", "RolloutError", "Rollouts", "collect", "per_token_log_probs", "sample"]
+__all__ = ["Completion", "RolloutEngine", "RolloutError", "Rollouts", "collect", "per_token_log_probs", "sample"]
 
 NEUTRAL_SAMPLING = {
-    "top_k": (None, 0), "top_p": (None, 1.0), "min_p": (None, 0.0), "typical_p": (None, 1.0), "min_length": (None, 0),
-    "min_new_tokens": (None, 0), "repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0),
-    "bad_words_ids": (None,), "suppress_tokens": (None,), "begin_suppress_tokens": (None,), "num_beams": (None, 1),
+    "top_k": (None, 0), "top_p": (None, 1.0), "min_p": (None, 0.0), "top_h": (None,), "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0), "eta_cutoff": (None, 0.0), "min_length": (None, 0), "min_new_tokens": (None, 0),
+    "repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0), "bad_words_ids": (None,), "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []), "sequence_bias": (None,), "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,), "exponential_decay_length_penalty": (None,), "guidance_scale": (None, 1.0),
+    "watermarking_config": (None,), "num_beams": (None, 1),
 }  # fmt: skip
+"""Settings of a generation_config that cut, bend or lengthen, with the values at which they do not."""
 
 
 class RolloutError(RuntimeError):
@@ -36,17 +43,53 @@ class Rollouts:
     response_ids: list[list[int]]
     ended: list[bool]
     step_rewards: torch.Tensor | None = None  # [B, T] fp32 process rewards, which scoring fills in; None where none
+    log_probs: list[list[float]] | None = None  # of the response tokens, nats, as the engine computed them
 
 
 @dataclass
 class Completion:
-    """What an engine returns for sample number `sample` of prompt number `prompt`."""
+    """What an engine returns for sample number `sample` of prompt number `prompt`, both counted from 0."""
 
     prompt: int
     sample: int
     prompt_ids: list[int]
-    response_ids: list[int]
+    response_ids: list[int]  # up to and with the first stop token, or `response_length` of them
     error: str | None = None
+    log_probs: list[float] | None = None  # of response_ids, nats, under the distribution that they were drawn from
+
+
+class RolloutEngine(Protocol):
+    """What samples the responses of PPO: `--rollout_engine`, where a file's function (or class) may be one.
+
+    An engine draws every token from `softmax(logits / temperature)` of the policy over the whole vocabulary, without
+    top_p, top_k, penalties or a least length, and ends a response behind the first of `stop_token_ids` or after
+    `response_length` tokens. Prompts go in and responses come out as ids. It returns a `Completion` for each of the K
+    samples of each prompt, in any order; one that is missing, repeated, unknown, failed or of another prompt stops the
+    run. Two things are its own choice:
+
+    - `Completion.log_probs`: where it gives those of the sampled tokens, for all completions, they are compared with
+      the trainer's in each iteration (`rollout/logprob_gap_mean`, ...). The loss never uses them.
+    - `engine.update_weights(policy)`: where it has this method, it is called before each rollout, on every process,
+      with the policy as it is then: a model of transformers, or of PEFT around one. A server loads its weights there.
+
+    Samples should follow from `seed` alone, which differs from call to call and from process to process; a run resumes
+    to the bit only if they do.
+
+    Example:
+        class Server:
+            def update_weights(self, policy): ...
+            def __call__(self, model, tokenizer, prompt_ids, *, response_length, temperature, stop_token_ids,
+                         samples_per_prompt, seed):
+                for prompt, ids in enumerate(prompt_ids):
+                    for sample in range(samples_per_prompt):
+                        tokens, log_probs = ...
+                        yield Completion(prompt, sample, ids, tokens, log_probs=log_probs)
+    """
+
+    def __call__(
+        self, model, tokenizer, prompt_ids: list[list[int]], *, response_length: int, temperature: float,
+        stop_token_ids: list[int], samples_per_prompt: int, seed: int,
+    ) -> Iterable[Completion]: ...  # fmt: skip
 
 
 def ignored_sampling_settings(model) -> dict:
@@ -61,7 +104,7 @@ def collect(prompt_ids, samples_per_prompt: int, completions: Iterable[Completio
 
     Raises:
         RolloutError: a completion is missing, unknown, repeated, failed, empty, of another prompt, or goes on after a
-            stop token.
+            stop token; some have log-probs and some not, or not one finite number for each token.
     """
     found = {}
     for completion in completions:
@@ -76,6 +119,9 @@ def collect(prompt_ids, samples_per_prompt: int, completions: Iterable[Completio
             raise RolloutError(f"the rollout engine returned {key} (prompt, sample) with another prompt's ids")
         if not completion.response_ids or any(token in stop_token_ids for token in completion.response_ids[:-1]):
             raise RolloutError(f"the response of {key} (prompt, sample) is empty or goes on after a stop token")
+        given = completion.log_probs
+        if given is not None and not (len(given) == len(completion.response_ids) and all(map(math.isfinite, given))):
+            raise RolloutError(f"{key} (prompt, sample) has no finite log-prob for each token of its response")
         found[key] = completion
     wanted = [(prompt, sample) for prompt in range(len(prompt_ids)) for sample in range(samples_per_prompt)]
     missing = [key for key in wanted if key not in found]
@@ -86,13 +132,17 @@ def collect(prompt_ids, samples_per_prompt: int, completions: Iterable[Completio
         )
     responses = [list(found[key].response_ids) for key in wanted]
     ended = [response[-1] in stop_token_ids for response in responses]
-    return Rollouts([list(prompt_ids[prompt]) for prompt, _ in wanted], responses, ended)
+    with_log_probs = sum(found[key].log_probs is not None for key in wanted)
+    if with_log_probs not in (0, len(wanted)):
+        raise RolloutError(f"the rollout engine gave log-probs for {with_log_probs} of {len(wanted)} completions")
+    log_probs = [list(found[key].log_probs) for key in wanted] if with_log_probs else None
+    return Rollouts([list(prompt_ids[prompt]) for prompt, _ in wanted], responses, ended, log_probs)
 
 
 def sample(
     model, tokenizer, prompt_ids: list[list[int]], *, response_length: int, temperature: float,
     stop_token_ids: list[int], samples_per_prompt: int = 1, batch_size: int | None = None,
-    noise: torch.Tensor | None = None, engine: Callable[..., Iterable[Completion]] | None = None,
+    noise: torch.Tensor | None = None, engine: RolloutEngine | None = None, seed: int | None = None,
 ) -> Rollouts:  # fmt: skip
     """Sample responses from the whole distribution `softmax(logits / temperature)`.
 
@@ -104,11 +154,11 @@ def sample(
         temperature: > 0; the logits are divided by it.
         stop_token_ids: a response ends with the first of these.
         samples_per_prompt: K; the prompt is computed once for its K responses.
-        batch_size: most rows at a time; None = all. Prompts of like length go together.
-        noise: [P, K, response_length] float64 in [0, 1), the number that chooses each token. None: drawn from torch's
-            global CPU generator.
-        engine: another engine, called with `(model, tokenizer, prompt_ids, **settings)`; returns `Completion`s in any
-            order.
+        batch_size: most rows at a time of the built-in engine; None = all. Prompts of like length go together.
+        noise: [P, K, response_length] float64 in [0, 1), the number that chooses each token of the built-in engine.
+            None: drawn from torch's global CPU generator.
+        engine: another engine than the built-in one; its `update_weights(model)` is called first, if it has one.
+        seed: of another engine; None = drawn from torch's global CPU generator.
     Returns:
         `Rollouts` of P * K rows in the order of the prompts.
     Raises:
@@ -132,10 +182,17 @@ def sample(
             f"prompt_ids: the longest prompt has {longest} tokens; with response_length {response_length} it does not "
             f"fit the model's context of {context}"
         )
-    completions = (engine or transformers_engine)(
-        model, tokenizer, prompt_ids, response_length=response_length, temperature=temperature,
-        stop_token_ids=list(stop_token_ids), samples_per_prompt=samples_per_prompt, batch_size=batch_size, noise=noise,
-    )  # fmt: skip
+    settings = {
+        "response_length": response_length, "temperature": temperature, "stop_token_ids": list(stop_token_ids),
+        "samples_per_prompt": samples_per_prompt,
+    }  # fmt: skip
+    if engine is None:
+        completions = transformers_engine(model, tokenizer, prompt_ids, **settings, batch_size=batch_size, noise=noise)
+    else:
+        if hasattr(engine, "update_weights"):
+            engine.update_weights(model)
+        seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
+        completions = engine(model, tokenizer, prompt_ids, **settings, seed=seed)
     return collect(prompt_ids, samples_per_prompt, completions, set(stop_token_ids))
 
 

@@ -31,6 +31,7 @@ class Run:
     summary: dict
     metrics: list[dict]
     samples: list[dict]
+    health: list[dict] | None = None  # what the guards of a PPO run told, {"step", "guard", "message"}
 
     def series(self, *keys: str) -> Series:
         """(steps, values) of the first of `keys` that was ever logged, without the rows where it is not finite."""
@@ -138,6 +139,7 @@ def read_run(directory: Path, name: str) -> Run:
         meta.get("summary", {}),
         _json_lines(directory / "metrics.jsonl"),
         _json_lines(directory / "samples.jsonl"),
+        meta.get("health"),
     )
 
 

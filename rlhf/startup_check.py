@@ -5,6 +5,7 @@ import torch
 from .data import encode_completion, encode_example, encode_prompt
 from .models import load_tokenizer
 from .rollout import sample
+from .rollout_engines import gap_complaint, log_prob_gap
 from .sequences import join, response_log_probs, response_scores
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -29,7 +30,7 @@ def check_contract(trainer) -> dict[str, float]:
     with torch.random.fork_rng():
         rollouts = sample(
             policy, trainer.tokenizer, prompts, response_length=min(args.response_length, 16),
-            temperature=args.temperature, stop_token_ids=trainer.stop_ids,
+            temperature=args.temperature, stop_token_ids=trainer.stop_ids, engine=trainer.engine,
         )  # fmt: skip
     batch = join(rollouts.prompt_ids, rollouts.response_ids, policy.device)
     policy.train()
@@ -40,7 +41,8 @@ def check_contract(trainer) -> dict[str, float]:
         if not numbers[name] <= limit:
             failures.append(f"{name}: {meaning} (off by {numbers[name]:.3g}, at most {limit:g} is rounding)")
 
-    shared = {p.data_ptr() for p in policy.parameters()} & {p.data_ptr() for p in reference.parameters()}
+    trained = {p.data_ptr() for p in policy.parameters() if p.requires_grad}
+    shared = trained & {p.data_ptr() for p in reference.parameters()}
     check("reference_storage", len(shared), "the reference shares tensors with the policy, so it would train too", 0)
     trainable = sum(weight.requires_grad for weight in reference.parameters())
     check("reference_frozen", trainable, "the reference has weights that would train", 0)
@@ -61,6 +63,10 @@ def check_contract(trainer) -> dict[str, float]:
     alone, _ = response_log_probs(policy, single, temperature=args.temperature)
     ratio = torch.exp(alone.detach() - log_probs[: len(alone)])
     check("ratio", (ratio - 1).abs().max(), "the unchanged policy's ratio is not 1 in another batch", 10 * tolerance)
+    if rollouts.log_probs is not None:
+        gap = log_prob_gap(rollouts.log_probs, batch.unpack(log_probs), batch.response_mask)
+        limit = torch.inf if args.rollout_gap_limit is None else args.rollout_gap_limit
+        check("engine_log_probs", gap["rollout/logprob_gap_mean"], gap_complaint(gap, limit), limit)
     _check_ids(trainer, rollouts, check)
     if trainer.reward_model is not None and args.value_model_path is None:
         with torch.no_grad():

@@ -19,6 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from rlhf_kernels import pack_responses
 
 from . import checkpoint, data, models, rankings
+from .adapters import add_adapters
 from .processes import check_processes
 from .sequences import label_log_probs, packing_pays
 
@@ -263,24 +264,6 @@ def may_pack(args, model):
             "same results packed as apart; use --packing false"
         )
     return possible
-
-
-def add_adapters(args, model, task_type):
-    """The model, with LoRA adapters if the run asks for them."""
-    if not args.use_peft:
-        return model
-    try:
-        import peft
-    except ImportError:
-        raise ValueError("use_peft: the package peft is not installed (pip install peft)") from None
-    config = peft.LoraConfig(
-        task_type=task_type,
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules,
-    )
-    return peft.get_peft_model(model, config)
 
 
 class StageTrainer(Trainer):

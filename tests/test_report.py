@@ -137,7 +137,7 @@ def verdict(folder, check, **options):
 
 def test_a_healthy_run_raises_no_alarm(tmp_path):
     checks = health.health(runs.read_report(pipeline_dir(tmp_path / "run")))
-    assert len(checks) == 9
+    assert len(checks) == 10
     assert [c.name for c in checks if c.verdict == "bad"] == []
     assert sum(c.verdict == "good" for c in checks) >= 7
 
