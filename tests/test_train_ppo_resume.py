@@ -163,6 +163,20 @@ def test_another_run_is_not_gone_on_with(home, change):
         home.trainer(**full(home, max_steps=1, resume_from_checkpoint="true") | change)
 
 
+def test_another_number_of_processes_is_refused(home):
+    folder = train_ppo(home.config(max_steps=1, save_steps=1))
+    file = folder / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["run"]["num_processes"] = 2
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="num_processes: .* was written by a run with 2, this run has 1"):
+        home.trainer(max_steps=1, resume_from_checkpoint="true")
+    del state["run"]
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="resume_from_checkpoint: .* another version or another stage"):
+        home.trainer(max_steps=1, resume_from_checkpoint="true")
+
+
 def test_a_run_that_stopped_stays_stopped(home):
     """Killed between its last checkpoint and the final models: nothing more is sampled."""
     options = {"max_kl": 0.5, "kl_coef": 0.0, "max_steps": 40, "save_steps": 1, "rollout_batch_size": 32}
