@@ -169,11 +169,11 @@ def test_another_number_of_processes_is_refused(home):
     state = json.loads(file.read_text())
     state["run"]["num_processes"] = 2
     file.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="num_processes: .* was written by a run with 2, this run has 1"):
+    with pytest.raises(ValueError, match=r"num_processes: .* was written by a run with 2, this run has 1"):
         home.trainer(max_steps=1, resume_from_checkpoint="true")
     del state["run"]
     file.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="resume_from_checkpoint: .* another version or another stage"):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .* another version or another stage"):
         home.trainer(max_steps=1, resume_from_checkpoint="true")
 
 
