@@ -65,6 +65,8 @@ def load_checkpoint(trainer, directory: Path) -> None:
         ValueError: this run has other settings, data or processes than the one that wrote it; names what differs.
     """
     state = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
+    if "run" not in state:
+        raise ValueError(f"resume_from_checkpoint: {directory} was written by another version or another stage")
     _check_same_run(state["run"], _run(trainer), directory)
     trainer.step, trainer.episode, trainer.kl.value = state["global_step"], state["episode"], state["kl_coef"]
     trainer.stopped, trainer.seconds = state["stopped"], state["seconds"]

@@ -1,8 +1,9 @@
 """Runs PPO in children of one process that has imported everything, and kills them: python ppo_forks.py PLAN RESULT.
 
 PLAN is a JSON file: a list of runs {"options": settings of PPOConfig, "ranks": processes, "kills": how often all of
-them get SIGKILL at a random moment, "seed": of these moments}. After each kill the run is started again with
-`resume_from_checkpoint: true`, in the end until it is done. RESULT: for each run, what it was doing at each kill.
+them get SIGKILL at a random moment, "seed": of these moments}; the run before one with kills is the same without. After
+each kill the run is started again with `resume_from_checkpoint: true`, in the end until it is done. RESULT: for each
+run, what it was doing at each kill.
 """
 
 import json
@@ -88,7 +89,8 @@ def start(options, ranks):
     return children, shared
 
 
-def run(options, ranks=1, kills=0, seed=0):
+def run(options, ranks=1, kills=0, seed=0, seconds=0.0):
+    """Run to the end; `seconds` is what it takes unkilled, of which the kills together let about half go by."""
     moments, hits = random.Random(seed), []
     for kill in range(kills + 1):
         children, shared = start({**options, "resume_from_checkpoint": "true" if kill else None}, ranks)
@@ -96,7 +98,7 @@ def run(options, ranks=1, kills=0, seed=0):
             early = moments.random() < 0.1  # now and then before it has begun
             while not early and shared[0] == 0 and os.waitid(os.P_PID, children[0], ENDED) is None:
                 time.sleep(0.01)
-            time.sleep(moments.uniform(0, 0.5))
+            time.sleep(moments.uniform(0, seconds / kills))
             for pid in children:
                 os.kill(pid, signal.SIGKILL)  # a child that has ended stays killable until it is waited for
         ends = [os.waitpid(pid, 0)[1] for pid in children]
@@ -111,5 +113,10 @@ def run(options, ranks=1, kills=0, seed=0):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    plan = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps([run(**each) for each in plan]))
+    os.fsync = lambda descriptor: None  # SIGKILL, unlike a power cut, leaves what was written
+    results, seconds = [], 0.0
+    for each in json.loads(Path(sys.argv[1]).read_text()):
+        begin = time.perf_counter()
+        results.append(run(**each, seconds=seconds))
+        seconds = time.perf_counter() - begin
+    Path(sys.argv[2]).write_text(json.dumps(results))

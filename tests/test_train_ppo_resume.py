@@ -163,6 +163,20 @@ def test_another_run_is_not_gone_on_with(home, change):
         home.trainer(**full(home, max_steps=1, resume_from_checkpoint="true") | change)
 
 
+def test_another_number_of_processes_is_refused(home):
+    folder = train_ppo(home.config(max_steps=1, save_steps=1))
+    file = folder / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    state["run"]["num_processes"] = 2
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"num_processes: .* was written by a run with 2, this run has 1"):
+        home.trainer(max_steps=1, resume_from_checkpoint="true")
+    del state["run"]
+    file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .* another version or another stage"):
+        home.trainer(max_steps=1, resume_from_checkpoint="true")
+
+
 def test_a_run_that_stopped_stays_stopped(home):
     """Killed between its last checkpoint and the final models: nothing more is sampled."""
     options = {"max_kl": 0.5, "kl_coef": 0.0, "max_steps": 40, "save_steps": 1, "rollout_batch_size": 32}
@@ -200,7 +214,7 @@ def test_a_full_disk_while_saving_loses_nothing(home, monkeypatch):
 
 @pytest.mark.slow
 def test_trap_28_killed_at_twenty_random_moments(home):
-    options = full(home, max_steps=24, save_steps=1, save_updates=1, save_total_limit=1)
+    options = full(home, max_steps=20, save_steps=1, save_updates=1, save_total_limit=1)
     runs = {out: vars(home.config(out, **options)) for out in ("whole", "killed")}
     plan = [{"options": runs["whole"]}, {"options": runs["killed"], "kills": 20, "seed": 1}]
     _, hits = forked(home, plan)
@@ -210,10 +224,10 @@ def test_trap_28_killed_at_twenty_random_moments(home):
 
 @pytest.mark.slow
 def test_trap_28_two_processes_killed(home):
-    options = full(home, max_steps=8, save_steps=1, save_updates=1, save_total_limit=1, per_device_train_batch_size=2)
+    options = full(home, max_steps=6, save_steps=1, save_updates=1, save_total_limit=1, per_device_train_batch_size=2)
     runs = {out: vars(home.config(out, **options)) for out in ("whole", "killed")}
     plan = [{"options": runs["whole"], "ranks": 2}, {"options": runs["killed"], "ranks": 2, "kills": 3, "seed": 2}]
     _, hits = forked(home, plan)
     assert len(hits) >= 2, hits
     assert_same_run(home, "whole", "killed")
-    assert len(torch.load(home.path / "killed" / "checkpoint-8" / "rng_state.pth", weights_only=True)["ranks"]) == 2
+    assert len(torch.load(home.path / "killed" / "checkpoint-6" / "rng_state.pth", weights_only=True)["ranks"]) == 2
