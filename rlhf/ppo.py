@@ -113,8 +113,7 @@ class PPOTrainer(PPORun):
         if self.ema is not None:
             self.ema.update(self.policy)  # 9
         metrics = {**averages.read(self._sum), "objective/kl_coef": self.kl.value}
-        measured = {name: value for name, value in metrics.items() if name != "val/explained_variance"}
-        stop_if_not_finite(self, measured, experience, averages)  # 15
+        stop_if_not_finite(self, self.must_be_finite(metrics), experience, averages)  # 15
         episodes = len(rollouts.response_ids) * self.world
         self.kl.update(metrics["objective/kl"], episodes)  # 10
         self.step, self.episode = self.step + 1, self.episode + episodes
@@ -223,8 +222,7 @@ class PPOTrainer(PPORun):
             limit = math.inf if self.args.max_grad_norm is None else self.args.max_grad_norm
             norms[f"grad_norm/{name}"] = self.accelerator.clip_grad_norm_(network.parameters(), limit)
         averages.add({**norms, "lr": self.scheduler.get_last_lr()[0]}, 1)
-        if self.accelerator.scaler is None:  # which would leave such a step out by itself
-            stop_if_not_finite(self, norms, experience, averages, chosen)  # 15
+        stop_if_not_finite(self, self.must_be_finite(norms), experience, averages, chosen)  # 15
         self.tokens_trained += self._count_tokens(experience.rollouts, chosen) + sum(map(len, texts))
         self.optimizer.step()
         self.scheduler.step()

@@ -257,3 +257,12 @@ def test_tokens_a_second_of_each_phase(home, monkeypatch):
     for phase, tokens in (("rollout", sampled), ("score", both), ("evaluate", both), ("update", trained)):
         rate = metrics[f"throughput/{phase}_tokens_per_sec"]
         assert rate * metrics[f"time/{phase}"] == pytest.approx(tokens)
+
+
+def test_a_gradient_scaler_sees_to_its_own_overflows(home):
+    trainer = home.trainer()
+    metrics = {"val/explained_variance": math.nan, "grad_norm/policy": math.inf, "loss/value_avg": 1.0}
+    assert trainer.must_be_finite(metrics).keys() == {"grad_norm/policy", "loss/value_avg"}
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    assert trainer.must_be_finite(metrics).keys() == {"loss/value_avg"}
+    guards.stop_if_not_finite(trainer, trainer.must_be_finite({"grad_norm/policy": math.inf}), None, None)
