@@ -103,9 +103,9 @@ class PPOTrainer(PPORun):
         raw_scores = self.score(rows, rollouts)
         scores = self.shape_scores(raw_scores, rollouts)
         experience = self.evaluate(rollouts)
-        averages.add(self.compare_engine(experience), 1)  # 13
         self.estimate_advantages(experience, scores, averages)
         stop_if_not_finite(self, finite_experience(experience, scores), experience, averages)  # 15
+        averages.add(self.compare_engine(experience), 1)  # 13
         if not self.beyond_kl_budget(averages):  # 11
             for _ in range(args.num_ppo_epochs):
                 for chosen in torch.randperm(len(rollouts.response_ids)).split(self.mini_batch_size):

@@ -232,6 +232,23 @@ def test_a_policy_that_cannot_be_sampled_leaves_its_prompts(home):
     assert "its prompts are in" in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize("engine", ["builtin", "generate"])
+def test_a_policy_that_breaks_behind_its_samples_leaves_them(home, engine):
+    trainer = home.trainer(rollout_engine=engine)
+    sample = trainer.sample
+
+    def then_poison(rows):
+        rollouts = sample(rows)
+        with torch.no_grad():
+            trainer.policy.lm_head.weight[3] = torch.nan
+        return rollouts
+
+    trainer.sample = then_poison
+    with pytest.raises(FloatingPointError, match="iteration 1: log_probs, entropy, advantages, returns became NaN"):
+        trainer.train()
+    assert load_file(home.path / "run" / "bad_batch-1" / "batch.safetensors")["log_probs"].isnan().any()
+
+
 def test_a_batch_is_whole_or_not_there(home, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
