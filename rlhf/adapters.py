@@ -34,18 +34,6 @@ class AdaptersOff(nn.Module):
         super().__init__()
         object.__setattr__(self, "module", model)  # seen by those who unwrap, but no submodule
 
-    @property
-    def config(self):
-        return self.module.config
-
-    @property
-    def device(self):
-        return self.module.device
-
-    @property
-    def dtype(self):
-        return self.module.dtype
-
     def named_parameters(self, *args, **kwargs):
         trained = trained_names(self.module)
         yield from ((name, w) for name, w in self.module.named_parameters(*args, **kwargs) if name not in trained)

@@ -127,6 +127,8 @@ def stop_if_not_finite(trainer, numbers: dict, experience, averages, rows=None) 
         FloatingPointError: names the numbers and the folder.
     """
     tensors = {name: torch.as_tensor(x) for name, x in numbers.items() if x is not None}
+    if not tensors:
+        return
     flags = [(~x.isfinite()).any().to(trainer.accelerator.device) for x in tensors.values()]
     counts = trainer._sum(torch.stack(flags).float()).tolist()
     bad = [name for name, count in zip(tensors, counts, strict=True) if count]

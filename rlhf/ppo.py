@@ -101,8 +101,7 @@ class PPOTrainer(PPORun):
         if self.ema is not None:
             self.ema.update(self.policy)  # 9
         metrics = {**begun.averages.read(self._sum), "objective/kl_coef": self.kl.value}
-        measured = {name: value for name, value in metrics.items() if name != "val/explained_variance"}
-        stop_if_not_finite(self, measured, begun.experience, begun.averages)  # 18
+        stop_if_not_finite(self, self.must_be_finite(metrics), begun.experience, begun.averages)  # 18
         episodes = len(begun.experience.mask)
         self.kl.update(metrics["objective/kl"], episodes)  # 10
         self.step, self.episode = self.step + 1, self.episode + episodes
@@ -117,9 +116,9 @@ class PPOTrainer(PPORun):
         raw_scores = self.score(rows, rollouts, averages)
         experience = self.gather(self.evaluate(rollouts), rows, raw_scores)  # 13
         scores = self.shape_scores(experience.raw_scores, experience.rollouts)
-        averages.add(self.compare_engine(experience), 1)  # 16
         self.estimate_advantages(experience, scores, averages)
         stop_if_not_finite(self, finite_experience(experience, scores), experience, averages)  # 18
+        averages.add(self.compare_engine(experience), 1)  # 16
         self.check_kl_budget(averages)  # 11
         begun = Iteration(experience, averages)
         self.save_inside(begun)
@@ -220,8 +219,7 @@ class PPOTrainer(PPORun):
             limit = math.inf if self.args.max_grad_norm is None else self.args.max_grad_norm
             norms[f"grad_norm/{name}"] = self.accelerator.clip_grad_norm_(network.parameters(), limit)
         averages.add({**norms, "lr": self.scheduler.get_last_lr()[0]}, 1)
-        if self.accelerator.scaler is None:  # which would leave such a step out by itself
-            stop_if_not_finite(self, norms, experience, averages, chosen)  # 18
+        stop_if_not_finite(self, self.must_be_finite(norms), experience, averages, chosen)  # 18
         self.tokens_trained += self._count_tokens(experience.rollouts, chosen) + sum(map(len, texts))
         self.optimizer.step()
         self.scheduler.step()

@@ -310,6 +310,13 @@ class PPORun:
             self.guards.warn(self.step + 1, "rollout_gap", complaint)
         return gap
 
+    def must_be_finite(self, metrics: dict) -> dict:
+        """Leave out the explained variance of returns that do not vary, and gradients that a GradScaler sees to: it
+        skips such a step by itself.
+        """
+        exempt = ("val/explained_variance", *(() if self.accelerator.scaler is None else ("grad_norm/",)))
+        return {name: value for name, value in metrics.items() if not name.startswith(exempt)}
+
     def _log(self, metrics: dict[str, float]) -> None:
         holding = self.guards.check(self.step, metrics)
         self.stopped = self.stopped or self.guards.reason_to_stop(holding)

@@ -42,8 +42,8 @@ class Rollouts:
     prompt_ids: list[list[int]]
     response_ids: list[list[int]]
     ended: list[bool]
-    step_rewards: torch.Tensor | None = None  # [B, T] fp32 process rewards, which scoring fills in; None where none
     log_probs: list[list[float]] | None = None  # of the response tokens, nats, as the engine computed them
+    step_rewards: torch.Tensor | None = None  # [B, T] fp32 process rewards, which scoring fills in; None where none
 
 
 @dataclass

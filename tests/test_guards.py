@@ -140,8 +140,8 @@ def poison_weight(trainer):
 def poison_reward(trainer):
     score = trainer.score
 
-    def poisoned(rows, rollouts):
-        scores = score(rows, rollouts)
+    def poisoned(rows, rollouts, averages):
+        scores = score(rows, rollouts, averages)
         scores[2] = torch.inf
         return scores
 
@@ -232,6 +232,23 @@ def test_a_policy_that_cannot_be_sampled_leaves_its_prompts(home):
     assert "its prompts are in" in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize("engine", ["builtin", "generate"])
+def test_a_policy_that_breaks_behind_its_samples_leaves_them(home, engine):
+    trainer = home.trainer(rollout_engine=engine)
+    sample = trainer.sample
+
+    def then_poison(rows):
+        rollouts = sample(rows)
+        with torch.no_grad():
+            trainer.policy.lm_head.weight[3] = torch.nan
+        return rollouts
+
+    trainer.sample = then_poison
+    with pytest.raises(FloatingPointError, match="iteration 1: log_probs, entropy, advantages, returns became NaN"):
+        trainer.train()
+    assert load_file(home.path / "run" / "bad_batch-1" / "batch.safetensors")["log_probs"].isnan().any()
+
+
 def test_a_batch_is_whole_or_not_there(home, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -257,3 +274,12 @@ def test_tokens_a_second_of_each_phase(home, monkeypatch):
     for phase, tokens in (("rollout", sampled), ("score", both), ("evaluate", both), ("update", trained)):
         rate = metrics[f"throughput/{phase}_tokens_per_sec"]
         assert rate * metrics[f"time/{phase}"] == pytest.approx(tokens)
+
+
+def test_a_gradient_scaler_sees_to_its_own_overflows(home):
+    trainer = home.trainer()
+    metrics = {"val/explained_variance": math.nan, "grad_norm/policy": math.inf, "loss/value_avg": 1.0}
+    assert trainer.must_be_finite(metrics).keys() == {"grad_norm/policy", "loss/value_avg"}
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    assert trainer.must_be_finite(metrics).keys() == {"loss/value_avg"}
+    guards.stop_if_not_finite(trainer, trainer.must_be_finite({"grad_norm/policy": math.inf}), None, None)

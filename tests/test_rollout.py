@@ -94,6 +94,21 @@ def test_generation_config_has_no_effect_and_is_named(model):
         rollout.warn_ignored_sampling_settings(model)
 
 
+def test_every_setting_that_cuts_or_bends_is_named_and_neutral_ones_are_not(model):
+    model.generation_config.update(
+        top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0, repetition_penalty=1.0, suppress_tokens=[], num_beams=1,
+        guidance_scale=1.0, temperature=0.3, do_sample=True,
+    )  # fmt: skip
+    assert rollout.ignored_sampling_settings(model) == {}
+    bent = {
+        "min_p": 0.1, "typical_p": 0.9, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "min_new_tokens": 2,
+        "no_repeat_ngram_size": 2, "bad_words_ids": [[3]], "suppress_tokens": [4], "begin_suppress_tokens": [4],
+        "sequence_bias": [[[4], 2.0]], "forced_eos_token_id": 5, "guidance_scale": 2.0, "num_beams": 4,
+    }  # fmt: skip
+    model.generation_config.update(**bent)
+    assert rollout.ignored_sampling_settings(model) == bent
+
+
 def test_no_stop_tokens_and_a_masked_vocabulary(model):
     rollouts = run(model, stop_token_ids=[])
     assert not any(rollouts.ended) and {len(ids) for ids in rollouts.response_ids} == {12}

@@ -20,7 +20,9 @@ from rlhf.rollout import Rollouts
 WORDS = ["<pad>", "<unk>", "</s>", ".", "banana", "the", "cat", "dog"]
 WORDS += ["sat", "ran", "on", "a", "mat", "and", "saw", "it"]
 PAD, EOS, STOP, BANANA = 0, 2, 3, 4
-TIMINGS = ("time", "time/rollout", "time/score", "time/evaluate", "time/update", "eps", "tokens_per_sec")
+PHASES = ("rollout", "score", "evaluate", "update")
+TIMINGS = ("time", "eps", "tokens_per_sec", *(f"time/{phase}" for phase in PHASES))
+TIMINGS += tuple(f"throughput/{phase}_tokens_per_sec" for phase in PHASES)
 ROOT = Path(__file__).resolve().parent.parent
 
 
