@@ -16,6 +16,8 @@ NATIVE := $(wildcard csrc/*/*)
 demo: $(VENV)/ready $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2)
 	$(BIN)/rlhf demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--output_dir $(OUT)) $(if $(SEED),--seed $(SEED))
 
+# One thread a process: processes with a thread for each core wait for one another.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(if $(OP),tests/test_$(OP)*.py,tests) $(ARGS)
 

@@ -104,7 +104,7 @@ def kl(op) -> None:
 
 
 def linear(op) -> None:
-    count, columns, no_group = 4096, 256, (0, None, 0)
+    count, columns, no_group = 4096, 256, (0, False, None, 0)
     flat, labels, mask = new(count), new(count, dtype=I64), new(count, dtype=BOOL)
     plain, warm, capped = (None, None, 1.0, None), (None, flat, 1.0, None), (new(151936), None, 0.7, 30.0)
     for vocab, dtype, (bias, heat, temperature, softcap) in (
@@ -114,8 +114,8 @@ def linear(op) -> None:
         hidden, weight = new(count, columns, dtype=dtype), new(vocab, columns, dtype=dtype)
         head, scale = (hidden, weight, labels, None, bias, heat), (temperature, softcap, -100)
         needs = (True, True, bias is not None)
-        op.linear_logprobs_fwd(*head, *scale, False, *no_group)
-        op.linear_logprobs_fwd(*head, *scale, True, *no_group)
+        op.linear_logprobs_fwd(*head, *scale, False, False, *no_group)
+        op.linear_logprobs_fwd(*head, *scale, True, False, *no_group)
         for upstream in ((flat, None), (flat, flat)):
             op.linear_logprobs_bwd(*upstream, *head, *(flat,) * 4, *scale, *no_group, *needs)
         op.linear_cross_entropy_fwd(*head, *scale, *no_group, *needs)
@@ -124,9 +124,9 @@ def linear(op) -> None:
             "token-mean", *no_group, *needs,
         )  # fmt: skip
         for reverse in (True, False):
-            sides = (hidden, weight, hidden, weight, bias, bias, temperature, softcap, reverse, 0)
-            op.linear_kl_fwd(*sides)
-            op.linear_kl_bwd(flat, *sides, *needs)
+            sides = (hidden, weight, hidden, weight, None, bias, bias, temperature, softcap, reverse)
+            op.linear_kl_fwd(*sides, False, *no_group[:3])
+            op.linear_kl_bwd(flat, *sides, *no_group[:3], *needs)
 
 
 def advantages(op) -> None:

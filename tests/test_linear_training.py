@@ -125,7 +125,7 @@ def test_vocabulary_parallel(tmp_path, backend, cuts):
     ranks = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
     try:
         for rank in ranks:
-            output, _ = rank.communicate(timeout=120)
+            output, _ = rank.communicate(timeout=300)
             assert rank.returncode == 0, output
     finally:
         for rank in ranks:

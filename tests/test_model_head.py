@@ -217,7 +217,7 @@ def test_sharded_models(tmp_path):
     ranks = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
     try:
         for rank in ranks:
-            output, _ = rank.communicate(timeout=180)
+            output, _ = rank.communicate(timeout=300)
             assert rank.returncode == 0, output
     finally:
         for rank in ranks:

@@ -295,7 +295,7 @@ def test_batches_of_the_stages(logit_scale, switched):
     packed, padded = (training.make_batch(examples, 0, packed=packed, hidden_size=32) for packed in (True, False))
     assert packed.keys() == padded.keys() and packed["attention_mask"].shape == (1, 1, 2, 1204)
     with torch.no_grad():
-        found, wanted = (training.label_log_probs(model, batch) for batch in (packed, padded))
+        found, wanted = (training.response_log_probs(model, batch) for batch in (packed, padded))
     assert wanted.std() > 1e-3 and (found - wanted).abs().max() <= 1e-6
 
 

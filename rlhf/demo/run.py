@@ -230,11 +230,11 @@ def gold_trainer():
     from ..ppo import PPOTrainer
 
     class GoldTrainer(PPOTrainer):
-        def score(self, rows, rollouts):
+        def score(self, rows, rollouts, averages=None):
             texts = self.tokenizer.batch_decode(rollouts.response_ids, skip_special_tokens=True)
             judged = zip(rows, texts, rollouts.ended, strict=True)
             self.gold = float(np.mean([labeler.gold_score(row["prompt"], text, ended) for row, text, ended in judged]))
-            return super().score(rows, rollouts)
+            return super().score(rows, rollouts, averages)
 
         def iteration(self):
             return {**super().iteration(), "objective/gold": self.gold}
