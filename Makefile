@@ -16,10 +16,11 @@ NATIVE := $(wildcard csrc/*/*)
 demo: $(VENV)/ready $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2)
 	$(BIN)/rlhf demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--output_dir $(OUT)) $(if $(SEED),--seed $(SEED))
 
-# One thread a process: processes with a thread for each core wait for one another.
+# One thread a process: processes with a thread for each core wait for one another. A file at a time: it makes its
+# fixtures once.
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/ready
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(if $(OP),tests/test_$(OP)*.py,tests) $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(if $(OP),tests/test_$(OP)*.py,tests) $(ARGS)
 
 # On the machine's own python (PYTHON=), whose torch and triton see the GPU.
 gpu:
