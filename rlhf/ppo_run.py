@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from . import checkpoint, models
 from .adapters import AdaptersOff, add_adapters, load_adapters, merged
 from .data import encode_prompt, load_rows
-from .guards import HealthGuards, refuse_bad_weights
+from .guards import HealthGuards, refuse_bad_weights, stop_if_not_finite
 from .kl_controller import KLController
 from .ppo_checkpoint import load_checkpoint, save_checkpoint
 from .ppo_config import PPOConfig
@@ -343,7 +343,9 @@ class PPORun:
         """Write `checkpoint-N-U` if one is due after U of the iteration's steps and more of them are to come."""
         every, steps = self.args.save_updates, len(begun.experience.mask) // (self.mini_batch_size * self.world)
         due = every > 0 and begun.updates % every == 0 and begun.updates < steps * self.args.num_ppo_epochs
-        if due and self.stopped is None and not _not_numbers(begun.averages.read(self._sum)):
+        if due and self.stopped is None:
+            found = self.must_be_finite(begun.averages.read(self._sum))
+            stop_if_not_finite(self, found, begun.experience, begun.averages)  # 18
             self.begun = begun
             self.save_checkpoint()
 
@@ -371,7 +373,3 @@ class PPORun:
             metrics = metrics or self.metrics_log.last()  # none of this process where only the end was left to do
             self._write_run({**metrics, "iterations": self.step, "episode": self.episode, "stopped": self.stopped})
         self.accelerator.wait_for_everyone()
-
-
-def _not_numbers(metrics: dict[str, float]) -> list[str]:
-    return [name for name, value in metrics.items() if math.isnan(value) and name != "val/explained_variance"]

@@ -6,14 +6,13 @@ with the trainer's, which is how a cut distribution, another temperature or old 
 
 import contextlib
 import functools
-import importlib.util
 import re
-from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 from .models import unwrapped
+from .own_code import load_named
 from .rollout import Completion, RolloutEngine, RolloutError
 
 ENGINES = ("builtin", "generate", "generate_batch")
@@ -24,8 +23,8 @@ def load_engine(name: str, *, batch_size: int | None = None) -> RolloutEngine | 
     """Return the engine that `--rollout_engine` names; None stands for the built-in sampler.
 
     Args:
-        name: builtin, generate, generate_batch, or path.py:function, a `RolloutEngine`; a class is called once, without
-            arguments, and its object is the engine.
+        name: builtin, generate, generate_batch, or path/to/file.py:name, a `RolloutEngine`; a class is called
+            once, without arguments, and its object is the engine.
         batch_size: most rows at a time of `generate` and `generate_batch`; None = all.
     Raises:
         ValueError: no such engine, file or name in it; what it names cannot be called.
@@ -34,18 +33,10 @@ def load_engine(name: str, *, batch_size: int | None = None) -> RolloutEngine | 
         return None
     if name in ENGINES:
         return functools.partial({"generate": generate, "generate_batch": generate_batch}[name], batch_size=batch_size)
-    file, _, attribute = name.rpartition(":")
-    if not file.endswith(".py") or not attribute.isidentifier():
-        raise ValueError(f"rollout_engine: got {name!r}, want {', '.join(ENGINES)} or path.py:function")
-    if not Path(file).is_file():
-        raise ValueError(f"rollout_engine: got {name!r}, but there is no file {file}")
-    spec = importlib.util.spec_from_file_location(f"rollout_engine_{Path(file).stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    engine = getattr(module, attribute, None)
+    engine = load_named("rollout_engine", name, ENGINES)
     engine = engine() if isinstance(engine, type) else engine
     if not callable(engine):
-        raise ValueError(f"rollout_engine: got {name!r}, but {file} has no function or class {attribute}")
+        raise ValueError(f"rollout_engine: got {name!r}, whose objects cannot be called")
     return engine
 
 

@@ -11,19 +11,17 @@ A reward function is `f(prompts, completions, completion_ids, **columns)` and re
 """
 
 import functools
-import importlib.util
 import itertools
 import json
 import logging
 import math
 import numbers
-import sys
-from pathlib import Path
 
 import torch
 
 from . import models
 from .data import encode_completion, encode_prompt
+from .own_code import load_named
 from .ppo_state import Averages
 from .rewards import BUILT_IN
 from .rollout import Rollouts
@@ -155,38 +153,8 @@ def reward_functions(reward_fn, names: str | None) -> list:
 
 
 def load_function(name: str, modules: dict):
-    """A reward by its built-in name, or the object `f` of a file by `path/to/file.py:f`.
-
-    Args:
-        modules: files that have run, so that each runs once; filled in.
-    Raises:
-        ValueError: no such built-in, file or object; or the file does not run.
-    """
-    path, colon, attribute = name.rpartition(":")
-    if not colon:
-        if name in BUILT_IN:
-            return BUILT_IN[name]
-        raise ValueError(f"reward_function: got {name!r}, want path/to/file.py:name, or one of {', '.join(BUILT_IN)}")
-    file = Path(path).expanduser()
-    if not file.is_file() or file.suffix != ".py":
-        raise ValueError(f"reward_function: got {name!r}, but {path} is not a Python file")
-    if file not in modules:
-        modules[file] = _run_file(file)
-    module = modules[file]
-    if not callable(getattr(module, attribute, None)):
-        raise ValueError(f"reward_function: got {name!r}, but {path} defines no function {attribute!r}")
-    return getattr(module, attribute)
-
-
-def _run_file(file: Path):
-    spec = importlib.util.spec_from_file_location(f"rlhf_reward_file_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"reward_function: {file} does not run ({type(error).__name__}: {error})") from error
-    return module
+    """A reward by its built-in name, or one of the user's own; see `own_code.load_named`."""
+    return BUILT_IN[name] if name in BUILT_IN else load_named("reward_function", name, BUILT_IN, modules)
 
 
 def call(name: str, function, arguments, columns: dict, places: list[str]):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -155,6 +157,45 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"needs the shared data folder, which is not at {path}; set RLHF_SHARED_DATA")
     return path
+
+
+@pytest.fixture(scope="module")
+def ppo_files(tmp_path_factory) -> Path:
+    """A folder with tiny policies, reward models, prompts and texts for PPO."""
+    from tests.tiny_ppo import write_files
+
+    return write_files(tmp_path_factory.mktemp("ppo"))
+
+
+@pytest.fixture
+def home(ppo_files: Path, tmp_path: Path):
+    """A `tests.tiny_ppo.Home`: the test's own folder, with links to those models and data."""
+    from tests.tiny_ppo import own_home
+
+    return own_home(ppo_files, tmp_path)
+
+
+@pytest.fixture
+def gloo_ranks(tmp_path: Path):
+    """gloo_ranks(script, count, *arguments) runs `script RANK *arguments RENDEZVOUS_FILE` on `count` ranks."""
+
+    def run(script: str, count: int, *arguments: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(ROOT / "tests" / script)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+        ranks = [
+            subprocess.Popen([*command, str(rank), *arguments, str(tmp_path / "rendezvous")], **pipes)
+            for rank in range(count)
+        ]
+        try:
+            for rank in ranks:
+                output, _ = rank.communicate(timeout=300)
+                assert rank.returncode == 0, output
+        finally:
+            for rank in ranks:
+                rank.kill()
+
+    return run
 
 
 @pytest.fixture(autouse=True)

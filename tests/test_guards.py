@@ -14,17 +14,7 @@ from rlhf import guards, health, models, runs
 from rlhf.guards import HealthGuards
 from rlhf.ppo import PPOConfig, PPOTrainer, train_ppo
 from rlhf.rollout import RolloutError
-from tests.tiny_ppo import EOS, PAD, WORDS, equal, own_home, weights, write_files
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("ppo"))
-
-
-@pytest.fixture
-def home(files, tmp_path):
-    return own_home(files, tmp_path)
+from tests.tiny_ppo import EOS, PAD, WORDS, equal, weights
 
 
 def healthy(step):

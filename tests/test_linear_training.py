@@ -1,10 +1,5 @@
 """The op `linear` in training: autocast, loss scales, accumulation, chunks that add up, shards of the vocabulary."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,21 +107,9 @@ def test_trap_26_fifty_steps(backend_name):
     ("backend", "cuts"),
     (("cpu", "6"), ("cpu", "5"), ("cpu", "4,8"), ("cpu", "5,6"), ("reference", "5,6"), ("triton", "5")),
 )
-def test_vocabulary_parallel(tmp_path, backend, cuts):
+def test_vocabulary_parallel(gloo_ranks, backend, cuts):
     """Two and three gloo ranks with equal and unequal shards agree with the head in one piece, forward and backward."""
     state = rk.backends()["linear"][backend]
     if state != "available" or (backend == "triton" and torch.cuda.is_available()):
         pytest.skip("the ranks run on CPU tensors" if state == "available" else f"{backend} {state}")
-    script = Path(__file__).with_name("linear_ranks.py")
-    environment = {**os.environ, "PYTHONPATH": str(script.parent.parent), "OMP_NUM_THREADS": "1"}
-    arguments = [cuts, backend, str(tmp_path / "rendezvous")]
-    commands = [[sys.executable, str(script), str(rank), *arguments] for rank in range(cuts.count(",") + 2)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
-    try:
-        for rank in ranks:
-            output, _ = rank.communicate(timeout=300)
-            assert rank.returncode == 0, output
-    finally:
-        for rank in ranks:
-            rank.kill()
+    gloo_ranks("linear_ranks.py", cuts.count(",") + 2, cuts, backend)

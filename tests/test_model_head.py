@@ -1,10 +1,5 @@
 """Log-probs from any causal language model: the head that is found, and what it gives, beside the model's logits."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -208,17 +203,6 @@ def test_bad_input():
         assert message in str(error.value)
 
 
-def test_sharded_models(tmp_path):
+def test_sharded_models(gloo_ranks):
     """Two gloo ranks with FSDP2 (whole, head apart, tied) and DDP: the gradients of one process on both rows."""
-    script = Path(__file__).with_name("model_head_ranks.py")
-    environment = {**os.environ, "PYTHONPATH": str(script.parent.parent), "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, str(script), str(rank), str(tmp_path / "rendezvous")] for rank in range(2)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ranks = [subprocess.Popen(command, env=environment, **pipes) for command in commands]
-    try:
-        for rank in ranks:
-            output, _ = rank.communicate(timeout=300)
-            assert rank.returncode == 0, output
-    finally:
-        for rank in ranks:
-            rank.kill()
+    gloo_ranks("model_head_ranks.py", 2)

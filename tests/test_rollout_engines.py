@@ -16,7 +16,7 @@ from rlhf.ppo import train_ppo
 from rlhf.rollout import Completion, RolloutError, collect, sample
 from rlhf.rollout_engines import gap_complaint, load_engine, log_prob_gap
 from rlhf.startup_check import ContractError
-from tests.tiny_ppo import equal, own_home, weights, write_files
+from tests.tiny_ppo import equal, weights
 
 V, STOP = 13, [2, 5]
 PROMPTS = [[1, 4, 6], [1], [1, 7, 8, 9, 10, 11], [3, 3], [1, 12]]
@@ -43,16 +43,6 @@ def make_model(kind):
 @pytest.fixture(params=["llama", "gpt2"])
 def model(request):
     return make_model(request.param)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("ppo"))
-
-
-@pytest.fixture
-def home(files, tmp_path):
-    return own_home(files, tmp_path)
 
 
 def run(model, engine, prompts=PROMPTS, *, batch_size=None, **options):
@@ -243,12 +233,12 @@ def test_a_server_of_ones_own(model):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("vllm", "got 'vllm', want builtin, generate, generate_batch or path.py:function"),
+        ("vllm", "got 'vllm', want builtin, generate, generate_batch or path/to/file.py:name"),
         ("engine.py", "got 'engine.py', want builtin"),
         ("engine.py:a b", "got 'engine.py:a b', want builtin"),
         ("/no/such/engine.py:Server", "there is no file /no/such/engine.py"),
-        (f"{SERVER}:nothing", "has no function or class nothing"),
-        (f"{SERVER}:constant", "has no function or class constant"),
+        (f"{SERVER}:nothing", "defines no function or class 'nothing'"),
+        (f"{SERVER}:constant", "defines no function or class 'constant'"),
     ],
 )
 def test_engines_that_are_not_there(name, message):

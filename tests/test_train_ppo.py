@@ -24,21 +24,9 @@ from tests.tiny_ppo import (
     experience_of,
     make_config,
     make_tokenizer,
-    own_home,
     perturb,
     weights,
-    write_files,
 )
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("ppo"))
-
-
-@pytest.fixture
-def home(files, tmp_path):
-    return own_home(files, tmp_path)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])

@@ -12,21 +12,11 @@ from rlhf import models
 from rlhf.adapters import merged
 from rlhf.ppo import train_ppo
 from rlhf.startup_check import ContractError, check_contract
-from tests.tiny_ppo import HAND_MADE, equal, own_home, weights, write_files
+from tests.tiny_ppo import HAND_MADE, equal, weights
 
 pytest.importorskip("peft", reason="the package peft is not installed: pip install peft")
 
 LORA = {"use_peft": True, "lora_r": 2, "lora_alpha": 4, "learning_rate": 3e-2, "max_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("ppo"))
-
-
-@pytest.fixture
-def home(files, tmp_path):
-    return own_home(files, tmp_path)
 
 
 def trained(model):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from rlhf.ppo import train_ppo
 from rlhf.processes import SHARDING, WORLD_SIZES, check_processes
-from tests.tiny_ppo import ROOT, TIMINGS, forked, own_home, write_files
+from tests.tiny_ppo import ROOT, TIMINGS, forked
 
 PRESETS = ROOT / "rlhf" / "presets" / "accelerate"
 SAME = {
@@ -21,16 +21,6 @@ SAME = {
     "adam_epsilon": 1e-3, "learning_rate": 3e-3, "num_logged_samples": 8,
 }  # fmt: skip
 # adam_epsilon 1e-3: with Adam's 1e-8 a gradient of size 1e-9 that is rounding alone moves a weight by the full rate
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("ppo"))
-
-
-@pytest.fixture
-def home(files, tmp_path):
-    return own_home(files, tmp_path)
 
 
 def config(home, out, processes, **changes):

@@ -11,22 +11,12 @@ from rlhf import checkpoint
 from rlhf.ppo import train_ppo
 from rlhf.ppo_iteration import draws, load_iteration
 from rlhf.ppo_state import Averages
-from tests.tiny_ppo import TIMINGS, bananas, equal, forked, own_home, write_files
+from tests.tiny_ppo import TIMINGS, bananas, equal, forked
 
 FULL = {
     "temperature": 0.7, "num_ppo_epochs": 2, "ptx_coef": 0.5, "ema_decay": 0.9, "kl_target": 0.3, "kl_horizon": 50,
     "warmup_iterations": 3, "num_responses": 2, "learning_rate": 3e-3, "max_kl": 1e6, "lr_scheduler_type": "cosine",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("ppo"))
-
-
-@pytest.fixture
-def home(files, tmp_path):
-    return own_home(files, tmp_path)
 
 
 def full(home, **changes):

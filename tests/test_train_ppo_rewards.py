@@ -26,22 +26,16 @@ from tests.tiny_ppo import (
     bananas,
     make_config,
     make_tokenizer,
-    own_home,
     perturb,
     write_files,
 )
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def ppo_files(tmp_path_factory):
     path = write_files(tmp_path_factory.mktemp("ppo"))
     write_other_reward_model(path)
     return path
-
-
-@pytest.fixture
-def home(files, tmp_path):
-    return own_home(files, tmp_path)
 
 
 OTHER_WORDS = [*WORDS[:3], "new", "old", "red", *reversed(WORDS[3:])]
@@ -197,15 +191,13 @@ def test_functions_from_the_command_line(home):
     found = scoring.reward_functions(None, f"{file}:short, math_answer")
     assert found[0](["a"], ["abc"]) == [-3] and found[1] is math_answer
     assert scoring.reward_functions(None, None) == [] and scoring.reward_functions(bananas, None) == [bananas]
-    with pytest.raises(
-        ValueError, match=r"reward_function: got 'maths', want path/to/file.py:name, or one of math_answer"
-    ):
+    with pytest.raises(ValueError, match=r"reward_function: got 'maths', want math_answer, .* or path/to/file\.py:"):
         scoring.load_function("maths", {})
-    with pytest.raises(ValueError, match=r"nowhere\.py is not a Python file"):
+    with pytest.raises(ValueError, match=r"there is no file nowhere\.py"):
         scoring.load_function("nowhere.py:f", {})
-    with pytest.raises(ValueError, match=r"my_rewards\.py defines no function 'long'"):
+    with pytest.raises(ValueError, match=r"my_rewards\.py defines no function or class 'long'"):
         scoring.load_function(f"{file}:long", {})
-    with pytest.raises(ValueError, match="defines no function 'N'"):
+    with pytest.raises(ValueError, match="defines no function or class 'N'"):
         scoring.load_function(f"{file}:N", {})
     with pytest.raises(ValueError, match="reward_function: got 'regex' and a reward_fn, want one of them"):
         scoring.reward_functions(bananas, "regex")

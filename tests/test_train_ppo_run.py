@@ -9,18 +9,7 @@ from safetensors.torch import load_file
 
 from rlhf import models
 from rlhf.ppo import PPOTrainer, train_ppo
-from tests.tiny_ppo import EOS, PAD, WORDS, bananas, equal, own_home, weights, write_files
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return write_files(tmp_path_factory.mktemp("ppo"))
-
-
-@pytest.fixture
-def home(files, tmp_path):
-    return own_home(files, tmp_path)
-
+from tests.tiny_ppo import EOS, PAD, WORDS, bananas, equal, weights
 
 FULL = {
     "temperature": 0.7, "num_ppo_epochs": 2, "ptx_coef": 0.5, "ema_decay": 0.9, "kl_target": 0.3, "kl_horizon": 50,
@@ -216,7 +205,7 @@ def test_nan_stops_the_run(home):
         ({"report_to": "wandb"}, "report_to: got 'wandb'"),
         ({"on_health": "panic"}, "on_health: got 'panic', want stop, warn or ignore"),
         ({"health_patience": 0}, "health_patience: got 0"),
-        ({"rollout_engine": "vllm"}, "rollout_engine: got 'vllm', want builtin, generate, generate_batch or path.py"),
+        ({"rollout_engine": "vllm"}, "rollout_engine: got 'vllm', want builtin, generate, generate_batch or path"),
         ({"lora_dropout": 0.1}, "lora_dropout: got 0.1, want 0: with dropout the ratio"),
         ({"sft_model_path": "/no/such/model"}, "/no/such/model"),
     ],
