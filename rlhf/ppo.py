@@ -236,22 +236,25 @@ class PPOTrainer(PPORun):
             sums.add({"loss/ptx_avg": loss}, 1)
         tokens = experience.mask[chosen].sum()
         items = self._sum(tokens if args.loss_agg_mode == "token-mean" else torch.tensor(len(chosen)))  # 6
+        items = None if args.loss_agg_mode == "token-sum" else items
+        shares = {"loss_agg_mode": args.loss_agg_mode, "num_items_in_batch": items}
         chunks = self._chunks(experience.rollouts, chosen, size)
         for rows in chunks:
             batch = self._join(experience.rollouts, rows)
             with contextlib.nullcontext() if rows is chunks[-1] else self.accelerator.no_sync(self.model):
-                log_probs, entropy, values = self.model(batch, temperature=args.temperature)
-                loss = ppo_loss(
-                    log_probs, experience.log_probs[rows], experience.advantages[rows], batch.response_mask,
-                    values=values, old_values=experience.values[rows], returns=experience.returns[rows],
+                policy, values = self.model(
+                    batch, experience.log_probs[rows], experience.advantages[rows], temperature=args.temperature,
                     cliprange=args.cliprange, cliprange_high=args.cliprange_high, dual_clip=args.dual_clip,
-                    cliprange_value=args.cliprange_value, vf_coef=args.vf_coef, entropy=entropy,
-                    entropy_coef=args.entropy_coef, loss_agg_mode=args.loss_agg_mode,
-                    num_items_in_batch=None if args.loss_agg_mode == "token-sum" else items,
+                    entropy_coef=args.entropy_coef, **shares,
                 )  # fmt: skip
-                self.accelerator.backward(loss.loss * self.world)
-            sums.add({"loss/policy_avg": loss.policy_loss, "loss/value_avg": loss.value_loss}, 1)
-            averages.add(_token_means(loss.metrics), batch.response_mask.sum())
+                value = value_loss(
+                    values, experience.values[rows], experience.returns[rows], batch.response_mask,
+                    cliprange_value=args.cliprange_value, **shares,
+                )  # fmt: skip
+                loss = policy.loss + args.vf_coef * value.value_loss
+                self.accelerator.backward(loss * self.world)
+            sums.add({"loss/policy_avg": policy.policy_loss, "loss/value_avg": value.value_loss}, 1)
+            averages.add(_token_means({**value.metrics, **policy.metrics}), batch.response_mask.sum())
         averages.add({name: total * self.world for name, total in sums.totals().items()}, 1)
 
     def _counters(self, rollouts: Rollouts) -> dict[str, float]:
@@ -260,6 +263,12 @@ class PPOTrainer(PPORun):
         rates = {"eps": len(rollouts.ended) / seconds, "tokens_per_sec": sum(map(len, rollouts.response_ids)) / seconds}
         rates |= self._throughput(rollouts)
         return {"episode": self.episode, **rates, **times}
+
+
+def value_loss(values, old_values, returns, mask, **options):
+    """The value part of `ppo_loss`, beside a policy that has not moved."""
+    still = torch.zeros_like(returns)
+    return ppo_loss(still, still, still, mask, values=values, old_values=old_values, returns=returns, **options)
 
 
 def _token_means(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -25,10 +25,10 @@ from .processes import check_processes
 from .rollout import RolloutError, Rollouts, warn_ignored_sampling_settings
 from .rollout_engines import gap_complaint, load_engine, log_prob_gap
 from .scoring import Scorer, own_tokens, reward_functions
-from .sequences import Batch, by_length, join, response_log_probs, response_values, text_loss
+from .sequences import Batch, by_length, cheapest_cut, join, policy_loss, response_values, text_loss
 from .startup_check import check_contract
 
-CPU_PADDING = 64  # tokens; about what one more forward and backward cost on a CPU beside the tokens themselves
+CPU_CHUNK = 64  # tokens; about what one more forward and backward cost on a CPU beside the tokens themselves
 
 
 class ActorCritic(torch.nn.Module):
@@ -38,11 +38,12 @@ class ActorCritic(torch.nn.Module):
         super().__init__()
         self.policy, self.value = policy, value
 
-    def forward(self, batch=None, *, temperature=1.0, texts=None, num_items_in_batch=None):
+    def forward(self, batch=None, old_log_probs=None, advantages=None, *, texts=None, **options):
+        """Return (policy loss, values [S, T]) of the responses of `batch`; or the loss of `texts`."""
         if texts is not None:
-            return text_loss(self.policy, texts, num_items_in_batch=num_items_in_batch)
-        log_probs, entropy = response_log_probs(self.policy, batch, temperature=temperature)
-        return batch.unpack(log_probs), batch.unpack(entropy), batch.unpack(response_values(self.value, batch))
+            return text_loss(self.policy, texts, **options)
+        policy = policy_loss(self.policy, batch, old_log_probs, advantages, **options)
+        return policy, batch.unpack(response_values(self.value, batch))
 
 
 class PPORun:
@@ -252,19 +253,15 @@ class PPORun:
         """Cut rows into chunks of like length, at most `size` rows each, so that little padding is computed; the
         responses to one prompt stay together, so that they can share it.
 
-        On a CPU, where a few large forwards are no faster than many small ones, one process also ends a chunk before
-        its padding exceeds CPU_PADDING tokens. Several processes make equally many chunks, as sharded weights need it.
+        On a CPU, where a few large forwards are no faster than many small ones, one process cuts where that makes the
+        least of padding and forwards. Several processes make equally many chunks, as sharded weights need it.
         """
-        lengths = [len(p) + len(r) for p, r in zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)]
-        limit = CPU_PADDING if self.world == 1 and self.accelerator.device.type == "cpu" else math.inf
-        chunks, padding = [], 0
-        for row in by_length(rollouts.prompt_ids, rollouts.response_ids, rows):
-            if chunks:
-                padding += len(chunks[-1]) * max(lengths[row] - lengths[chunks[-1][-1]], 0)
-            if not chunks or len(chunks[-1]) == size or padding > limit:
-                chunks, padding = [*chunks, []], 0
-            chunks[-1].append(row)
-        return chunks
+        rows = by_length(rollouts.prompt_ids, rollouts.response_ids, rows)
+        if self.world > 1 or self.accelerator.device.type != "cpu":
+            return [rows[start : start + size] for start in range(0, len(rows), size)]
+        lengths = [len(rollouts.prompt_ids[row]) + len(rollouts.response_ids[row]) for row in rows]
+        ends = cheapest_cut(lengths, size, CPU_CHUNK)
+        return [rows[start:end] for start, end in itertools.pairwise([0, *ends])]
 
     def _all_chunks(self, rollouts: Rollouts) -> list[list[int]]:
         return self._chunks(rollouts, range(len(rollouts.response_ids)), self.args.local_rollout_forward_batch_size)

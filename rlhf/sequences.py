@@ -8,8 +8,10 @@ from rlhf_kernels import (
     call_with_head,
     linear_cross_entropy,
     linear_logprobs,
+    linear_ppo_loss,
     logprobs_and_entropy_from_logits,
     pack_responses,
+    ppo_loss,
 )
 
 from .models import linear_head, model_inputs, token_scores
@@ -126,6 +128,24 @@ def by_length(prompt_ids: list[list[int]], response_ids: list[list[int]], rows=N
     return [row for group in groups for row in sorted(group, key=length.__getitem__)]
 
 
+def cheapest_cut(lengths: list[int], size: int, overhead: int) -> list[int]:
+    """Where to end chunks of rows, at most `size` rows each, for the fewest tokens: rows are padded to the longest of
+    their chunk, and a chunk costs as much as `overhead` tokens besides.
+    """
+    best, starts = [0], [0]  # over the first n rows: the cost, and where the last chunk starts
+    for end in range(1, len(lengths) + 1):
+        costs, longest = {}, 0
+        for start in range(end - 1, max(end - size, 0) - 1, -1):
+            longest = max(longest, lengths[start])
+            costs[start] = best[start] + (end - start) * longest + overhead
+        starts.append(min(costs, key=costs.get))
+        best.append(costs[starts[-1]])
+    ends, end = [], len(lengths)
+    while end:
+        ends, end = [end, *ends], starts[end]
+    return ends
+
+
 def label_log_probs(model, inputs, labels, rows, *, temperature=1.0, return_entropy=False):
     """log p of labels [N] under `softmax(logits / temperature)`, in nats; differentiable.
 
@@ -177,6 +197,34 @@ def response_log_probs(model, batch: Batch, *, temperature: float) -> tuple[torc
     Both belong to `softmax(logits / temperature)` over the full vocabulary.
     """
     return label_log_probs(model, batch.inputs, batch.labels, batch.rows, temperature=temperature, return_entropy=True)
+
+
+def policy_loss(model, batch: Batch, old_log_probs, advantages, *, temperature, **options):
+    """PPO's policy loss of the responses of a batch, with the gradients made in the forward.
+
+    Args:
+        old_log_probs, advantages: [S, T], what stands under the mask may be anything.
+        temperature: > 0, the one that sampled.
+        options: cliprange, ..., num_items_in_batch, as in `rlhf_kernels.linear_ppo_loss`.
+    Returns:
+        `rlhf_kernels.ppo.PPOLoss` without a value loss; its `loss` is differentiable.
+    """
+    mask = batch.response_mask
+    if linear_head(model) is None:
+        log_probs, entropy = (batch.unpack(x) for x in response_log_probs(model, batch, temperature=temperature))
+        return ppo_loss(log_probs, old_log_probs, advantages, mask, entropy=entropy, **options)
+
+    found = []
+
+    def of_hidden(hidden, head):
+        found.append(linear_ppo_loss(
+            hidden.flatten(0, 1), head.weight, batch.unpack(batch.labels), old_log_probs, advantages, mask,
+            rows=batch.unpack(batch.rows), bias=head.bias, **head.options(temperature), **options,
+        ))  # fmt: skip
+        return found[0].loss
+
+    loss = call_with_head(model, of_hidden, **model_inputs(model, *batch.inputs))
+    return found[0]._replace(loss=loss)
 
 
 def response_values(model, batch: Batch) -> torch.Tensor:
