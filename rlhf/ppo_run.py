@@ -1,5 +1,6 @@
 """What a PPO run needs around the algorithm: data, networks and optimizer at the start, logs and files on the way."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -53,7 +54,7 @@ class PPORun:
         if args.dataset_name is None:
             raise ValueError("dataset_name: got none, want a file of prompts")
         self.args, self.callbacks = args, callbacks
-        self.accelerator, self.sharding = sharding.start(use_peft=args.use_peft)  # 19
+        self.accelerator, self.sharding = sharding.start()  # 19
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.local_batch_size, self.mini_batch_size = args.batch_sizes(self.world)
         self.resumes = checkpoint.wants_resume(args.resume_from_checkpoint)
@@ -137,7 +138,8 @@ class PPORun:
             self.share_width = self.policy.config.get_text_config().hidden_size
         if args.use_peft:  # 17
             self._add_adapters(resume)
-        for model in (self.policy, self.reference, self.value, self.reward_model):
+        own = (self.policy, None if args.use_peft else self.reference, self.value, self.reward_model)
+        for model in own:
             if model is not None:
                 self.sharding(model)  # 19
 
@@ -371,7 +373,10 @@ class PPORun:
         self.accelerator.wait_for_everyone()
 
     def _hand_on(self, network, folder: Path) -> None:
-        whole = sharding.whole_state(network, keep=self.accelerator.is_main_process)  # 19
-        if self.accelerator.is_main_process:
-            model, state = merged(network)  # 17
-            models.save_model(model, self.tokenizer, folder, state or whole)
+        main, state = self.accelerator.is_main_process, None
+        whole = sharding.whole_state(models.unwrapped(network), keep=main)  # 19
+        with self.sharding.whole(network) if self.args.use_peft else contextlib.nullcontext():
+            if main:
+                model, state = merged(network, whole)  # 17
+        if main:
+            models.save_model(model, self.tokenizer, folder, state)

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .models import unwrapped
 from .processes import SHARDING, asks_for, check_processes
 
 DEEPSPEED_REFUSED = (
@@ -28,7 +29,7 @@ DEEPSPEED_REFUSED = (
 )
 
 
-def start(*, use_peft: bool = False) -> tuple[Accelerator, "Sharding"]:
+def start() -> tuple[Accelerator, "Sharding"]:
     """Join the processes of the run; return accelerate's view of them, and how the networks are to be sharded.
 
     Raises:
@@ -44,8 +45,6 @@ def start(*, use_peft: bool = False) -> tuple[Accelerator, "Sharding"]:
     check_processes(accelerator.num_processes, accelerator.distributed_type, sharded_by_caller=wanted)
     if plugin is None:
         return accelerator, Sharding()
-    if use_peft:
-        raise ValueError("use_peft: got True under FSDP, want False, or DDP: adapters are not sharded")
     if accelerator.num_processes == 1:
         raise ValueError("num_processes: got 1 under FSDP, want at least 2 to share the weights (torchrun starts them)")
     if accelerator.mixed_precision != "no":
@@ -103,7 +102,7 @@ class Sharding:
     block_names: tuple[str, ...] = ()
 
     def __call__(self, model) -> None:
-        """Cut a network of transformers in place, and move it to the device.
+        """Cut a network of transformers in place, possibly one with adapters, and move it to the device.
 
         A language model is called as a whole, a reward or value model by its parts: `models.token_scores` calls trunk
         and head, so each of them is a root of its own.
@@ -113,6 +112,7 @@ class Sharding:
         """
         if self.mesh is None:
             return
+        model = unwrapped(model)
         names = self.block_names or tuple(model._no_split_modules or ())
         blocks = [module for module in model.modules() if type(module).__name__ in names]
         if not blocks:
@@ -120,6 +120,7 @@ class Sharding:
                 f"fsdp_transformer_layer_cls_to_wrap: got {', '.join(names) or 'none'}, want the class of the "
                 f"transformer blocks of {type(model).__name__}"
             )
+        _send_from_first(self.mesh.device_type, (weight for weight in model.parameters() if weight.requires_grad))
         language_model = isinstance(model.get_output_embeddings(), torch.nn.Module)
         roots = (
             [model] if language_model else [part for part in model.children() if any(True for _ in part.parameters())]
@@ -150,6 +151,15 @@ class Sharding:
             for unit in units:
                 unit.set_reshard_after_forward(self._reshards(unit), recurse=False)
                 unit.reshard()
+
+
+@torch.no_grad()
+def _send_from_first(device: str, weights) -> None:
+    """Give all processes the weights of the first one, as DDP does: each has drawn adapters of its own."""
+    for weight in weights:
+        sent = weight.detach().to(device)
+        torch.distributed.broadcast(sent, 0)
+        weight.copy_(sent)
 
 
 def _units(model) -> list[FSDPModule]:

@@ -115,9 +115,8 @@ def run(options, ranks=1, kills=0, seed=0, environment=(), seconds=0.0):
     """Run to the end; `seconds` is what it takes unkilled, of which the kills together let about half go by."""
     moments, hits = random.Random(seed), []
     for kill in range(kills + 1):
-        children, shared = start(
-            {**options, "resume_from_checkpoint": "true" if kill else None}, ranks, dict(environment)
-        )
+        resume = {"resume_from_checkpoint": "true"} if kill else {}
+        children, shared = start({**options, **resume}, ranks, dict(environment))
         if kill < kills:
             early = moments.random() < 0.1  # now and then before it has begun
             while not early and shared[0] == 0 and os.waitid(os.P_PID, children[0], ENDED) is None:

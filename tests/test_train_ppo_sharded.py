@@ -1,6 +1,7 @@
 """PPO sharded by FSDP2 over two gloo processes: the run of one process, slices in memory, whole tensors on the disk."""
 
 import json
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -11,32 +12,39 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf import sharding
 from tests.tiny_ppo import ROOT, Home, assert_equal_runs, assert_same_run, equal, forked, own_home, same_config
 
+PEFT = find_spec("peft") is not None
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+KEPT = SHARDED | {"FSDP_RESHARD_AFTER_FORWARD": "false"}
 SAVING = {"max_kl": 1e6, "save_steps": 5}
 
 
 @pytest.fixture(scope="module")
 def runs(ppo_files, tmp_path_factory) -> Home:
-    """One process; two that shard; the same, killed; with weights that stay whole up to the backward; GPT-2."""
+    """One process; two that shard; the same, killed; with weights that stay whole up to the backward; others."""
     home = own_home(ppo_files, tmp_path_factory.mktemp("sharded"))
-    home.forks = home.path / "forks.json"
 
     def plan(out, processes, environment=(), kills=0, **changes):
         options = vars(same_config(home, out, processes, **SAVING | changes))
         return {"options": options, "ranks": processes, "environment": dict(environment), "kills": kills, "seed": 3}
 
     tied = {"kind": "gpt2", "max_steps": 2, "save_steps": 0}
+    lora = {"use_peft": True, "lora_r": 2, "lora_alpha": 4}
     uneven = {"rollout_engine": f"{ROOT / 'tests' / 'server_engine.py'}:Uneven", "max_steps": 2}
-    hits = forked(home, [
+    home.hits = forked(home, [
         plan("one", 1),
         plan("two", 2, SHARDED),
         plan("killed", 2, SHARDED, kills=3, save_steps=1, save_updates=1, save_total_limit=1),
-        plan("kept", 2, SHARDED | {"FSDP_RESHARD_AFTER_FORWARD": "false"}),
+        plan("kept", 2, KEPT),
         plan("tied-one", 1, **tied),
         plan("tied-two", 2, SHARDED, **tied),
         plan("uneven", 2, SHARDED, **uneven),
+        *([
+            plan("lora-one", 1, **lora),
+            plan("lora-two", 2, SHARDED, **lora),
+            plan("lora-again", 2, KEPT, **lora | {"max_steps": 2, "save_steps": 2}),
+            plan("lora-again", 2, KEPT, **lora, resume_from_checkpoint="true"),
+        ] if PEFT else []),
     ])  # fmt: skip
-    home.forks.write_text(json.dumps(hits))
     return home
 
 
@@ -52,8 +60,7 @@ def test_weights_that_are_kept_whole_up_to_the_backward_change_nothing(runs):
 
 @pytest.mark.slow
 def test_trap_28_sharded_processes_killed(runs):
-    hits = json.loads(runs.forks.read_text())[2]
-    assert len(hits) >= 2, hits
+    assert len(runs.hits[2]) >= 2, runs.hits
     assert_same_run(runs, "two", "killed")
 
 
@@ -72,6 +79,18 @@ def test_tied_weights(runs):
 def test_processes_sample_unequally_often(runs):
     """Three forwards more on one process would wait for the other one for ever, were the policy not whole there."""
     assert len(runs.rows("uneven")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PEFT, reason="the package peft is not installed: pip install peft")
+def test_adapters(runs):
+    """LoRA on sharded weights: the merged models of one process, and a run that goes on with the same bits."""
+    assert_equal_runs(runs, "lora-one", "lora-two")
+    adapters = [f"checkpoint-5/{name}" for name in ("adapter_model", "value/adapter_model", "ema", "within_budget")]
+    for name in ("model", "value/model", *adapters):
+        files = [load_file(runs.path / out / f"{name}.safetensors") for out in ("lora-one", "lora-two", "lora-again")]
+        assert files[0].keys() == files[1].keys() and equal(*files[1:]), name
+        assert max((files[0][key] - files[1][key]).abs().max() for key in files[0]) < 1e-6, name
 
 
 @pytest.mark.slow
@@ -133,17 +152,13 @@ def test_what_is_asked_and_would_not_be_done_is_refused(home, monkeypatch, varia
     assert not (home.path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("precision", "use_peft", "message"),
-    [("bf16", False, "mixed_precision: got bf16 under FSDP, want no"), ("no", True, "use_peft: got True under FSDP")],
-)
-def test_types_and_adapters_are_refused(monkeypatch, precision, use_peft, message):
+def test_another_type_than_that_of_the_weights_is_refused(monkeypatch):
     for name, value in SHARDED.items():
         monkeypatch.setenv(name, value)
-    two = SimpleNamespace(num_processes=2, distributed_type=None, mixed_precision=precision)
+    two = SimpleNamespace(num_processes=2, distributed_type=None, mixed_precision="bf16")
     monkeypatch.setattr(sharding, "Accelerator", lambda **options: two)
-    with pytest.raises(ValueError, match=rf"^{message}"):
-        sharding.start(use_peft=use_peft)
+    with pytest.raises(ValueError, match=r"^mixed_precision: got bf16 under FSDP, want no"):
+        sharding.start()
 
 
 def test_blocks_that_a_network_does_not_have_are_refused(home):
