@@ -121,15 +121,16 @@ class Sharding:
                 f"transformer blocks of {type(model).__name__}"
             )
         _send_from_first(self.mesh.device_type, (weight for weight in model.parameters() if weight.requires_grad))
-        language_model = isinstance(model.get_output_embeddings(), torch.nn.Module)
-        roots = (
-            [model] if language_model else [part for part in model.children() if any(True for _ in part.parameters())]
-        )
+        parts = [part for part in model.children() if any(True for _ in part.parameters())]
+        roots = [model] if isinstance(model.get_output_embeddings(), torch.nn.Module) else parts
         for unit in [*reversed(blocks), *roots]:  # what is inside of another one comes first
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=self._reshards(unit))
         for name, weight in model.named_parameters():
             if not isinstance(weight, DTensor):
-                raise ValueError(f"FSDP: {name} of {type(model).__name__} belongs to no part that can be sharded")
+                raise ValueError(
+                    f"distributed_type: got FSDP, want DDP for {type(model).__name__}, whose {name} stands outside of "
+                    "its trunk and its head"
+                )
 
     def _reshards(self, unit) -> bool:
         return self.reshard_after_forward or not any(weight.requires_grad for weight in unit.parameters())

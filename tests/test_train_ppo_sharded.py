@@ -20,7 +20,7 @@ SAVING = {"max_kl": 1e6, "save_steps": 5}
 
 @pytest.fixture(scope="module")
 def runs(ppo_files, tmp_path_factory) -> Home:
-    """One process; two that shard; the same, killed; with weights that stay whole up to the backward; others."""
+    """One process and two that shard, killed ones too, some with weights that stay whole up to the backward."""
     home = own_home(ppo_files, tmp_path_factory.mktemp("sharded"))
 
     def plan(out, processes, environment=(), kills=0, **changes):
@@ -34,10 +34,11 @@ def runs(ppo_files, tmp_path_factory) -> Home:
         plan("one", 1),
         plan("two", 2, SHARDED),
         plan("killed", 2, SHARDED, kills=3, save_steps=1, save_updates=1, save_total_limit=1),
-        plan("kept", 2, KEPT),
         plan("tied-one", 1, **tied),
         plan("tied-two", 2, SHARDED, **tied),
         plan("uneven", 2, SHARDED, **uneven),
+        plan("stopped-one", 1, max_kl=3.0),
+        plan("stopped-two", 2, KEPT, max_kl=3.0),
         *([
             plan("lora-one", 1, **lora),
             plan("lora-two", 2, SHARDED, **lora),
@@ -54,8 +55,10 @@ def test_sharded_processes_equal_one(runs):
 
 
 @pytest.mark.slow
-def test_weights_that_are_kept_whole_up_to_the_backward_change_nothing(runs):
-    assert_same_run(runs, "two", "kept")
+def test_a_run_goes_back_to_the_last_weights_within_its_budget(runs):
+    assert_equal_runs(runs, "stopped-one", "stopped-two", iterations=3)
+    summary = json.loads((runs.path / "stopped-two" / "run.json").read_text())["summary"]
+    assert summary["stopped"].startswith("max_kl")
 
 
 @pytest.mark.slow
@@ -84,7 +87,8 @@ def test_processes_sample_unequally_often(runs):
 @pytest.mark.slow
 @pytest.mark.skipif(not PEFT, reason="the package peft is not installed: pip install peft")
 def test_adapters(runs):
-    """LoRA on sharded weights: the merged models of one process, and a run that goes on with the same bits."""
+    """LoRA on sharded weights: the merged models of one process; and the same bits in two parts, where weights stay
+    whole up to the backward."""
     assert_equal_runs(runs, "lora-one", "lora-two")
     adapters = [f"checkpoint-5/{name}" for name in ("adapter_model", "value/adapter_model", "ema", "within_budget")]
     for name in ("model", "value/model", *adapters):
@@ -94,7 +98,7 @@ def test_adapters(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("out", ["two", "kept", "uneven"])
+@pytest.mark.parametrize("out", ["two", "stopped-two", "uneven"])
 def test_each_process_holds_half(runs, out):
     """Of every weight of all four networks, and of its two moments: the first half of the rows, and the second."""
     first, second = (json.loads((runs.path / f"{out}-weights-{rank}.json").read_text()) for rank in (0, 1))

@@ -149,10 +149,10 @@ def same_config(home, out, processes, **changes):
     return home.config(out, **options | changes)
 
 
-def assert_equal_runs(home, one, two):
+def assert_equal_runs(home, one, two, iterations=5):
     """Equal samples; metrics and weights equal up to rounding."""
     samples = [home.rows(out, "samples.jsonl") for out in (one, two)]
-    assert len(samples[0]) == 8 * 5
+    assert len(samples[0]) == 8 * iterations
     for a, b in zip(*samples, strict=True):
         assert a | {"score": 0} == b | {"score": 0} and a["score"] == pytest.approx(b["score"], abs=1e-5)
     for a, b in zip(home.rows(one), home.rows(two), strict=True):
