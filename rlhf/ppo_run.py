@@ -186,8 +186,9 @@ class PPORun:
         )  # fmt: skip
         self.model = ActorCritic(self.policy, self.value)
         if self.sharding.mesh is None:
-            self.model = self.accelerator.prepare(self.model)
-        self.optimizer = self.accelerator.prepare(optimizer)
+            self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        else:
+            self.optimizer = self.accelerator.prepare(optimizer)  # 19
 
     def _open_logs(self) -> None:
         resumed = self.step if self.resumes else None
