@@ -76,17 +76,21 @@ def _shape(weights, name):
 
 
 @torch.no_grad()
-def merged(model):
+def merged(model, whole=None):
     """(transformers model, state dict) to save: of a PEFT model with the adapters in the weights, and only there.
 
-    A model without adapters comes back with None: its state is its own.
+    A model without adapters comes back with `whole`; None: its state is its own.
+
+    Args:
+        whole: state dict of the transformers model in whole tensors, where it is sharded; then called in
+            `Sharding.whole`.
     """
     if not hasattr(model, "get_base_model"):
-        return model, None
+        return model, whole
     from peft.tuners.lora import LoraLayer
 
     base, state = model.get_base_model(), {}
-    for name, weight in base.state_dict().items():
+    for name, weight in (base.state_dict() if whole is None else whole).items():
         if "original_module." in name or "lora_" in name:
             continue
         state[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = weight

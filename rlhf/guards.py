@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from .checkpoint import atomic_directory
 from .rollout import RolloutError
+from .sharding import local, trained_weights
 
 logger = logging.getLogger("rlhf")
 FIRST_ITERATIONS = 5
@@ -164,7 +165,7 @@ def _folder(trainer):
 def refuse_bad_weights(trainer) -> None:
     """Raise a FloatingPointError if a weight that trains is NaN or infinite, before it is written anywhere."""
     for name, network in (("policy", trainer.policy), ("value", trainer.value)):
-        trained = [weight.detach() for weight in network.parameters() if weight.requires_grad]
+        trained = [local(weight.detach()) for weight in trained_weights(network).values()]
         bad = trainer._sum(torch.stack([(~weight.isfinite()).any() for weight in trained]).any().float())
         if bad.item():
             raise FloatingPointError(

@@ -39,6 +39,8 @@ Departures and details (each number stands again at its line, here or in ppo_run
     full), and the SFT model of the KL is the policy with its adapters off.
 18. No step is made from numbers that are not finite: the run stops and leaves the batch behind. Numbers that look
     unhealthy are told, and end the run where that is asked for.
+19. Asked for FSDP2, each process holds a slice of every network, and of the optimizer. For sampling alone the policy is
+    whole on each, since they sample unequally long; each micro-batch adds its gradient to the slices.
 """
 
 import contextlib
@@ -58,6 +60,7 @@ from .ppo_run import PPORun
 from .ppo_state import Averages, timed
 from .rollout import Rollouts, sample
 from .sequences import response_log_probs, response_values
+from .sharding import trained_weights, whole_tensor
 
 __all__ = ["PPOConfig", "PPOTrainer", "train_ppo"]
 
@@ -127,7 +130,7 @@ class PPOTrainer(PPORun):
     @timed("rollout")
     def sample(self, rows: list[dict]) -> Rollouts:
         args, prompts = self.args, rows[:: self.args.num_responses]
-        with prompts_kept(self, prompts):  # 18
+        with prompts_kept(self, prompts), self.sharding.whole(self.policy):  # 18, 19
             return sample(
                 self.policy, self.tokenizer, [row["prompt_ids"] for row in prompts],
                 response_length=args.response_length, temperature=args.temperature, stop_token_ids=self.stop_ids,
@@ -202,8 +205,7 @@ class PPOTrainer(PPORun):
         if self.args.max_kl is None:
             return
         if averages.read(self._sum)["objective/kl"] <= self.args.max_kl:
-            trained = ((name, x) for name, x in self.policy.named_parameters() if x.requires_grad)
-            self.within_budget = {name: x.detach().clone() for name, x in trained}
+            self.within_budget = {name: x.detach().clone() for name, x in trained_weights(self.policy).items()}
             return
         self.stopped = f"max_kl: the KL per response exceeded {self.args.max_kl} nats"
         if self.within_budget is not None:
@@ -217,7 +219,8 @@ class PPOTrainer(PPORun):
         norms = {}
         for name, network in (("policy", self.policy), ("value", self.value)):  # 4
             limit = math.inf if self.args.max_grad_norm is None else self.args.max_grad_norm
-            norms[f"grad_norm/{name}"] = self.accelerator.clip_grad_norm_(network.parameters(), limit)
+            norm = self.accelerator.clip_grad_norm_(network.parameters(), limit)
+            norms[f"grad_norm/{name}"] = whole_tensor(norm)  # 19
         averages.add({**norms, "lr": self.scheduler.get_last_lr()[0]}, 1)
         stop_if_not_finite(self, self.must_be_finite(norms), experience, averages, chosen)  # 18
         self.tokens_trained += self._count_tokens(experience.rollouts, chosen) + sum(map(len, texts))

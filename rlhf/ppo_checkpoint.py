@@ -8,6 +8,7 @@ the responses with their log-probs, values, scores and advantages, and the metri
 minibatches that are left follows from the seed, the iteration and the epoch.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from . import models
 from .checkpoint import atomic_directory, rng_state, set_rng_state
 from .ppo_iteration import load_iteration, save_iteration
+from .sharding import cut_like, gathered, trained_weights, whole_state
 
 MAY_CHANGE = (
     "sft_model_path", "reward_model_path", "value_model_path", "dataset_name", "dataset_config", "dataset_train_split",
@@ -32,21 +34,21 @@ MAY_CHANGE = (
 
 def save_checkpoint(trainer, directory: Path) -> None:
     """Write everything that the next step depends on; called by every process."""
-    begun = trainer.begun
+    begun, main = trainer.begun, trainer.accelerator.is_main_process
     ranks = gather_object([(rng_state(), begun and begun.averages.state())])
-    if not trainer.accelerator.is_main_process:
-        return
-    with atomic_directory(directory, replace=True) as folder, models.quiet():
-        trainer.policy.save_pretrained(folder)
+    with atomic_directory(directory, replace=True) if main else contextlib.nullcontext() as folder, models.quiet():
+        _save_network(trainer.policy, folder)
+        _save_network(trainer.value, folder and folder / "value")
+        averages = {"ema": trainer.ema and trainer.ema.weights, "within_budget": trainer.within_budget}
+        for name, weights in averages.items():
+            if weights is not None:
+                _save_tensors(weights, folder and folder / f"{name}.safetensors", save_file)
+        _save_tensors(trainer.optimizer.state_dict(), folder and folder / "optimizer.pt", torch.save)
+        if not main:
+            return
         trainer.tokenizer.save_pretrained(folder)
-        trainer.value.save_pretrained(folder / "value")
-        if trainer.ema is not None:
-            save_file(trainer.ema.weights, folder / "ema.safetensors")
-        if trainer.within_budget is not None:
-            save_file(trainer.within_budget, folder / "within_budget.safetensors")
         if begun is not None:
             save_iteration(begun, [averages for _, averages in ranks], folder)
-        torch.save(trainer.optimizer.state_dict(), folder / "optimizer.pt")
         torch.save(trainer.scheduler.state_dict(), folder / "scheduler.pt")
         torch.save({"ranks": [rng for rng, _ in ranks]}, folder / "rng_state.pth")
         state = {
@@ -56,6 +58,19 @@ def save_checkpoint(trainer, directory: Path) -> None:
             "guards": trainer.guards.state(), "run": _run(trainer),
         }  # fmt: skip
         (folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_network(network, folder: Path | None) -> None:
+    """Called by every process, with a folder by the one that writes. One network at a time is whole in its memory."""
+    state = whole_state(network, keep=folder is not None)
+    if folder is not None:
+        network.save_pretrained(folder, state_dict=state)
+
+
+def _save_tensors(tensors: dict, file: Path | None, write) -> None:
+    whole = gathered(tensors, keep=file is not None)
+    if file is not None:
+        write(whole, file)
 
 
 def load_checkpoint(trainer, directory: Path) -> None:
@@ -75,14 +90,25 @@ def load_checkpoint(trainer, directory: Path) -> None:
     if trainer.ptx_cursor:
         trainer.ptx_cursor.load(state["ptx"])
     if trainer.ema is not None:
-        weights = load_file(directory / "ema.safetensors")
-        trainer.ema.weights = {name: weight.to(trainer.ema.weights[name].device) for name, weight in weights.items()}
+        trainer.ema.weights = _cut_like(load_file(directory / "ema.safetensors"), trainer.ema.weights)
     if (directory / "within_budget.safetensors").exists():
-        trainer.within_budget = load_file(directory / "within_budget.safetensors")
+        weights = load_file(directory / "within_budget.safetensors")
+        trainer.within_budget = _cut_like(weights, trained_weights(trainer.policy))
     trainer.begun = load_iteration(directory, trainer.rank, trainer.accelerator.device)
-    trainer.optimizer.load_state_dict(torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu"))
+    _load_optimizer(trainer.optimizer, torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu"))
     trainer.scheduler.load_state_dict(torch.load(directory / "scheduler.pt", weights_only=True))
     set_rng_state(torch.load(directory / "rng_state.pth", weights_only=True)["ranks"][trainer.rank])
+
+
+def _cut_like(whole: dict, like: dict) -> dict:
+    return {name: cut_like(tensor, like[name]) for name, tensor in whole.items()}
+
+
+def _load_optimizer(optimizer, state: dict) -> None:
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for number, moments in state["state"].items():
+        state["state"][number] = {name: cut_like(x, weights[number]) if x.dim() else x for name, x in moments.items()}
+    optimizer.load_state_dict(state)
 
 
 def _run(trainer) -> dict:

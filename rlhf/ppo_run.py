@@ -1,5 +1,6 @@
 """What a PPO run needs around the algorithm: data, networks and optimizer at the start, logs and files on the way."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -8,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 
-from . import checkpoint, models
+from . import checkpoint, models, sharding
 from .adapters import AdaptersOff, add_adapters, load_adapters, merged
 from .data import encode_prompt, load_rows
 from .guards import HealthGuards, refuse_bad_weights, stop_if_not_finite
@@ -21,7 +21,6 @@ from .ppo_checkpoint import load_checkpoint, save_checkpoint
 from .ppo_config import PPOConfig
 from .ppo_iteration import Experience, Iteration, draws, gather, minibatches, sampling_noise
 from .ppo_state import Cursor, WeightAverage, learning_rate_factor
-from .processes import check_processes
 from .rollout import RolloutError, Rollouts, warn_ignored_sampling_settings
 from .rollout_engines import gap_complaint, load_engine, log_prob_gap
 from .scoring import Scorer, own_tokens, reward_functions
@@ -56,14 +55,8 @@ class PPORun:
         if args.dataset_name is None:
             raise ValueError("dataset_name: got none, want a file of prompts")
         self.args, self.callbacks = args, callbacks
-        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        self.accelerator, self.sharding = sharding.start()  # 19
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        check_processes(self.world, self.accelerator.distributed_type)
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError(
-                f"distributed_type: got {self.accelerator.distributed_type.value}, want one process or DDP: PPO does "
-                "not shard its networks"
-            )
         self.local_batch_size, self.mini_batch_size = args.batch_sizes(self.world)
         self.resumes = checkpoint.wants_resume(args.resume_from_checkpoint)
         resume = checkpoint.resolve_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -135,7 +128,7 @@ class PPORun:
         extra = [token for token in (args.stop_token, args.stop_token_id) if token not in (None, "eos")]
         self.stop_ids = models.stop_token_ids(self.tokenizer, self.policy, extra)  # 3
         self._check_context()
-        for model in (self.reference, self.reward_model):
+        for model in (self.reference, self.reward_model) if self.sharding.mesh is None else ():
             if model is not None:
                 model.to(self.accelerator.device)
         longest = max(len(row["prompt_ids"]) for row in self.prompts) + args.response_length
@@ -146,6 +139,10 @@ class PPORun:
             self.share_width = self.policy.config.get_text_config().hidden_size
         if args.use_peft:  # 17
             self._add_adapters(resume)
+        own = (self.policy, None if args.use_peft else self.reference, self.value, self.reward_model)
+        for model in own:
+            if model is not None:
+                self.sharding(model)  # 19
 
     def _add_adapters(self, resume: Path | None) -> None:
         self.policy = add_adapters(self.args, self.policy, "CAUSAL_LM")
@@ -188,7 +185,11 @@ class PPORun:
                 warmup_iterations=args.warmup_iterations, schedule=args.lr_scheduler_type,
             ),
         )  # fmt: skip
-        self.model, self.optimizer = self.accelerator.prepare(ActorCritic(self.policy, self.value), optimizer)
+        self.model = ActorCritic(self.policy, self.value)
+        if self.sharding.mesh is None:
+            self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        else:
+            self.optimizer = self.accelerator.prepare(optimizer)  # 19
 
     def _open_logs(self) -> None:
         resumed = self.step if self.resumes else None
@@ -358,15 +359,22 @@ class PPORun:
     def save(self, metrics: dict[str, float]) -> None:
         """Write the final policy (the average, where there is one), the value network, and the summary."""
         refuse_bad_weights(self)  # 18
+        if self.ema is not None:
+            self.ema.swap(self.policy)  # 9
+        self._hand_on(self.policy, self.output_dir)
+        if self.ema is not None:
+            self.ema.swap(self.policy)
+        self._hand_on(self.value, self.output_dir / "value")
         if self.accelerator.is_main_process:
-            if self.ema is not None:
-                self.ema.swap(self.policy)  # 9
-            model, state = merged(self.policy)  # 17
-            models.save_model(model, self.tokenizer, self.output_dir, state)
-            if self.ema is not None:
-                self.ema.swap(self.policy)
-            model, state = merged(self.value)
-            models.save_model(model, self.tokenizer, self.output_dir / "value", state)
             metrics = metrics or self.metrics_log.last()  # none of this process where only the end was left to do
             self._write_run({**metrics, "iterations": self.step, "episode": self.episode, "stopped": self.stopped})
         self.accelerator.wait_for_everyone()
+
+    def _hand_on(self, network, folder: Path) -> None:
+        main, state = self.accelerator.is_main_process, None
+        whole = sharding.whole_state(models.unwrapped(network), keep=main)  # 19
+        with self.sharding.whole(network) if self.args.use_peft else contextlib.nullcontext():
+            if main:
+                model, state = merged(network, whole)  # 17
+        if main:
+            models.save_model(model, self.tokenizer, folder, state)

@@ -5,6 +5,8 @@ import time
 
 import torch
 
+from .sharding import trained_weights
+
 
 def timed(phase: str):
     """Make a method add the seconds that it takes to `self.seconds[phase]`."""
@@ -70,20 +72,18 @@ class WeightAverage:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay: got {decay}, want a number in [0, 1) (paper: 0.992), or None for no average")
         self.decay = decay
-        self.weights = {
-            name: weight.detach().float().clone() for name, weight in model.named_parameters() if weight.requires_grad
-        }
+        self.weights = {name: weight.detach().float().clone() for name, weight in trained_weights(model).items()}
 
     @torch.no_grad()
     def update(self, model) -> None:
-        trained = dict(model.named_parameters())
+        trained = trained_weights(model)
         for name, average in self.weights.items():
             average.lerp_(trained[name].detach().float(), 1 - self.decay)
 
     @torch.no_grad()
     def swap(self, model) -> None:
         """Exchange the model's weights with the average (twice gives them back, in the model's dtype)."""
-        trained = dict(model.named_parameters())
+        trained = trained_weights(model)
         for name, average in self.weights.items():
             self.weights[name] = trained[name].detach().float().clone()
             trained[name].copy_(average)

@@ -5,10 +5,15 @@ import os
 from accelerate.utils import DistributedType
 
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 
 
-def check_processes(running: int, distributed_type: DistributedType) -> None:
+def asks_for(sharding: str) -> bool:
+    """Whether the environment, as `accelerate launch` sets it, asks for FSDP or DeepSpeed."""
+    return os.environ.get(SHARDING[sharding], "false").lower() == "true"
+
+
+def check_processes(running: int, distributed_type: DistributedType, *, sharded_by_caller: bool = False) -> None:
     """Stop a run that was meant for several processes, or for sharded weights, and would silently go on without.
 
     `accelerate launch --cpu --num_processes 2` (or a config file with `distributed_type: MULTI_CPU`) prepares the
@@ -17,6 +22,7 @@ def check_processes(running: int, distributed_type: DistributedType) -> None:
     Args:
         running: the processes that take part, as accelerate counts them.
         distributed_type: how they work together, as accelerate says.
+        sharded_by_caller: the caller does on a CPU, too, what the environment asks of accelerate, as PPO does FSDP.
     Raises:
         RuntimeError: the environment asks for something else; the message says how to start the run.
     """
@@ -32,7 +38,7 @@ def check_processes(running: int, distributed_type: DistributedType) -> None:
             "num_processes: accelerate launch was asked for several processes, but on a CPU it starts only one; use "
             "torchrun --nproc_per_node=N, or rlhf/presets/accelerate/ddp_cpu.yaml"
         )
-    for variable, name in SHARDING.items():
-        wanted = os.environ.get(variable, "false").lower() == "true"
-        if wanted and distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+    for name in SHARDING:
+        ignored = distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU) and not sharded_by_caller
+        if ignored and asks_for(name):
             raise RuntimeError(f"distributed_type: accelerate was asked for {name}, but ignores it on a CPU; use DDP")

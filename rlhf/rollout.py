@@ -70,7 +70,8 @@ class RolloutEngine(Protocol):
     - `Completion.log_probs`: where it gives those of the sampled tokens, for all completions, they are compared with
       the trainer's in each iteration (`rollout/logprob_gap_mean`, ...). The loss never uses them.
     - `engine.update_weights(policy)`: where it has this method, it is called before each rollout, on every process,
-      with the policy as it is then: a model of transformers, or of PEFT around one. A server loads its weights there.
+      with the policy as it is then: a model of transformers, or of PEFT around one. A server loads its weights there;
+      of a policy that is sharded (FSDP2) from `named_parameters()`, since `state_dict()` gives slices.
 
     Samples should follow from `seed` alone, which differs from call to call and from process to process; a run resumes
     to the bit only if they do.

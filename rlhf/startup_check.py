@@ -7,6 +7,7 @@ from .models import load_tokenizer
 from .rollout import sample
 from .rollout_engines import gap_complaint, log_prob_gap
 from .sequences import join, response_log_probs, response_scores
+from .sharding import local
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 """Largest difference by dtype; 2e-2 for half precision, where a batch of another shape rounds anew."""
@@ -27,7 +28,7 @@ def check_contract(trainer) -> dict[str, float]:
     args, policy, reference = trainer.args, trainer.policy, trainer.reference
     tolerance = TOLERANCE.get(policy.dtype, 2e-2)
     prompts = [row["prompt_ids"] for row in trainer.prompts[:4]]
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), trainer.sharding.whole(policy):
         rollouts = sample(
             policy, trainer.tokenizer, prompts, response_length=min(args.response_length, 16),
             temperature=args.temperature, stop_token_ids=trainer.stop_ids, engine=trainer.engine,
@@ -41,8 +42,8 @@ def check_contract(trainer) -> dict[str, float]:
         if not numbers[name] <= limit:
             failures.append(f"{name}: {meaning} (off by {numbers[name]:.3g}, at most {limit:g} is rounding)")
 
-    trained = {p.data_ptr() for p in policy.parameters() if p.requires_grad}
-    shared = trained & {p.data_ptr() for p in reference.parameters()}
+    trained = _storage(weight for weight in policy.parameters() if weight.requires_grad)
+    shared = trained & _storage(reference.parameters())
     check("reference_storage", len(shared), "the reference shares tensors with the policy, so it would train too", 0)
     trainable = sum(weight.requires_grad for weight in reference.parameters())
     check("reference_frozen", trainable, "the reference has weights that would train", 0)
@@ -76,6 +77,11 @@ def check_contract(trainer) -> dict[str, float]:
     if failures:
         raise ContractError("the start-up check failed:\n- " + "\n- ".join(failures))
     return numbers
+
+
+def _storage(weights) -> set[int]:
+    """Where the weights lie that this process holds; an empty slice lies nowhere."""
+    return {local(weight).data_ptr() for weight in weights if local(weight).numel()}
 
 
 def _check_ids(trainer, rollouts, check) -> None:

@@ -1,9 +1,9 @@
 """Runs PPO in children of one process that has imported everything, and kills them: python ppo_forks.py PLAN RESULT.
 
 PLAN is a JSON file: a list of runs {"options": settings of PPOConfig, "ranks": processes, "kills": how often all of
-them get SIGKILL at a random moment, "seed": of these moments}; the run before one with kills is the same without. After
-each kill the run is started again with `resume_from_checkpoint: true`, in the end until it is done. RESULT: for each
-run, what it was doing at each kill.
+them get SIGKILL at a random moment, "seed": of these moments, "environment": variables that are set}; the run before
+one with kills is the same without. After each kill the run is started again with `resume_from_checkpoint: true`, in the
+end until it is done. RESULT: for each run, what it was doing at each kill.
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from rlhf import ppo_run
-from rlhf.ppo import PPOConfig, PPOTrainer, train_ppo
+from rlhf.ppo import PPOConfig, PPOTrainer
 
 PHASES = ("start", "between", "rollout", "update", "save")
 ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -59,15 +59,37 @@ def note_rollouts(folder, rank):
     PPOTrainer.sample = noted
 
 
-def child(options, rank, ranks, port, shared):
+def note_weights(trainer, folder, rank):
+    """Write how many rows of each weight, and of its optimizer state, the process holds to `weights-RANK.json`."""
+
+    def rows(tensor):
+        return len(tensor.to_local() if hasattr(tensor, "to_local") else tensor)
+
+    networks = ("policy", "reference", "value", "reward_model")
+    held = {
+        f"{network}.{name}": [rows(weight), *map(rows, moments(trainer.optimizer, weight)), len(weight)]
+        for network in networks
+        for name, weight in getattr(trainer, network).named_parameters()
+    }
+    Path(f"{folder}-weights-{rank}.json").write_text(json.dumps(held))
+
+
+def moments(optimizer, weight):
+    return [state for name, state in optimizer.state.get(weight, {}).items() if name != "step"]
+
+
+def child(options, rank, ranks, port, shared, environment):
     code = 1
     try:
+        os.environ |= environment
         if ranks > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         watch(shared)
         note_rollouts(options["output_dir"], rank)
-        train_ppo(PPOConfig(**options))
+        trainer = PPOTrainer(PPOConfig(**options))
+        trainer.train()
+        note_weights(trainer, options["output_dir"], rank)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         code = 0
@@ -77,7 +99,7 @@ def child(options, rank, ranks, port, shared):
         os._exit(code)
 
 
-def start(options, ranks):
+def start(options, ranks, environment):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,15 +107,16 @@ def start(options, ranks):
     for rank in range(ranks):
         children.append(os.fork())
         if children[-1] == 0:
-            child(options, rank, ranks, port, shared if rank == 0 else bytearray(1))
+            child(options, rank, ranks, port, shared if rank == 0 else bytearray(1), environment)
     return children, shared
 
 
-def run(options, ranks=1, kills=0, seed=0, seconds=0.0):
+def run(options, ranks=1, kills=0, seed=0, environment=(), seconds=0.0):
     """Run to the end; `seconds` is what it takes unkilled, of which the kills together let about half go by."""
     moments, hits = random.Random(seed), []
     for kill in range(kills + 1):
-        children, shared = start({**options, "resume_from_checkpoint": "true" if kill else None}, ranks)
+        resume = {"resume_from_checkpoint": "true"} if kill else {}
+        children, shared = start({**options, **resume}, ranks, dict(environment))
         if kill < kills:
             early = moments.random() < 0.1  # now and then before it has begun
             while not early and shared[0] == 0 and os.waitid(os.P_PID, children[0], ENDED) is None:

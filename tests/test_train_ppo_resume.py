@@ -5,13 +5,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rlhf import checkpoint
 from rlhf.ppo import train_ppo
 from rlhf.ppo_iteration import draws, load_iteration
 from rlhf.ppo_state import Averages
-from tests.tiny_ppo import TIMINGS, bananas, equal, forked
+from tests.tiny_ppo import assert_same_run, bananas, forked
 
 FULL = {
     "temperature": 0.7, "num_ppo_epochs": 2, "ptx_coef": 0.5, "ema_decay": 0.9, "kl_target": 0.3, "kl_horizon": 50,
@@ -21,41 +20,6 @@ FULL = {
 
 def full(home, **changes):
     return FULL | {"ptx_dataset_name": str(home.path / "text.txt")} | changes
-
-
-def assert_same_run(home, first, second):
-    """Metrics (but for the time), samples, and every tensor of the final models and the last checkpoint, to the bit."""
-    for file in ("metrics.jsonl", "samples.jsonl"):
-        rows = [
-            [{name: value for name, value in row.items() if name not in TIMINGS} for row in home.rows(out, file)]
-            for out in (first, second)
-        ]
-        assert rows[0] == rows[1] and rows[0]
-    last = [checkpoint.last_checkpoint(home.path / out).name for out in (first, second)]
-    assert last[0] == last[1]
-    places = (
-        "model",
-        "value/model",
-        *(f"{last[0]}/{name}" for name in ("model", "value/model", "ema", "within_budget")),
-    )
-    for place in places:
-        tensors = [load_file(home.path / out / f"{place}.safetensors") for out in (first, second)]
-        assert equal(*tensors), place
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        states = [torch.load(home.path / out / last[0] / name, weights_only=True) for out in (first, second)]
-        assert same(*states), name
-    texts = [json.loads((home.path / out / last[0] / "trainer_state.json").read_text()) for out in (first, second)]
-    assert [text | {"seconds": None} for text in texts[:1]] == [text | {"seconds": None} for text in texts[1:]]
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def test_trap_28_resume_from_every_optimizer_step(home):

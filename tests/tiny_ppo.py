@@ -7,12 +7,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
-from rlhf import models
+from rlhf import checkpoint, models
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo_state import Averages
 from rlhf.rollout import Rollouts
@@ -132,3 +134,69 @@ def forked(home, plan):
     done = subprocess.run(command, cwd=home.path, capture_output=True, text=True, timeout=400, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((home.path / "result.json").read_text())
+
+
+SAME = {
+    "temperature": 0.7, "num_ppo_epochs": 2, "ptx_coef": 0.5, "ptx_batch_multiplier": 2, "ema_decay": 0.9,
+    "kl_target": 0.3, "kl_horizon": 50, "num_responses": 2, "max_steps": 5, "missing_eos_penalty": 1.0,
+    "adam_epsilon": 1e-3, "learning_rate": 3e-3, "num_logged_samples": 8,
+}  # fmt: skip
+# adam_epsilon 1e-3: with Adam's 1e-8 a gradient of size 1e-9 that is rounding alone moves a weight by the full rate
+
+
+def same_config(home, out, processes, **changes):
+    options = SAME | {"per_device_train_batch_size": 4 // processes, "ptx_dataset_name": str(home.path / "text.txt")}
+    return home.config(out, **options | changes)
+
+
+def assert_equal_runs(home, one, two, iterations=5):
+    """Equal samples; metrics and weights equal up to rounding."""
+    samples = [home.rows(out, "samples.jsonl") for out in (one, two)]
+    assert len(samples[0]) == 8 * iterations
+    for a, b in zip(*samples, strict=True):
+        assert a | {"score": 0} == b | {"score": 0} and a["score"] == pytest.approx(b["score"], abs=1e-5)
+    for a, b in zip(home.rows(one), home.rows(two), strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {*TIMINGS, "val/ratio_var", "val/ratio_max"}:  # these two are means over micro-batches
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+    start = {"model": home.path / "llama", "value/model": home.path / "llama-rm"}
+    for name, folder in start.items():
+        first, second = (load_file(home.path / out / f"{name}.safetensors") for out in (one, two))
+        before = load_file(folder / "model.safetensors")
+        assert max((first[key] - before[key]).abs().max() for key in first) > 1e-4
+        assert max((first[key] - second[key]).abs().max() for key in first) < 1e-6
+
+
+def assert_same_run(home, first, second):
+    """Metrics (but for the time), samples, and every tensor of the final models and the last checkpoint, to the bit."""
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        rows = [
+            [{name: value for name, value in row.items() if name not in TIMINGS} for row in home.rows(out, file)]
+            for out in (first, second)
+        ]
+        assert rows[0] == rows[1] and rows[0]
+    last = [checkpoint.last_checkpoint(home.path / out).name for out in (first, second)]
+    assert last[0] == last[1]
+    places = (
+        "model",
+        "value/model",
+        *(f"{last[0]}/{name}" for name in ("model", "value/model", "ema", "within_budget")),
+    )
+    for place in places:
+        tensors = [load_file(home.path / out / f"{place}.safetensors") for out in (first, second)]
+        assert equal(*tensors), place
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        states = [torch.load(home.path / out / last[0] / name, weights_only=True) for out in (first, second)]
+        assert same(*states), name
+    texts = [json.loads((home.path / out / last[0] / "trainer_state.json").read_text()) for out in (first, second)]
+    assert [text | {"seconds": None} for text in texts[:1]] == [text | {"seconds": None} for text in texts[1:]]
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
