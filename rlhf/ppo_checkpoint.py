@@ -27,9 +27,10 @@ MAY_CHANGE = (
     "sft_model_path", "reward_model_path", "value_model_path", "dataset_name", "dataset_config", "dataset_train_split",
     "ptx_dataset_name", "output_dir", "trust_remote_code", "total_episodes", "num_train_epochs", "max_steps",
     "save_steps", "save_updates", "save_total_limit", "resume_from_checkpoint", "report_to", "num_logged_samples",
-    "disable_tqdm",
+    "disable_tqdm", "rollout_gap_warning", "rollout_gap_limit", "on_health", "health_kl", "health_entropy",
+    "health_explained_variance", "health_clip_fraction", "health_patience",
 )  # fmt: skip
-"""Settings that a resumed run may have otherwise: where things lie, how long it goes on, what it writes."""
+"""Settings that a resumed run may have otherwise: where things lie, how long it goes on, what it writes and guards."""
 
 
 def save_checkpoint(trainer, directory: Path) -> None:
@@ -85,6 +86,8 @@ def load_checkpoint(trainer, directory: Path) -> None:
     _check_same_run(state["run"], _run(trainer), directory)
     trainer.step, trainer.episode, trainer.kl.value = state["global_step"], state["episode"], state["kl_coef"]
     trainer.stopped, trainer.seconds = state["stopped"], state["seconds"]
+    if (trainer.stopped or "").startswith("on_health") and trainer.args.on_health != "stop":
+        trainer.stopped = None
     trainer.prompt_cursor.load(state["prompts"])
     trainer.guards.load(state["guards"])
     if trainer.ptx_cursor:

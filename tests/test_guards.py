@@ -114,6 +114,16 @@ def test_stop_ends_the_run_and_saves_it(home):
     models.load_policy(home.path / "run" / "checkpoint-2")
 
 
+def test_a_stopped_run_goes_on_where_it_shall_only_be_warned(home):
+    train_ppo(home.config("warned", **TIGHT))
+    train_ppo(home.config(on_health="stop", save_steps=50, **TIGHT))
+    train_ppo(home.config(on_health="stop", resume_from_checkpoint="true", **TIGHT))
+    assert len(home.rows()) == 2
+    train_ppo(home.config(resume_from_checkpoint="true", **TIGHT))
+    assert len(home.rows()) == len(home.rows("warned")) == 6
+    assert equal(*(weights(models.load_policy(home.path / out)) for out in ("run", "warned")))
+
+
 def test_warnings_resume(home):
     train_ppo(home.config("whole", save_steps=1, **TIGHT))
     train_ppo(home.config("halves", save_steps=1, **TIGHT | {"max_steps": 1}))
