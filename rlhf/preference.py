@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from accelerate.utils import gather_object
 
 from rlhf_kernels import preference_loss
 
@@ -63,13 +64,35 @@ class DPOTrainer(StageTrainer):
             **options,
         )
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The reference of a sharded run is asked here: its shards are made, and no checkpoint is loaded yet."""
+        if self.is_sharded:
+            self.add_references()
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def add_references(self):
+        if self.args.loss_type not in WITHOUT_REFERENCE:
+            for examples in (self.train_dataset, self.held_out):
+                self.add_reference(examples)
+            models.reshard(self.model)
+
     @torch.no_grad()
     def add_reference(self, examples):
-        """Put the log-probs of the model as it is now into the examples, as those of the reference."""
-        self.model.to(self.args.device).eval()
-        found = [row for batch in self.batches(examples) for row in pair_log_probs(self.model, batch)[0].tolist()]
-        for example, row in zip(examples, found, strict=True):
-            example["ref_log_probs"] = row
+        """Put the log-probs of the model as it is now into the examples, as those of the reference.
+
+        Each process computes its share of them, and all the same number, since sharded weights need all processes.
+        """
+        if not examples:
+            return
+        if not self.is_sharded:
+            self.model.to(self.args.device)
+        self.model.eval()
+        with self.accelerator.split_between_processes(list(range(len(examples))), apply_padding=True) as own:
+            batches = self.batches([examples[index] for index in own])
+            rows = [row for batch in batches for row in pair_log_probs(self.model, batch)[0].tolist()]
+            found = dict(gather_object(list(zip(own, rows, strict=True))))
+        for index, example in enumerate(examples):
+            example["ref_log_probs"] = found[index]
 
     def evaluate_rows(self, examples):
         sums = {}
@@ -98,9 +121,8 @@ def train_dpo(args: DPOConfig):
 
     def make_trainer(callbacks):
         trainer = DPOTrainer(model, args, tokenizer, train, held_out, callbacks)
-        if args.loss_type not in WITHOUT_REFERENCE:
-            trainer.add_reference(train)
-            trainer.add_reference(held_out)
+        if not trainer.is_sharded:
+            trainer.add_references()
         return trainer
 
     return training.run_stage(args, make_trainer, StageTrainer.last_evaluation)

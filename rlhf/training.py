@@ -14,12 +14,13 @@ from typing import ClassVar, Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rlhf_kernels import pack_responses
 
 from . import checkpoint, data, models, rankings
-from .adapters import add_adapters
+from .adapters import add_adapters, merged
 from .processes import check_processes
 from .sequences import label_log_probs, packing_pays
 
@@ -284,6 +285,8 @@ class StageTrainer(Trainer):
         if not held_out:
             args.eval_strategy = "no"
         model = add_adapters(args, model, self.task_type)
+        if self.task_type == "CAUSAL_LM":
+            models.linear_head(model)  # found now, while the weights are whole
         super().__init__(
             model=model,
             args=args,
@@ -293,10 +296,21 @@ class StageTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
+        self.check_sharding()
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)  # metrics.jsonl has it all
         if self.pop_callback(ProgressCallback):
             self.add_callback(StageProgress())
+
+    def check_sharding(self):
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version: got {plugin.fsdp_version}, wants 2, as in presets/accelerate/fsdp2.yaml")
+
+    @property
+    def is_sharded(self):
+        """Whether no process has the whole weights, so that all of them must run the model, and save it, together."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def collate(self, examples):
         width = self.model.config.hidden_size
@@ -354,6 +368,15 @@ class StageTrainer(Trainer):
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(examples), size):
             yield self._prepare_inputs(self.collate(examples[start : start + size]))
+
+    def whole_model(self):
+        """(model, state dict) to save, the adapters merged; None: the model's own state. All processes must ask."""
+        model, state = merged(self.accelerator.unwrap_model(self.model))
+        if self.is_sharded and state is None:
+            state = self.accelerator.get_state_dict(self.model_wrapped)
+        if state is None:
+            return model, None
+        return model, {name: whole(w) for name, w in state.items() if name not in model.all_tied_weights_keys}
 
     def _get_output_dir(self, trial):
         return self._aside or super()._get_output_dir(trial)
@@ -436,12 +459,16 @@ def run_stage(args, make_trainer, finish):
         checkpoint.write_json(output / "run.json", run)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     run["summary"] = finish(trainer)
+    model, state = trainer.whole_model()
     if trainer.args.should_save:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model = model.merge_and_unload() if args.use_peft else model
-        models.save_model(model, trainer.tokenizer, output)
+        models.save_model(model, trainer.tokenizer, output, state)
         checkpoint.write_json(output / "run.json", run)
     return output
+
+
+def whole(weight):
+    """A weight that FSDP2 has sharded as a whole one, on the CPU; another one as it is. All processes must ask."""
+    return weight.full_tensor().cpu() if isinstance(weight, DTensor) else weight
 
 
 def settings(args):
