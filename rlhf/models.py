@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.integrations import unset_hf_deepspeed_config
 
 from rlhf_kernels import find_head
 from rlhf_kernels.integrations.transformers import (
@@ -125,6 +126,23 @@ def load_tokenizer(path, *, pad_token=None, eos_token=None, trust_remote_code=Fa
                 f"the tokenizer of {str(path)!r} has no {name}; name one of its tokens with --{name}{hint}"
             )
     return tokenizer
+
+
+@contextlib.contextmanager
+def loaded_whole(deepspeed_plugin):
+    """Load whole weights on each process, where ZeRO-3 would shard them meanwhile: they are tried and changed before.
+
+    Args:
+        deepspeed_plugin: of the TrainingArguments; None changes nothing.
+    """
+    if deepspeed_plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed_plugin.set_deepspeed_weakref()
 
 
 def _load(auto_class, path, *, dtype, attn_implementation, trust_remote_code, **extra):

@@ -114,7 +114,8 @@ def train_dpo(args: DPOConfig):
     """Train a policy on preference pairs; returns the run directory, which holds the model."""
     tokenizer = training.load_stage_tokenizer(args)
     train, held_out = training.load_data(args, "preference")
-    model = models.load_policy(args.model_name_or_path, **training.model_options(args))
+    with models.loaded_whole(args.deepspeed_plugin):
+        model = models.load_policy(args.model_name_or_path, **training.model_options(args))
     training.set_max_length(args, model)
     train = training.encode_rows(tokenizer, train, ("chosen", "rejected"), args, what="training")
     held_out = training.encode_rows(tokenizer, held_out, ("chosen", "rejected"), args, what="held-out")

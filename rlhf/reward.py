@@ -133,7 +133,8 @@ def train_reward(args: RewardConfig):
     check_margins(args, train + held_out)
     agreement = labeler_agreement(train + held_out)
     demonstrations = data.load_rows(args.demonstrations, "sft") if args.demonstrations else best_ranked(train)
-    model = load_start(args, tokenizer)
+    with models.loaded_whole(args.deepspeed_plugin):
+        model = load_start(args, tokenizer)
     training.set_max_length(args, model)
     train = training_examples(tokenizer, train, args)
     held_out = training.encode_rows(tokenizer, decided(held_out), ("completions",), args, what="held-out")

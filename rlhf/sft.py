@@ -114,7 +114,8 @@ def train_sft(args: SFTConfig):
     """Fine-tune a language model on demonstrations; returns the run directory, which holds the model."""
     tokenizer = training.load_stage_tokenizer(args)
     train, held_out = training.load_data(args, "sft")
-    model = models.load_policy(args.model_name_or_path, dropout=args.dropout, **training.model_options(args))
+    with models.loaded_whole(args.deepspeed_plugin):
+        model = models.load_policy(args.model_name_or_path, dropout=args.dropout, **training.model_options(args))
     training.set_max_length(args, model)
     train = training.encode_rows(tokenizer, train, ("completion",), args, what="training")
     held_out = training.encode_rows(tokenizer, held_out, ("completion",), args, what="held-out")

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from accelerate.utils import broadcast_object_list
-from torch.distributed.tensor import DTensor
+from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rlhf_kernels import pack_responses
 
 from . import checkpoint, data, models, rankings
-from .adapters import add_adapters, merged
+from .adapters import add_adapters, merged, merged_whole
 from .processes import check_processes
 from .sequences import label_log_probs, packing_pays
 
@@ -303,9 +302,14 @@ class StageTrainer(Trainer):
             self.add_callback(StageProgress())
 
     def check_sharding(self):
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is not None and plugin.fsdp_version != 2:
-            raise ValueError(f"fsdp_version: got {plugin.fsdp_version}, wants 2, as in presets/accelerate/fsdp2.yaml")
+        """Refuse what would fail in the middle, or at the end, of a run."""
+        state = self.accelerator.state
+        if state.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version: got {state.fsdp_plugin.fsdp_version}, wants 2")
+        if state.distributed_type == DistributedType.DEEPSPEED:
+            zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            if zero["stage"] == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+                raise ValueError("zero3_save_16bit_model: got false, wants true, or the run could not save its model")
 
     @property
     def is_sharded(self):
@@ -371,12 +375,14 @@ class StageTrainer(Trainer):
 
     def whole_model(self):
         """(model, state dict) to save, the adapters merged; None: the model's own state. All processes must ask."""
-        model, state = merged(self.accelerator.unwrap_model(self.model))
-        if self.is_sharded and state is None:
-            state = self.accelerator.get_state_dict(self.model_wrapped)
-        if state is None:
-            return model, None
-        return model, {name: whole(w) for name, w in state.items() if name not in model.all_tied_weights_keys}
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_sharded:
+            return merged(model)
+        if self.args.use_peft:
+            model, state = merged_whole(model, zero=self.is_deepspeed_enabled)
+        else:
+            state = self.accelerator.get_state_dict(self.model_wrapped) or {}  # empty or None but on the main process
+        return model, {name: weight for name, weight in state.items() if name not in model.all_tied_weights_keys}
 
     def _get_output_dir(self, trial):
         return self._aside or super()._get_output_dir(trial)
@@ -464,11 +470,6 @@ def run_stage(args, make_trainer, finish):
         models.save_model(model, trainer.tokenizer, output, state)
         checkpoint.write_json(output / "run.json", run)
     return output
-
-
-def whole(weight):
-    """A weight that FSDP2 has sharded as a whole one, on the CPU; another one as it is. All processes must ask."""
-    return weight.full_tensor().cpu() if isinstance(weight, DTensor) else weight
 
 
 def settings(args):

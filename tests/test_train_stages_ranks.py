@@ -1,4 +1,4 @@
-"""sft, reward and dpo with sharded weights (FSDP2): two gloo processes give what one gives with the whole batch."""
+"""sft, reward and dpo on two gloo processes, with whole weights and with sharded ones: what one process gives."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from rlhf import models
 from rlhf.training import StageTrainer
-from tests.sharded_ranks import STAGES
+from tests.stages_ranks import STAGES
 from tests.test_train_preference import preferences
 from tests.test_train_sft import demonstrations
 from tests.tiny import model_folder, write_jsonl
@@ -48,31 +48,44 @@ def settings(home, name, out, processes):
     return [stage, options | {key: str(path) for key, path in paths.items()}]
 
 
+def names():
+    return [name for name in RUNS if name != "lora" or find_spec("peft")]
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with every run of RUNS on one process and on two, and those of two resumed from their second step."""
-    home = tmp_path_factory.mktemp("sharded")
+    """A folder with models, data, and every run of RUNS on one process."""
+    home = tmp_path_factory.mktemp("stages")
     for family in ("llama", "gpt2"):
         model_folder(home / family, family=family)
     for stage, rows in (("sft", demonstrations(40)), ("reward", rankings(40)), ("dpo", preferences(40))):
         write_jsonl(home / f"{stage}.jsonl", rows)
-    names = [name for name in RUNS if name != "lora" or find_spec("peft")]
-    runs = [settings(home, name, f"{name}-2", 2) for name in names]
-    for name in ("reward", "dpo"):
-        stage, options = settings(home, name, f"{name}-resumed", 2)
-        runs.append([stage, options | {"resume_from_checkpoint": str(home / f"{name}-2" / "checkpoint-2")}])
-    (home / "runs.json").write_text(json.dumps(runs))
-    preset = str(ROOT / "rlhf" / "presets" / "accelerate" / "fsdp2.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", preset, "--num_processes", "2"]
-    command += [str(ROOT / "tests" / "sharded_ranks.py"), str(home / "runs.json")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-5000:]
-    for name in names:
-        stage, options = settings(home, name, f"{name}-1", 1)
+    for name in names():
+        stage, options = settings(home, name, f"one/{name}", 1)
         make_config, train = STAGES[stage]
         train(make_config(**options))
     return home
+
+
+@pytest.fixture(scope="module", params=["ddp_cpu", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def parallel(request, home):
+    """The same runs on two processes under a preset of accelerate, and those of two resumed from their second step."""
+    if "deepspeed" in request.param and not find_spec("deepspeed"):
+        pytest.skip("needs the package deepspeed")
+    out = home / request.param
+    runs = [settings(home, name, out / name, 2) for name in names()]
+    for name in ("reward", "dpo"):
+        stage, options = settings(home, name, out / f"{name}-resumed", 2)
+        runs.append([stage, options | {"resume_from_checkpoint": str(out / name / "checkpoint-2")}])
+    out.mkdir()
+    (out / "runs.json").write_text(json.dumps(runs))
+    preset = str(ROOT / "rlhf" / "presets" / "accelerate" / f"{request.param}.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", preset, "--num_processes", "2"]
+    command += [str(ROOT / "tests" / "stages_ranks.py"), str(out / "runs.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return out
 
 
 def metrics(run):
@@ -81,18 +94,17 @@ def metrics(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_sharded_processes_equal_one(home, name):
+def test_trap_10_two_processes_equal_one(home, parallel, name):
     """Weights, metrics, samples and calibration; the final files are whole and load without a missing weight."""
-    if name == "lora" and not find_spec("peft"):
+    if name not in names():
         pytest.skip("needs the package peft")
-    one, two = (home / f"{name}-{processes}" for processes in (1, 2))
-    assert (two / "checkpoint-2" / "pytorch_model_fsdp.bin").is_file()
-    weights, sharded = (load_file(run / "model.safetensors") for run in (one, two))
-    assert weights.keys() == sharded.keys()
+    one, two = home / "one" / name, parallel / name
+    expected, actual = (load_file(run / "model.safetensors") for run in (one, two))
+    assert expected.keys() == actual.keys()
     start = load_file(home / RUNS[name][1] / "model.safetensors")
-    assert max((weights[key] - start[key]).abs().max() for key in weights.keys() & start.keys()) > 0.01
-    for key, weight in weights.items():
-        assert (weight - sharded[key]).abs().max() < 1e-6, key
+    assert max((expected[key] - start[key]).abs().max() for key in expected.keys() & start.keys()) > 0.01
+    for key, weight in expected.items():
+        assert (weight - actual[key]).abs().max() < 1e-6, key
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - {"time", "train/seconds", *MEANS_OVER_BATCHES}:
@@ -108,25 +120,34 @@ def test_sharded_processes_equal_one(home, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["reward", "dpo"])
-def test_sharded_run_goes_on_to_the_same_bits(home, name):
+def test_two_processes_go_on_to_the_same_bits(parallel, name):
     """The reference of dpo is the model at the start, not the one of the checkpoint."""
-    whole, resumed = (load_file(home / f"{name}-{end}" / "model.safetensors") for end in ("2", "resumed"))
+    runs = parallel / name, parallel / f"{name}-resumed"
+    whole, resumed = (load_file(run / "model.safetensors") for run in runs)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
-    rows = [[row for row in metrics(home / f"{name}-{end}") if "loss" in row] for end in ("2", "resumed")]
-    losses = [[(row["step"], row["loss"]) for row in found] for found in rows]
+    losses = [[(row["step"], row["loss"]) for row in metrics(run) if "loss" in row] for run in runs]
     assert losses[0][2:] == losses[1] and [step for step, _ in losses[1]] == [3, 4]
 
 
 @pytest.mark.slow
-def test_sharded_checkpoint_is_a_model(home):
-    saved = load_file(home / "dpo-2" / "checkpoint-4" / "model.safetensors")
-    last = load_file(home / "dpo-2" / "model.safetensors")
+def test_checkpoint_is_a_whole_model(parallel):
+    saved = load_file(parallel / "dpo" / "checkpoint-4" / "model.safetensors")
+    last = load_file(parallel / "dpo" / "model.safetensors")
     assert saved.keys() == last.keys() and all(torch.equal(saved[key], last[key]) for key in saved)
 
 
-def test_fsdp_of_the_first_version_is_refused():
-    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1), distributed_type=DistributedType.FSDP)
-    with pytest.raises(ValueError, match="fsdp_version: got 1, wants 2"):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("FSDP", "fsdp_version: got 1, wants 2"), ("DEEPSPEED", "zero3_save_16bit_model: got false, wants true")],
+)
+def test_sharding_that_cannot_work_is_refused(kind, message):
+    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
+    plugins = {
+        "fsdp_plugin": SimpleNamespace(fsdp_version=1),
+        "deepspeed_plugin": SimpleNamespace(deepspeed_config={"zero_optimization": zero}),
+    }
+    state = SimpleNamespace(distributed_type=DistributedType[kind], **plugins)
+    with pytest.raises(ValueError, match=message):
         StageTrainer.check_sharding(SimpleNamespace(accelerator=SimpleNamespace(state=state)))
 
 
