@@ -321,7 +321,11 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
         input_ids, attention_mask, position_ids: as in `model_inputs`.
     Returns:
         [B, T, H] in the model's dtype. Differentiable.
+    Raises:
+        ValueError: the model is wrapped by DDP, FSDP2 or DeepSpeed.
     """
+    if is_wrapped(model):
+        raise ValueError(f"model: got one wrapped by {type(model).__name__}, which must run by its own forward")
     inputs = model_inputs(model, input_ids, attention_mask, position_ids)
     return unwrapped(model).base_model(**inputs).last_hidden_state
 

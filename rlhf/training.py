@@ -212,7 +212,7 @@ def make_batch(examples, pad_id, *, packed, hidden_size=768):
     """One forward pass over examples of `encode_rows`.
 
     Returns:
-        input_ids [B, T]; position_ids [B, T]; attention_mask [B, T] bool, or if packed, for `models.hidden_states`:
+        input_ids [B, T]; position_ids [B, T]; attention_mask [B, T] bool, or if packed, for `models.model_inputs`:
         [B, 1, T, T] bool or the layout [B, 1, 2, T], whichever is faster on a CPU at this hidden_size; label_rows [N]
         and labels [N]: row b * T + t of the flat hidden states predicts that response token; last_token_rows [S]: the
         row of each response's last token; cu_groups [P+1]: prompt p owns the responses cu_groups[p] up to
@@ -303,7 +303,12 @@ class StageTrainer(Trainer):
 
     def check_sharding(self):
         """Refuse what would fail in the middle, or at the end, of a run."""
-        state = self.accelerator.state
+        state, args = self.accelerator.state, self.args
+        for name, kind in (("fsdp", DistributedType.FSDP), ("deepspeed", DistributedType.DEEPSPEED)):
+            if getattr(args, name) and state.distributed_type != kind:
+                raise ValueError(
+                    f"{name}: got {getattr(args, name)}, which accelerate ignores here ({state.distributed_type})"
+                )
         if state.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version != 2:
             raise ValueError(f"fsdp_version: got {state.fsdp_plugin.fsdp_version}, wants 2")
         if state.distributed_type == DistributedType.DEEPSPEED:

@@ -137,18 +137,23 @@ def test_checkpoint_is_a_whole_model(parallel):
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
-    [("FSDP", "fsdp_version: got 1, wants 2"), ("DEEPSPEED", "zero3_save_16bit_model: got false, wants true")],
+    ("kind", "fsdp", "message"),
+    [
+        ("FSDP", None, "fsdp_version: got 1, wants 2"),
+        ("DEEPSPEED", None, "zero3_save_16bit_model: got false, wants true"),
+        ("MULTI_CPU", "full_shard", "fsdp: got full_shard, which accelerate ignores here"),
+    ],
 )
-def test_sharding_that_cannot_work_is_refused(kind, message):
+def test_sharding_that_cannot_work_is_refused(kind, fsdp, message):
     zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
     plugins = {
         "fsdp_plugin": SimpleNamespace(fsdp_version=1),
         "deepspeed_plugin": SimpleNamespace(deepspeed_config={"zero_optimization": zero}),
     }
     state = SimpleNamespace(distributed_type=DistributedType[kind], **plugins)
+    args = SimpleNamespace(fsdp=fsdp, deepspeed=None)
     with pytest.raises(ValueError, match=message):
-        StageTrainer.check_sharding(SimpleNamespace(accelerator=SimpleNamespace(state=state)))
+        StageTrainer.check_sharding(SimpleNamespace(args=args, accelerator=SimpleNamespace(state=state)))
 
 
 @pytest.mark.slow

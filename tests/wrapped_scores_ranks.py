@@ -99,6 +99,12 @@ def main():
             for wrap in (sharded, DistributedDataParallel):
                 name = f"{family}, {wrap.__name__}, {head}"
                 compare(name, make(family, head), wrap(make(family, head)), function, rank)
+    try:
+        models.hidden_states(sharded(make("Llama", "CausalLM")), torch.ones(1, 2, dtype=torch.int64))
+    except ValueError as error:
+        assert "got one wrapped by FSDPLlamaForCausalLM" in str(error), error
+    else:
+        raise AssertionError("the trunk of a wrapped model must not run alone")
     dist.destroy_process_group()
 
 
