@@ -66,7 +66,7 @@ class DPOTrainer(StageTrainer):
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """The reference of a sharded run is asked here: its shards are made, and no checkpoint is loaded yet."""
-        if self.is_sharded:
+        if self.is_sharded and "ref_log_probs" not in self.train_dataset[0]:
             self.add_references()
         return super().create_scheduler(num_training_steps, optimizer)
 

@@ -283,6 +283,9 @@ class StageTrainer(Trainer):
         self._aside = None
         if not held_out:
             args.eval_strategy = "no"
+        if args.n_gpu > 1:
+            logger.warning("this process uses 1 of %d GPUs; start one for each (torchrun --nproc_per_node)", args.n_gpu)
+            args._n_gpu = 1  # or transformers splits batches over the GPUs (DataParallel), but not their labels
         model = add_adapters(args, model, self.task_type)
         if self.task_type == "CAUSAL_LM":
             models.linear_head(model)  # found now, while the weights are whole

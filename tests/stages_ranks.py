@@ -44,6 +44,8 @@ def main():
         if SHARDED:
             PartialState().distributed_type = DistributedType.MULTI_GPU
         train(args)
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
