@@ -1,8 +1,11 @@
 """LoRA adapters of the package peft: put on a model, switched off, saved and merged."""
 
+import contextlib
+
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 def add_adapters(args, model, task_type):
@@ -99,3 +102,22 @@ def merged(model, whole=None):
             weight = layer.get_base_layer().weight
             state[f"{name}.weight"] = (weight + layer.get_delta_weight("default")).to(weight.dtype)
     return base, state
+
+
+def merged_whole(model, *, zero):
+    """`merged` of a PEFT model that FSDP2, or DeepSpeed's ZeRO if `zero`, has sharded: copies of whole weights.
+
+    All processes must call. ZeRO-3 gathers the whole model on each of them for it, FSDP2 one weight at a time.
+    """
+    with _gathered(model) if zero else contextlib.nullcontext():
+        base, state = merged(model)
+        return base, {
+            name: weight.full_tensor().cpu() if isinstance(weight, DTensor) else weight.clone()
+            for name, weight in state.items()
+        }
+
+
+def _gathered(model):
+    from deepspeed import zero
+
+    return zero.GatheredParameters([weight for weight in model.parameters() if hasattr(weight, "ds_id")])

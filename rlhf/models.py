@@ -13,7 +13,9 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.integrations import unset_hf_deepspeed_config
 
 from rlhf_kernels import find_head
 from rlhf_kernels.integrations.transformers import (
@@ -124,6 +126,23 @@ def load_tokenizer(path, *, pad_token=None, eos_token=None, trust_remote_code=Fa
                 f"the tokenizer of {str(path)!r} has no {name}; name one of its tokens with --{name}{hint}"
             )
     return tokenizer
+
+
+@contextlib.contextmanager
+def loaded_whole(deepspeed_plugin):
+    """Load whole weights on each process, where ZeRO-3 would shard them meanwhile: they are tried and changed before.
+
+    Args:
+        deepspeed_plugin: of the TrainingArguments; None changes nothing.
+    """
+    if deepspeed_plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed_plugin.set_deepspeed_weakref()
 
 
 def _load(auto_class, path, *, dtype, attn_implementation, trust_remote_code, **extra):
@@ -262,6 +281,18 @@ def unwrapped(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def is_wrapped(model):
+    """Whether only the model's own forward may run: in it DDP, FSDP2 and DeepSpeed gather weights, reduce gradients."""
+    return isinstance(model, FSDPModule) or isinstance(getattr(model, "module", None), nn.Module)
+
+
+def reshard(model):
+    """Drop the whole weights that FSDP2 keeps behind a forward without a backward; a checkpoint loads into shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def model_inputs(model, input_ids, attention_mask=None, position_ids=None):
     """Keyword arguments of a forward of `model`, without a cache.
 
@@ -285,17 +316,18 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
     """What the head of a model reads: the trunk's last hidden states, after its final norm.
 
     Args:
-        model: a causal language model or a sequence classifier of transformers, possibly wrapped by DDP or PEFT.
+        model: a causal language model or a sequence classifier of transformers, possibly with adapters of PEFT, but in
+            no other wrapper: the trunk is called without its head.
         input_ids, attention_mask, position_ids: as in `model_inputs`.
     Returns:
         [B, T, H] in the model's dtype. Differentiable.
+    Raises:
+        ValueError: the model is wrapped by DDP, FSDP2 or DeepSpeed.
     """
-    inputs, inner = model_inputs(model, input_ids, attention_mask, position_ids), unwrapped(model)
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
-        return inner.base_model(**inputs).last_hidden_state
-    if isinstance(inner.get_output_embeddings(), nn.Module):
-        inputs["logits_to_keep"] = 1  # DDP needs its own forward; the logits are not wanted
-    return model(**inputs, output_hidden_states=True).hidden_states[-1]
+    if is_wrapped(model):
+        raise ValueError(f"model: got one wrapped by {type(model).__name__}, which must run by its own forward")
+    inputs = model_inputs(model, input_ids, attention_mask, position_ids)
+    return unwrapped(model).base_model(**inputs).last_hidden_state
 
 
 @torch.no_grad()
@@ -364,18 +396,37 @@ def token_scores(model, input_ids, attention_mask=None, position_ids=None):
     """The score of a reward (or value) model read at every position, calibrated.
 
     Args:
-        model: as `load_reward_model` gives it.
-        input_ids, attention_mask, position_ids: as in `hidden_states`.
+        model: as `load_reward_model` gives it, possibly wrapped by PEFT, DDP or DeepSpeed, or sharded by FSDP2.
+        input_ids, attention_mask, position_ids: as in `model_inputs`.
     Returns:
         [B, T] fp32: head(trunk) - config.reward_bias. Under mask 0 the entries mean nothing. Differentiable.
     """
-    return scores_from_hidden(model, hidden_states(model, input_ids, attention_mask, position_ids))
-
-
-def scores_from_hidden(model, hidden):
-    """[..., H] hidden states -> [...] fp32 calibrated scores."""
     inner = unwrapped(model)
-    return _score_head(inner)(hidden).squeeze(-1).float() - float(getattr(inner.config, "reward_bias", 0.0))
+    if is_wrapped(model):
+        scores = _scores_in_forward(model, model_inputs(model, input_ids, attention_mask, position_ids))
+    else:
+        scores = _score_head(inner)(hidden_states(model, input_ids, attention_mask, position_ids))
+    return scores.squeeze(-1).float() - float(getattr(inner.config, "reward_bias", 0.0))
+
+
+def _scores_in_forward(model, inputs):
+    """[B, T, 1]: what the scalar head returns inside the model's own forward, before transformers pools it."""
+    head, made = _score_head(unwrapped(model)), []
+
+    def keep(module, args, scores):
+        made.append(scores)
+        return 0.0 * scores.nan_to_num(0.0, 0.0, 0.0)  # the model pools zeros: they show its wrapper the backward
+
+    handle = head.register_forward_hook(keep)
+    try:
+        zeros = model(**inputs).logits
+    finally:
+        handle.remove()
+    if made[0].shape[:-1] != inputs["input_ids"].shape:
+        raise ValueError(
+            f"{type(unwrapped(model)).__name__} pools in front of its scalar head, so no token has a score"
+        )
+    return made[0] + zeros.sum()
 
 
 def sequence_scores(model, input_ids, attention_mask, last_index):

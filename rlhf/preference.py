@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from accelerate.utils import gather_object
 
 from rlhf_kernels import preference_loss
 
@@ -63,13 +64,35 @@ class DPOTrainer(StageTrainer):
             **options,
         )
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The reference of a sharded run is asked here: its shards are made, and no checkpoint is loaded yet."""
+        if self.is_sharded and "ref_log_probs" not in self.train_dataset[0]:
+            self.add_references()
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def add_references(self):
+        if self.args.loss_type not in WITHOUT_REFERENCE:
+            for examples in (self.train_dataset, self.held_out):
+                self.add_reference(examples)
+            models.reshard(self.model)
+
     @torch.no_grad()
     def add_reference(self, examples):
-        """Put the log-probs of the model as it is now into the examples, as those of the reference."""
-        self.model.to(self.args.device).eval()
-        found = [row for batch in self.batches(examples) for row in pair_log_probs(self.model, batch)[0].tolist()]
-        for example, row in zip(examples, found, strict=True):
-            example["ref_log_probs"] = row
+        """Put the log-probs of the model as it is now into the examples, as those of the reference.
+
+        Each process computes its share of them, and all the same number, since sharded weights need all processes.
+        """
+        if not examples:
+            return
+        if not self.is_sharded:
+            self.model.to(self.args.device)
+        self.model.eval()
+        with self.accelerator.split_between_processes(list(range(len(examples))), apply_padding=True) as own:
+            batches = self.batches([examples[index] for index in own])
+            rows = [row for batch in batches for row in pair_log_probs(self.model, batch)[0].tolist()]
+            found = dict(gather_object(list(zip(own, rows, strict=True))))
+        for index, example in enumerate(examples):
+            example["ref_log_probs"] = found[index]
 
     def evaluate_rows(self, examples):
         sums = {}
@@ -91,16 +114,16 @@ def train_dpo(args: DPOConfig):
     """Train a policy on preference pairs; returns the run directory, which holds the model."""
     tokenizer = training.load_stage_tokenizer(args)
     train, held_out = training.load_data(args, "preference")
-    model = models.load_policy(args.model_name_or_path, **training.model_options(args))
+    with models.loaded_whole(args.deepspeed_plugin):
+        model = models.load_policy(args.model_name_or_path, **training.model_options(args))
     training.set_max_length(args, model)
     train = training.encode_rows(tokenizer, train, ("chosen", "rejected"), args, what="training")
     held_out = training.encode_rows(tokenizer, held_out, ("chosen", "rejected"), args, what="held-out")
 
     def make_trainer(callbacks):
         trainer = DPOTrainer(model, args, tokenizer, train, held_out, callbacks)
-        if args.loss_type not in WITHOUT_REFERENCE:
-            trainer.add_reference(train)
-            trainer.add_reference(held_out)
+        if not trainer.is_sharded:
+            trainer.add_references()
         return trainer
 
     return training.run_stage(args, make_trainer, StageTrainer.last_evaluation)

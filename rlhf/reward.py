@@ -100,8 +100,7 @@ class RewardTrainer(StageTrainer):
 
 def batch_scores(model, batch):
     """[S] fp32, the score of every response: the scalar head at each response's last token."""
-    hidden = models.hidden_states(model, batch["input_ids"], batch["attention_mask"], batch["position_ids"])
-    return models.scores_from_hidden(model, hidden.flatten(0, 1)[batch["last_token_rows"]])
+    return models.token_scores(model, *training.batch_inputs(batch)).flatten()[batch["last_token_rows"]]
 
 
 def calibrate(trainer, demonstrations):
@@ -119,6 +118,8 @@ def load_start(args, tokenizer):
     if models.is_reward_model(args.model_name_or_path, args.trust_remote_code):
         model = models.load_reward_model(args.model_name_or_path, **options)
         model.config.reward_bias = 0.0
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
         return model
     return models.reward_model_from_policy(
         args.model_name_or_path, args.seed, pad_token_id=tokenizer.pad_token_id, **options
@@ -132,7 +133,8 @@ def train_reward(args: RewardConfig):
     check_margins(args, train + held_out)
     agreement = labeler_agreement(train + held_out)
     demonstrations = data.load_rows(args.demonstrations, "sft") if args.demonstrations else best_ranked(train)
-    model = load_start(args, tokenizer)
+    with models.loaded_whole(args.deepspeed_plugin):
+        model = load_start(args, tokenizer)
     training.set_max_length(args, model)
     train = training_examples(tokenizer, train, args)
     held_out = training.encode_rows(tokenizer, decided(held_out), ("completions",), args, what="held-out")

@@ -71,17 +71,19 @@ class SFTTrainer(StageTrainer):
     def write_samples(self, examples):
         """Sample completions of some prompts into samples.jsonl, without touching the run's random numbers.
 
-        A prompt that leaves no room in the model's context loses its left end, as in training.
+        A prompt that leaves no room in the model's context loses its left end, as in training. Where the weights are
+        sharded, all processes sample, and up to the full length, so that they make the same number of steps.
         """
         from .rollout import sample
 
         examples = [example for example in examples if "prompt" in example["row"]][: self.args.num_samples]
-        if not examples or not self.args.should_save:
+        if not examples or not (self.args.should_save or self.is_sharded):
             return
         model = self.accelerator.unwrap_model(self.model)
         context = training.context_length(model)
         length = min(self.args.sample_length, context // 2) if context else self.args.sample_length
         room = context - length if context else 0  # [-0:] keeps all
+        stop = models.stop_token_ids(self.tokenizer, model)
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
             rollouts = sample(
@@ -90,19 +92,30 @@ class SFTTrainer(StageTrainer):
                 [example["prompt"][-room:] for example in examples],
                 response_length=length,
                 temperature=1.0,
-                stop_token_ids=models.stop_token_ids(self.tokenizer, model),
+                stop_token_ids=[] if self.is_sharded else stop,
             )
-        texts = self.tokenizer.batch_decode(rollouts.response_ids, skip_special_tokens=True)
+        if self.args.should_save:
+            self.append_samples(examples, [up_to_stop(ids, stop) for ids in rollouts.response_ids])
+
+    def append_samples(self, examples, responses):
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
         prompts = [data.as_text(example["row"]["prompt"]) for example in examples]
         rows = [{"prompt": prompt, "completion": text, "score": None} for prompt, text in zip(prompts, texts)]
         self.samples.append([{"step": self.state.global_step, **row} for row in rows])
+
+
+def up_to_stop(ids, stop):
+    """The ids up to and with the first one of `stop`."""
+    end = next((index for index, token in enumerate(ids) if token in stop), len(ids))
+    return ids[: end + 1]
 
 
 def train_sft(args: SFTConfig):
     """Fine-tune a language model on demonstrations; returns the run directory, which holds the model."""
     tokenizer = training.load_stage_tokenizer(args)
     train, held_out = training.load_data(args, "sft")
-    model = models.load_policy(args.model_name_or_path, dropout=args.dropout, **training.model_options(args))
+    with models.loaded_whole(args.deepspeed_plugin):
+        model = models.load_policy(args.model_name_or_path, dropout=args.dropout, **training.model_options(args))
     training.set_max_length(args, model)
     train = training.encode_rows(tokenizer, train, ("completion",), args, what="training")
     held_out = training.encode_rows(tokenizer, held_out, ("completion",), args, what="held-out")

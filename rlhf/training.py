@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rlhf_kernels import pack_responses
 
 from . import checkpoint, data, models, rankings
-from .adapters import add_adapters
+from .adapters import add_adapters, merged, merged_whole
 from .processes import check_processes
 from .sequences import label_log_probs, packing_pays
 
@@ -212,7 +212,7 @@ def make_batch(examples, pad_id, *, packed, hidden_size=768):
     """One forward pass over examples of `encode_rows`.
 
     Returns:
-        input_ids [B, T]; position_ids [B, T]; attention_mask [B, T] bool, or if packed, for `models.hidden_states`:
+        input_ids [B, T]; position_ids [B, T]; attention_mask [B, T] bool, or if packed, for `models.model_inputs`:
         [B, 1, T, T] bool or the layout [B, 1, 2, T], whichever is faster on a CPU at this hidden_size; label_rows [N]
         and labels [N]: row b * T + t of the flat hidden states predicts that response token; last_token_rows [S]: the
         row of each response's last token; cu_groups [P+1]: prompt p owns the responses cu_groups[p] up to
@@ -283,7 +283,12 @@ class StageTrainer(Trainer):
         self._aside = None
         if not held_out:
             args.eval_strategy = "no"
+        if args.n_gpu > 1:
+            logger.warning("this process uses 1 of %d GPUs; start one for each (torchrun --nproc_per_node)", args.n_gpu)
+            args._n_gpu = 1  # or transformers splits batches over the GPUs (DataParallel), but not their labels
         model = add_adapters(args, model, self.task_type)
+        if self.task_type == "CAUSAL_LM":
+            models.linear_head(model)  # found now, while the weights are whole
         super().__init__(
             model=model,
             args=args,
@@ -293,10 +298,31 @@ class StageTrainer(Trainer):
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
+        self.check_sharding()
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)  # metrics.jsonl has it all
         if self.pop_callback(ProgressCallback):
             self.add_callback(StageProgress())
+
+    def check_sharding(self):
+        """Refuse what would fail in the middle, or at the end, of a run."""
+        state, args = self.accelerator.state, self.args
+        for name, kind in (("fsdp", DistributedType.FSDP), ("deepspeed", DistributedType.DEEPSPEED)):
+            if getattr(args, name) and state.distributed_type != kind:
+                raise ValueError(
+                    f"{name}: got {getattr(args, name)}, which accelerate ignores here ({state.distributed_type})"
+                )
+        if state.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version: got {state.fsdp_plugin.fsdp_version}, wants 2")
+        if state.distributed_type == DistributedType.DEEPSPEED:
+            zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            if zero["stage"] == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+                raise ValueError("zero3_save_16bit_model: got false, wants true, or the run could not save its model")
+
+    @property
+    def is_sharded(self):
+        """Whether no process has the whole weights, so that all of them must run the model, and save it, together."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def collate(self, examples):
         width = self.model.config.hidden_size
@@ -354,6 +380,17 @@ class StageTrainer(Trainer):
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(examples), size):
             yield self._prepare_inputs(self.collate(examples[start : start + size]))
+
+    def whole_model(self):
+        """(model, state dict) to save, the adapters merged; None: the model's own state. All processes must ask."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_sharded:
+            return merged(model)
+        if self.args.use_peft:
+            model, state = merged_whole(model, zero=self.is_deepspeed_enabled)
+        else:
+            state = self.accelerator.get_state_dict(self.model_wrapped) or {}  # empty or None but on the main process
+        return model, {name: weight for name, weight in state.items() if name not in model.all_tied_weights_keys}
 
     def _get_output_dir(self, trial):
         return self._aside or super()._get_output_dir(trial)
@@ -436,10 +473,9 @@ def run_stage(args, make_trainer, finish):
         checkpoint.write_json(output / "run.json", run)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     run["summary"] = finish(trainer)
+    model, state = trainer.whole_model()
     if trainer.args.should_save:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        model = model.merge_and_unload() if args.use_peft else model
-        models.save_model(model, trainer.tokenizer, output)
+        models.save_model(model, trainer.tokenizer, output, state)
         checkpoint.write_json(output / "run.json", run)
     return output
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf import data, models, training
-from rlhf.sft import SFTConfig, SFTTrainer, train_sft
+from rlhf.sft import SFTConfig, SFTTrainer, train_sft, up_to_stop
 from tests.tiny import WORDS, language_model, model_folder, word_tokenizer, words, write_jsonl
 
 
@@ -290,3 +290,18 @@ def test_several_answers_to_one_prompt(settings, packing):
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(nll / count, rel=1e-5)
     texts = make_trainer(settings(packing=packing), rows=[{"text": "a b c", "at": "x:1"}, {"text": "a d", "at": "x:2"}])
     assert len(texts.collate(texts.train_dataset)["cu_groups"]) == 3  # plain texts share nothing
+
+
+def test_samples_of_full_length_are_cut_at_their_end():
+    assert up_to_stop([5, 2, 7, 2], [2, 9]) == [5, 2]
+    assert up_to_stop([5, 7], [2]) == [5, 7]
+
+
+def test_one_process_uses_one_gpu(settings, caplog):
+    """transformers would split the batch over two GPUs, but not the labels, which a closure holds."""
+    args = settings()
+    args._n_gpu = 2
+    trainer = make_trainer(args)
+    assert trainer.args.n_gpu == 1 and trainer._wrap_model(trainer.model) is trainer.model
+    assert trainer.args.train_batch_size == args.per_device_train_batch_size
+    assert "uses 1 of 2 GPUs" in caplog.text
