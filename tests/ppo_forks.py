@@ -6,6 +6,7 @@ one with kills is the same without. After each kill the run is started again wit
 end until it is done. RESULT: for each run, what it was doing at each kill.
 """
 
+import faulthandler
 import json
 import mmap
 import os
@@ -135,6 +136,7 @@ def run(options, ranks=1, kills=0, seed=0, environment=(), seconds=0.0):
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # in the children, too
     torch.set_num_threads(1)
     os.fsync = lambda descriptor: None  # SIGKILL, unlike a power cut, leaves what was written
     results, seconds = [], 0.0

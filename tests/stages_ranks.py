@@ -5,7 +5,6 @@ the type that it gives to a GPU's process is put in; from there on its own code 
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -14,13 +13,13 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from rlhf.preference import DPOConfig, train_dpo
-from rlhf.processes import SHARDING
+from rlhf.processes import SHARDING, asks_for
 from rlhf.reward import RewardConfig, train_reward
 from rlhf.sft import SFTConfig, train_sft
 from rlhf.training import StageTrainer
 
 STAGES = {"sft": (SFTConfig, train_sft), "reward": (RewardConfig, train_reward), "dpo": (DPOConfig, train_dpo)}
-SHARDED = any(os.environ.get(name) == "true" for name in SHARDING)
+SHARDED = any(map(asks_for, SHARDING))
 whole_model = StageTrainer.whole_model
 
 
