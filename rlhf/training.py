@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from rlhf_kernels import pack_responses
@@ -286,6 +286,7 @@ class StageTrainer(Trainer):
         if args.n_gpu > 1:
             logger.warning("this process uses 1 of %d GPUs; start one for each (torchrun --nproc_per_node)", args.n_gpu)
             args._n_gpu = 1  # or transformers splits batches over the GPUs (DataParallel), but not their labels
+        set_seed(args.seed)  # adapters are drawn
         model = add_adapters(args, model, self.task_type)
         if self.task_type == "CAUSAL_LM":
             models.linear_head(model)  # found now, while the weights are whole

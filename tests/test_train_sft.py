@@ -255,6 +255,11 @@ def test_peft_is_optional(settings, tmp_path):
     changed = [not torch.equal(a, b) for a, b in zip(start.parameters(), trained.parameters(), strict=True)]
     assert any(changed) and not changed[0]
     assert not list(run.glob("adapter*"))
+    torch.manual_seed(1)  # what was drawn before does not matter
+    again = models.load_policy(
+        train_sft(settings(use_peft=True, max_steps=2, lora_r=2, output_dir=str(tmp_path / "again")))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), again.parameters(), strict=True))
 
 
 def test_real_demonstrations(settings, shared_data, tmp_path):
