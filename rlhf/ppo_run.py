@@ -1,6 +1,5 @@
 """What a PPO run needs around the algorithm: data, networks and optimizer at the start, logs and files on the way."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -13,7 +12,7 @@ from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 
 from . import checkpoint, models, sharding
-from .adapters import AdaptersOff, add_adapters, load_adapters, merged
+from .adapters import AdaptersOff, add_adapters, load_adapters, merged, merged_whole
 from .data import encode_prompt, load_rows
 from .guards import HealthGuards, refuse_bad_weights, stop_if_not_finite
 from .kl_controller import KLController
@@ -371,10 +370,12 @@ class PPORun:
         self.accelerator.wait_for_everyone()
 
     def _hand_on(self, network, folder: Path) -> None:
-        main, state = self.accelerator.is_main_process, None
-        whole = sharding.whole_state(models.unwrapped(network), keep=main)  # 19
-        with self.sharding.whole(network) if self.args.use_peft else contextlib.nullcontext():
-            if main:
-                model, state = merged(network, whole)  # 17
+        main = self.accelerator.is_main_process
+        if self.sharding.mesh is None:
+            model, state = merged(network)  # 17
+        elif self.args.use_peft:
+            model, state = merged_whole(network)  # 17, 19
+        else:
+            model, state = network, sharding.whole_state(network, keep=main)  # 19
         if main:
             models.save_model(model, self.tokenizer, folder, state)
