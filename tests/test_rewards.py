@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import rewards, sandbox
-from rlhf.rewards import json_schema, math_answer, regex, unit_test
-from rlhf.sandbox import SandboxError, run_checks, run_python
+from rlhf import rewards
+from rlhf.rewards import json_schema, math_answer, regex, sandbox, unit_test
+from rlhf.rewards.sandbox import SandboxError, run_checks, run_python
 
 
 def ask(function, completions, **columns):

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from rlhf import checkpoint, models
 from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.ppo_state import Averages
-from rlhf.rollout import Rollouts
+from rlhf.ppo.state import Averages
+from rlhf.rollouts.sampling import Rollouts
 
 WORDS = ["<pad>", "<unk>", "</s>", ".", "banana", "the", "cat", "dog"]
 WORDS += ["sat", "ran", "on", "a", "mat", "and", "saw", "it"]

@@ -19,8 +19,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .models import reshard, unwrapped
-from .processes import SHARDING, asks_for, check_processes
+from ..models import reshard, unwrapped
+from ..processes import SHARDING, asks_for, check_processes
 
 DEEPSPEED_REFUSED = (
     "distributed_type: got DeepSpeed, want one process, DDP or FSDP2 (rlhf/presets/accelerate/fsdp2.yaml): DeepSpeed's "
