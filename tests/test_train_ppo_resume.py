@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from rlhf import checkpoint
+from rlhf.metrics import Averages
 from rlhf.ppo import train_ppo
 from rlhf.ppo.iteration import draws, load_iteration
-from rlhf.ppo.state import Averages
 from tests.tiny_ppo import assert_same_run, bananas, forked
 
 FULL = {

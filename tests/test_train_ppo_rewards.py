@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf import cli, data, models
+from rlhf.metrics import Averages
 from rlhf.ppo import PPOTrainer, train_ppo
 from rlhf.ppo.contract import ContractError, check_contract
-from rlhf.ppo.state import Averages
 from rlhf.rewards import math_answer, regex, scoring
 from rlhf.rollouts.sampling import Rollouts
 from rlhf.training import encode_rows

@@ -15,8 +15,8 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from rlhf import checkpoint, models
+from rlhf.metrics import Averages
 from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.ppo.state import Averages
 from rlhf.rollouts.sampling import Rollouts
 
 WORDS = ["<pad>", "<unk>", "</s>", ".", "banana", "the", "cat", "dog"]
