@@ -1,5 +1,6 @@
 """The benchmarks agree with the ops, with float64 and with what the README shows of them; nothing is timed here."""
 
+import ast
 import importlib
 import inspect
 import json
@@ -60,6 +61,30 @@ def test_cases_are_whole(name):
         assert not case.scale or case.scale in case.sizes
     tests = {name.removeprefix("test_") for name in vars(measured) if name.startswith("test_")}
     assert tests == {case.function for case in measured.CASES}
+
+
+def test_no_file_imports_one_that_imports_it():
+    """Imports among benchmarks/*.py, those inside functions too, lead to no circle."""
+    names = {path.stem for path in ROOT.glob("benchmarks/*.py")}
+    imports = {name: imported(ROOT / "benchmarks" / f"{name}.py") & names for name in sorted(names)}
+    assert "cases" in imports["worker"] and "worker" not in imports["cases"]
+    while leaves := [name for name, others in imports.items() if not others & imports.keys()]:
+        for name in leaves:
+            del imports[name]
+    assert not imports, f"in a circle, or before one: {imports}"
+
+
+def imported(path):
+    """Names of the modules of benchmarks that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "benchmarks":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("benchmarks.")}
+    return found
 
 
 def test_pytest_collects_them():
