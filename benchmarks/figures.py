@@ -105,19 +105,18 @@ def curves(groups: list[dict]) -> dict[tuple[str, str], list[dict]]:
 
 
 def draw_curves(groups: list[dict], path: Path) -> None:
-    """Time and peak memory of every curve, log-log, two panels side by side."""
+    """Time and peak memory of every curve, log-log, side by side."""
     every = curves(groups)
     if not every:
         path.unlink(missing_ok=True)
         return
     plt = _pyplot()
-    rows = (len(every) + 1) // 2
-    figure, axes = plt.subplots(rows, 4, figsize=(14, 2.9 * rows), squeeze=False, layout="constrained")
+    size = (8.5, 2.7 * len(every))
+    figure, axes = plt.subplots(len(every), 2, figsize=size, squeeze=False, layout="constrained")
     names = list(dict.fromkeys(name for points in every.values() for g in points for name in g["rows"]))
     others = [name for name in names if name.partition("-")[0] not in ("ours", *ROOFS)]
     colours = {name: f"C{i % 9 + 1}" for i, name in enumerate(others)}
-    for i, ((title, size), points) in enumerate(every.items()):
-        pair = axes[i // 2, 2 * (i % 2) : 2 * (i % 2) + 2]
+    for pair, ((title, size), points) in zip(axes, every.items()):
         for panel, key, label in zip(pair, ("ms", "peak_mib"), ("ms", "extra peak memory, MiB")):
             for name in points[0]["rows"]:
                 line = [(g["sizes"][size], g["rows"].get(name, {}).get(key)) for g in points]
@@ -138,6 +137,4 @@ def draw_curves(groups: list[dict], path: Path) -> None:
             panel.grid(alpha=0.3)
         pair[0].set_title(title, loc="left")
         pair[0].legend(fontsize=7, frameon=False)
-    for panel in axes.flat[2 * len(every) :]:
-        panel.axis("off")
     _save(figure, path)

@@ -221,7 +221,8 @@ def _machine(data: dict) -> list[str]:
     days = ", ".join(sorted({run["date"].split()[0] for run in runs.values()}))
     text = (
         f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {told['threads']} threads, "
-        f"torch {told['torch']}, commit {told['commit']}, {days}: `make bench` (`ppo_iteration`: `make bench OP=train_ppo`)."
+        f"torch {told['torch']}, commit {told['commit']}, {days}: `make bench` "
+        "(`ppo_iteration`: `make bench OP=train_ppo`)."
     )
     return textwrap.wrap(text, 118, break_on_hyphens=False)
 
