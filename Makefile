@@ -1,6 +1,6 @@
 # make demo [MODEL=smollm2|PATH] [DATA=FILE] [OUT=DIR] [SEED=N]   all three stages, then a table and a report
 # make test [OP=name]                                             the tests (of one op)
-# make bench [OP=name]                                            tests, then benchmarks: results file, README's table, curves
+# make bench [OP=name]                                            tests, then benchmarks: results file, tables and figures
 # make bench OP=name BASE=commit                                  the op now beside the op at that commit
 # make gpu OUT=DIR                                                what needs a GPU: tests, sanitizers, measurements
 # make docs                                                       the documentation as a site, in build/docs

@@ -242,7 +242,7 @@ def _short_line(group: dict, than: str) -> str:
     """A row of the README: our time, and how many times it the others take."""
     rows = group["rows"]
     own = rows["ours"]["ms"]
-    times = {name: f"{_number(row['ms'] / own)} ×" for name, row in rows.items() if "ms" in row}
+    times = {name: _number(row["ms"] / own) for name, row in rows.items() if "ms" in row}
     apart = ("ours", "eager", "compile", "dense", *figures.ROOFS)
     others = [name for name in times if name.partition("-")[0] not in apart or name == "eager-loop"]
     direction = ", forward" if group["direction"] == "fwd" else ""

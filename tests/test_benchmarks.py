@@ -223,7 +223,7 @@ def test_results_file_and_what_comes_from_it(tmp_path, monkeypatch):
     assert "| verl 2.5 × | missed: read by 60 %, memory of eager by 50 %, gpu: needs a GPU |" in block
     assert "gpu (needs a GPU)" in block and "](figures/scale.svg)" in block
     monkeypatch.setattr(plot, "SHOWN", (("g-fwdbwd-fp32-4", "eager"), ("gone-fwd-fp32-4", "eager")))
-    assert plot.readme_block(path).endswith("| `g` | 4 | 2 | 9 × |  | verl 2.5 × | 3 of 4 missed |\n")
+    assert plot.readme_block(path).endswith("| `g` | 4 | 2 | 9 |  | verl 2.5 | 3 of 4 missed |\n")
     assert figures.bars(*plot.shown(data["groups"])[0]) == [("ours", 9.0), ("verl", 3.6)]
     for theme in figures.THEMES:
         figures.draw_bars(plot.shown(data["groups"]), "toy", tmp_path / f"{theme}.svg", theme)
