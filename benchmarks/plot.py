@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import textwrap
 from dataclasses import asdict
 from pathlib import Path
@@ -224,7 +225,8 @@ def _machine(data: dict) -> list[str]:
         f"torch {told['torch']}, commit {told['commit']}, {days}: `make bench` "
         "(`ppo_iteration`: `make bench OP=train_ppo`)."
     )
-    return textwrap.wrap(text, 118, break_on_hyphens=False)
+    whole = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), text)  # code is not broken
+    return [line.replace("\0", " ") for line in textwrap.wrap(whole, 118, break_on_hyphens=False)]
 
 
 def _heading(data: dict, path: Path) -> list[str]:
@@ -255,7 +257,7 @@ def _short_line(group: dict, than: str) -> str:
         times.get("eager", ""),
         times.get("compile", ""),
         ", ".join(f"{figures.NAMES.get(name, name)} {times[name]}" for name in others),
-        f"{missed} of {len(misses)} missed" if missed else "met" if misses else "none",
+        f"{missed} of {len(misses)} missed" if missed else "met" if misses else "none set",
     ]
     return f"| {' | '.join(cells)} |"
 
