@@ -7,7 +7,7 @@ is `rlhf.cli`. Importing `rlhf` loads none of them, and no torch: a name is look
 
 import importlib
 
-from . import _moved
+from . import _moved, extras
 
 _STAGES = {"sft": "SFT", "reward": "Reward", "preference": "DPO", "ppo": "PPO"}
 _PUBLIC = {f"{title}{kind}": stage for stage, title in _STAGES.items() for kind in ("Trainer", "Config")}
@@ -34,7 +34,13 @@ _moved.install()
 def __getattr__(name):
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    try:
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        lacking = extras.lacking()
+        if lacking:
+            raise ImportError(f"rlhf.{name} {lacking}") from error
+        raise
 
 
 def __dir__():

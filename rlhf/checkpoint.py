@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,17 @@ def _fsync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
         _fsync(path)
     _fsync(directory)
+
+
+def _readable_tree(directory: Path) -> None:
+    """Give the files in a new directory the permissions that the umask gave it; safetensors writes for the owner only.
+
+    The umask itself cannot be read without setting it, for all threads.
+    """
+    allowed = stat.S_IMODE(directory.stat().st_mode) & 0o666
+    for path in directory.rglob("*"):
+        if path.is_file():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | allowed)
 
 
 @contextlib.contextmanager
@@ -67,6 +79,7 @@ def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Pat
     temporary.mkdir()
     try:
         yield temporary
+        _readable_tree(temporary)
         _fsync_tree(temporary)
         if not path.exists():
             os.rename(temporary, path)

@@ -15,6 +15,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from . import extras
 from .settings import PRESETS, UsageError, nearest, preset_file, preset_names
 
 STAGES = {
@@ -27,6 +28,7 @@ TOOLS = {
     "best-of-n": ("rlhf.evaluate", "sample N responses, keep the one that the reward model scores highest"),
     "pipeline": ("rlhf.pipeline", "all stages, one after the other, from one YAML file"),
     "report": ("rlhf.reports.report", "write report.html of a run"),
+    "env": ("rlhf.environment", "versions, backends, threads and GPUs of this machine, for a bug report"),
     "demo": ("rlhf.demo.run", "all stages on the embedded story model, in minutes"),
 }
 SECTIONS = (*STAGES, "ppo_ptx", "pipeline", "demo")
@@ -58,6 +60,10 @@ def run_command(argv):
         print(f"rlhf {importlib.import_module('rlhf_kernels').__version__}")
         return 0
     command, rest = argv[0], argv[1:]
+    if command in (*STAGES, *TOOLS) and command != "env":
+        lacking = extras.lacking()
+        if lacking:
+            raise UsageError(f"rlhf {command} {lacking}")
     if command in TOOLS:
         return importlib.import_module(TOOLS[command][0]).main(rest)
     if command not in STAGES:

@@ -8,6 +8,7 @@ import random
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rlhf import checkpoint
 from rlhf.checkpoint import MetricsLog, atomic_directory, last_checkpoint, prepare_output_dir
@@ -179,3 +180,18 @@ def test_write_json_replaces_at_once(tmp_path):
     with pytest.raises(TypeError):
         checkpoint.write_json(tmp_path / "run.json", {"bad": object()})
     assert json.loads((tmp_path / "run.json").read_text()) == {"stage": "ppo"} and names(tmp_path) == ["run.json"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_others_may_read_what_the_umask_lets_them(tmp_path, umask, mode):
+    """safetensors writes files that only their owner can read, whatever the umask."""
+    before = os.umask(umask)
+    try:
+        with checkpoint.atomic_directory(tmp_path / "model") as folder:
+            (folder / "value").mkdir()
+            save_file({"x": torch.zeros(1)}, folder / "value" / "model.safetensors")
+            (folder / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert modes == [mode, mode]

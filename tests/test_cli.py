@@ -1,5 +1,6 @@
 """The command line: help that reads well, YAML and flags checked alike, one clear line when something is wrong."""
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -7,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from rlhf import cli
+from rlhf import cli, extras
 from tests.test_train_sft import demonstrations
 from tests.tiny import model_folder, word_tokenizer, write_jsonl
 from tests.tiny_reward import rankings
@@ -236,7 +238,7 @@ def test_reward_from_the_command_line(files, capsys):
 
 IN_A_PROCESS = """
 import os, sys
-from rlhf import cli
+from rlhf import cli, extras
 assert "torch" not in sys.modules, "importing rlhf.cli must not import torch"
 seen = {}
 def tool(argv):
@@ -256,3 +258,45 @@ def test_huge_pages_are_asked_for_before_torch(given, expected):
     result = subprocess.run([sys.executable, "-c", IN_A_PROCESS], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == expected
+
+
+def test_environment_for_a_bug_report(capsys, monkeypatch):
+    monkeypatch.setenv("RLHF_KERNELS_CPU_POOL_MB", "7")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert cli.main(["env"]) == 0
+    printed = capsys.readouterr().out
+    found = dict(line.split("  ", 1) for line in printed.splitlines())
+    assert found["torch"].strip() == torch.__version__ and found["RLHF_KERNELS_CPU_POOL_MB"].strip() == "7"
+    assert found["backend reference"].strip() == "available"
+    assert {"Python", "processor", "threads", "instruction sets", "backend cuda", "rlhf-kernels"} <= found.keys()
+    assert "secret" not in printed
+
+
+REQUIRES = ["torch>=2.8", "transformers>=5.8; extra == 'train'", 'numpy>=1.26 ; extra == "train"']
+REQUIRES += ["pytest; extra == 'test'"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "told"),
+    [
+        ({"transformers": "5.8.1", "numpy": "2.0"}, None),
+        ({"numpy": "2.0"}, "needs transformers: pip install 'rlhf-kernels[train]'"),
+        ({"transformers": "4.57.0", "numpy": "1.26.0rc1"}, "needs transformers >= 5.8 (there is 4.57.0): pip install"),
+        ({}, "needs transformers, numpy: pip install 'rlhf-kernels[train]'"),
+    ],
+)
+def test_without_what_the_trainers_need_one_line_says_so(installed, told, monkeypatch, capsys):
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRES)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    if told is None:
+        assert extras.lacking() is None
+        return
+    assert extras.lacking().startswith(told)
+    assert cli.main(["sft", "--dataset_name", "x.jsonl"]) == 2
+    assert capsys.readouterr().err.startswith(f"rlhf: error: rlhf sft {told}")
+    assert cli.main(["--help"]) == 0

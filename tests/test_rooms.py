@@ -16,7 +16,7 @@ from rlhf import _moved
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ROOT / "rlhf"
 FLOORS = (  # a room or file imports from its own room and from floors before its own
-    {"checkpoint", "metrics", "own_code", "processes", "settings"},
+    {"checkpoint", "environment", "extras", "metrics", "own_code", "processes", "settings"},
     {"data", "stages"},
     {"models"},
     {"rollouts"},

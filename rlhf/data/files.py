@@ -25,8 +25,7 @@ def read(name, kind, split, config):
     if not path.is_file():
         yield from _read_named(name, split, config)
         return
-    readers = {".parquet": _read_parquet, ".json": _read_json, ".jsonl": _read_jsonl, ".txt": _read_txt}
-    reader = readers.get(path.suffix.lower())
+    reader = READERS.get(path.suffix.lower())
     if reader is None or (reader is _read_txt and kind != "text"):
         raise DataError(f"{name}:1: {kind} data comes as .jsonl, .json or .parquet (plain text also as .txt)")
     yield from reader(path)
@@ -84,6 +83,8 @@ def _read_txt(path):
 
 
 def _read_named(name, split, config):
+    if Path(name).suffix.lower() in READERS:
+        raise DataError(f"{name}: no such file")
     try:
         import datasets
     except ImportError:
@@ -97,3 +98,6 @@ def _read_named(name, split, config):
         raise DataError(f"{name}:1: no such file, and datasets.load_dataset says: {error}") from None
     for number, row in enumerate(rows, start=1):
         yield f"{name}:{number}", {key: value for key, value in row.items() if value is not None}
+
+
+READERS = {".parquet": _read_parquet, ".json": _read_json, ".jsonl": _read_jsonl, ".txt": _read_txt}

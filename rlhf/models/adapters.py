@@ -1,6 +1,7 @@
 """LoRA adapters of the package peft: put on a model, switched off, saved and merged."""
 
 import contextlib
+import copy
 
 import torch
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ def add_adapters(args, model, task_type, peft_config=None):
         import peft
     except ImportError:
         raise ValueError("use_peft: the package peft is not installed (pip install peft)") from None
-    config = peft_config or peft.LoraConfig(
+    config = copy.deepcopy(peft_config) or peft.LoraConfig(  # peft writes into it
         task_type=task_type,
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
