@@ -1,5 +1,41 @@
 """rlhf: a thin trainer layer that runs SFT, reward model and PPO with the losses of rlhf_kernels.
 
-Each stage is one module with one entry point: `rlhf.sft.train_sft`, `rlhf.reward.train_reward`, `rlhf.ppo.train_ppo`
-and `rlhf.preference.train_dpo`. The command line is `rlhf.cli`. Importing `rlhf` alone does not load torch.
+A stage is a trainer and its settings: `SFTTrainer`, `RewardTrainer`, `DPOTrainer` and `PPOTrainer` with `SFTConfig`,
+`RewardConfig`, `DPOConfig` and `PPOConfig`; `train_sft` and its kin run a stage from settings alone. The command line
+is `rlhf.cli`. Importing `rlhf` loads none of them, and no torch: a name is looked up when it is first used.
 """
+
+import importlib
+
+from . import _moved
+
+_STAGES = {"sft": "SFT", "reward": "Reward", "preference": "DPO", "ppo": "PPO"}
+_PUBLIC = {f"{title}{kind}": stage for stage, title in _STAGES.items() for kind in ("Trainer", "Config")}
+_PUBLIC |= {f"train_{title.lower()}": stage for stage, title in _STAGES.items()}
+
+__all__ = [
+    "DPOConfig",
+    "DPOTrainer",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "train_dpo",
+    "train_ppo",
+    "train_reward",
+    "train_sft",
+]
+
+_moved.install()
+
+
+def __getattr__(name):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

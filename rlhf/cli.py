@@ -6,7 +6,6 @@ kernel for huge pages, which saves about a third of the time on a CPU.
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import json
 import logging
@@ -15,6 +14,8 @@ import shutil
 import sys
 import textwrap
 from pathlib import Path
+
+from .settings import PRESETS, UsageError, nearest, preset_file, preset_names
 
 STAGES = {
     "sft": ("rlhf.sft", "SFTConfig", "train_sft", "stage 1: fine-tune a language model on demonstrations"),
@@ -25,16 +26,11 @@ STAGES = {
 TOOLS = {
     "best-of-n": ("rlhf.evaluate", "sample N responses, keep the one that the reward model scores highest"),
     "pipeline": ("rlhf.pipeline", "all stages, one after the other, from one YAML file"),
-    "report": ("rlhf.report", "write report.html of a run"),
+    "report": ("rlhf.reports.report", "write report.html of a run"),
     "demo": ("rlhf.demo.run", "all stages on the embedded story model, in minutes"),
 }
 SECTIONS = (*STAGES, "ppo_ptx", "pipeline", "demo")
-PRESETS = Path(__file__).parent / "presets"
 INDENT = 34
-
-
-class UsageError(ValueError):
-    """The command line or a settings file asks for something that does not exist."""
 
 
 def main(argv=None):
@@ -76,7 +72,7 @@ def run_command(argv):
     log_to_stderr()
     output = getattr(module, function)(parse_stage(command, config_class, rest, parser))
     if os.environ.get("RANK", "0") == "0":
-        from .report import write_report
+        from .reports.report import write_report
 
         print(f"the run is in {output}; its report: {write_report(output)}")
     return 0
@@ -136,14 +132,6 @@ def parse_stage(command, config_class, argv, parser=None):
     return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[0]
 
 
-def preset_file(name):
-    """The file of a named preset."""
-    names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
-    if name not in names:
-        raise UsageError(f"there is no preset {name!r}{nearest(name, names)}")
-    return PRESETS / f"{name}.yaml"
-
-
 def settings_as_flags(command, file, known):
     """The settings of one YAML file for one stage, as command-line flags, so that both are checked alike.
 
@@ -186,14 +174,6 @@ def as_argument(value):
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def nearest(name, known, dashes=""):
-    """A closing hint: the names most like `name`, or all if they are few."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if close:
-        return f"; did you mean {' or '.join(dashes + other for other in close)}?"
-    return f"; known are {', '.join(known)}" if len(known) <= 12 else "; see --help"
-
-
 def overview():
     """What `rlhf --help` prints."""
     lines = ["rlhf COMMAND [flags]: the InstructGPT method, stage by stage.", "", "stages:"]
@@ -211,7 +191,7 @@ def stage_help(command, config_class, parser, *, everything=False):
     groups = dict(getattr(config_class, "groups", {"settings": tuple(fields)}))
     shown = {name for names in groups.values() for name in names}
     lines = [f"rlhf {command} [flags]: {STAGES[command][-1]}.", ""]
-    names = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
+    names = ", ".join(preset_names())
     lines += flag_lines("--preset NAME", f"Named settings; known: {names}. Flags override them.")
     lines += flag_lines("--config FILE", f"YAML file of settings, flat or under `{command}:`. Flags override it.")
     others = tuple(name for name in fields if name not in shown)

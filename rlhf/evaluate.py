@@ -17,10 +17,9 @@ import torch
 from . import models
 from .checkpoint import write_json
 from .data import encode_prompt, load_rows
-from .rollout import Rollouts, sample
-from .sequences import by_length, join, per_token_log_probs, response_scores
-
-Z95 = 1.959963984540054
+from .metrics import wilson_interval
+from .models.sequences import by_length, join, per_token_log_probs, response_scores
+from .rollouts.sampling import Rollouts, sample
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,6 @@ class WinRate:
     ties: int
     n: int
     n_effective: float
-
-
-def wilson_interval(rate: float, n: float, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion: the p at which |rate - p| = z sqrt(p (1 - p) / n).
-
-    Args:
-        rate: observed share, in [0, 1]; may stem from half wins.
-        n: number of (effective) comparisons, > 0.
-        z: quantile of the normal; 1.96 for 95 %.
-    Returns:
-        (low, high), within [0, 1].
-    """
-    if not 0 <= rate <= 1 or not n > 0:
-        raise ValueError(f"rate must lie in [0, 1] and n be > 0, got rate {rate} and n {n}")
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def win_rate(scores: Sequence[float], rivals: Sequence[float], *, per_prompt: int = 1) -> WinRate:

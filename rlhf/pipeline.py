@@ -6,204 +6,22 @@ stage that was interrupted resumes from its newest checkpoint. With other settin
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import shutil
-import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from . import models
-from .checkpoint import last_checkpoint, write_json
-from .cli import nearest
 from .data import load_rows, split_rows
+from .settings import preset_file
+from .stages import Stage, Stages, check_names, fresh_or_resumed, make_config, settings_of, write_rows
 
 SECTIONS = ("pipeline", "sft", "reward", "ppo", "ppo_ptx", "evaluate")
+
+
 OTHER_SECTIONS = ("dpo", "demo")
-PRESETS = Path(__file__).parent / "presets"
-STATE = "pipeline.json"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: '8 s', '1 min 20 s', '2 h 05 min'."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A step of the plan: its folder's name, its title for people, and how long it should take (None: unknown)."""
-
-    name: str
-    title: str
-    seconds: float | None = None
-
-
-class Stages:
-    """Runs a plan of stages in one directory, remembers what is finished, and prints one line for each.
-
-    Args:
-        output_dir: the pipeline's directory.
-        plan: all stages, in order.
-        config: settings that must be the same when the run is continued; plain JSON values.
-        overwrite: remove another run that is in the way.
-        quiet: what the stages print goes to `<output_dir>/log.txt`; False lets their progress bars through.
-    Raises:
-        ValueError: output_dir holds a run with other settings, or files that are no run.
-    """
-
-    def __init__(self, output_dir, plan: Sequence[Stage], config: dict, *, overwrite: bool = False, quiet: bool = True):
-        self.path, self.plan, self.quiet = Path(output_dir), list(plan), quiet
-        self.config = json.loads(json.dumps(config, default=str))
-        self.spent = self.expected = 0.0
-        if overwrite and (self.path / STATE).exists():
-            shutil.rmtree(self.path)
-        self.finished: dict[str, dict] = self._read_state()
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._write_state()
-
-    def _read_state(self) -> dict:
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
-            return {}
-        remedy = "choose another --output_dir, or remove it with --overwrite"
-        if not (self.path / STATE).exists():
-            raise ValueError(f"output_dir {str(self.path)!r} is not empty and holds no pipeline: choose another one")
-        state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
-        before = state["config"]
-        other = sorted(key for key in before.keys() | self.config.keys() if before.get(key) != self.config.get(key))
-        if other:
-            which = ", ".join(other)
-            raise ValueError(
-                f"output_dir {str(self.path)!r} already holds a run with other settings ({which}): {remedy}"
-            )
-        return state["finished"]
-
-    def _write_state(self) -> None:
-        write_json(self.path / STATE, {"config": self.config, "finished": self.finished})
-
-    def folder(self, name: str) -> Path:
-        return self.path / name
-
-    @property
-    def seconds(self) -> float:
-        """Time spent on finished stages, in this and earlier starts."""
-        return sum(entry["seconds"] for entry in self.finished.values())
-
-    def time_left(self) -> float | None:
-        """Expected seconds of the stages still to run: the plan's, scaled by how fast this machine has been so far."""
-        rest = [stage.seconds for stage in self.plan if stage.name not in self.finished]
-        if any(seconds is None for seconds in rest):
-            return None
-        pace = min(max(self.spent / self.expected, 0.2), 20.0) if self.expected else 1.0
-        return pace * sum(rest)
-
-    def run(self, name: str, work: Callable[[Path], str]) -> None:
-        """Run `work(folder)` unless it is finished; it returns a few words about the outcome for the stage's line."""
-        number = next(i for i, stage in enumerate(self.plan, 1) if stage.name == name)
-        stage = self.plan[number - 1]
-        head = f"[{number}/{len(self.plan)}] {stage.title}"
-        if name in self.finished:
-            entry = self.finished[name]
-            print(f"{head}: {entry['text']}; done before, in {duration(entry['seconds'])}", flush=True)
-            return
-        start = time.perf_counter()
-        with self._ticking(head, stage, start), self._captured():
-            text = work(self.folder(name))
-        seconds = time.perf_counter() - start
-        self.finished[name] = {"seconds": seconds, "text": text}
-        self._write_state()
-        if stage.seconds is not None:
-            self.spent, self.expected = self.spent + seconds, self.expected + stage.seconds
-        left = self.time_left()
-        more = f", about {duration(left)} left" if left else ""
-        print(f"{head}: {text}; {duration(seconds)}{more}", flush=True)
-
-    @contextlib.contextmanager
-    def _captured(self):
-        if not self.quiet:
-            yield
-            return
-        with (
-            open(self.path / "log.txt", "a", encoding="utf-8") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
-            yield
-
-    @contextlib.contextmanager
-    def _ticking(self, head: str, stage: Stage, start: float):
-        """On a terminal: the line of the running stage, counting seconds. Elsewhere nothing."""
-        if not self.quiet:
-            print(head, flush=True)
-        if not self.quiet or not sys.stdout.isatty():
-            yield
-            return
-        out, done = sys.stdout, threading.Event()
-
-        def tick():
-            while not done.wait(0.5):
-                about = f" of about {duration(stage.seconds)}" if stage.seconds else ""
-                out.write(f"\r\033[K{head}: {duration(time.perf_counter() - start)}{about}")
-                out.flush()
-
-        thread = threading.Thread(target=tick, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            out.write("\r\033[K")
-
-
-def check_names(section: str, names, known) -> None:
-    """Raise ValueError for the first of `names` that is not known, with the ones that look like it."""
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{section}: there is no setting {name!r}{nearest(str(name), sorted(known))}")
-
-
-def settings_of(config_class) -> set[str]:
-    return {field.name for field in dataclasses.fields(config_class) if field.init}
-
-
-def make_config(config_class, section: str, *layers: dict):
-    """An instance of a stage's config from layers of settings, later ones winning.
-
-    Raises:
-        ValueError: a setting that the stage does not know.
-    """
-    merged = {key: value for layer in layers for key, value in layer.items()}
-    check_names(section, merged, settings_of(config_class))
-    return config_class(**merged)
-
-
-def fresh_or_resumed(folder: Path) -> dict:
-    """Settings that let a stage go on from its newest checkpoint; an interrupted stage without one starts anew."""
-    if last_checkpoint(folder):
-        return {"resume_from_checkpoint": "true"}
-    if folder.exists():
-        shutil.rmtree(folder)
-    return {}
-
-
-def write_rows(path: Path, rows: Sequence[dict]) -> Path:
-    """Write rows as jsonl, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    kept = [{key: value for key, value in row.items() if key != "at"} for row in rows]
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-    part.replace(path)
-    return path
 
 
 def read_sections(path: str | Path, known: Sequence[str] = SECTIONS) -> dict[str, dict]:
@@ -257,7 +75,7 @@ def train_ppo(
     folder: Path, *, sft, reward, prompts, settings: dict, section: str = "ppo", ptx=None, trainer=None
 ) -> str:
     """PPO, or PPO-ptx where `ptx` is a file of pretraining text. `trainer`: another class than PPOTrainer."""
-    from .ppo import PPOConfig, PPOTrainer
+    from .ppo.trainer import PPOConfig, PPOTrainer
 
     given = {
         "sft_model_path": str(sft),
@@ -309,7 +127,7 @@ def run_pipeline(args: PipelineConfig) -> Path:
             training starts.
     """
     from .evaluate import evaluate_policies, write_evaluation
-    from .report import text_table, write_report
+    from .reports.report import text_table, write_report
 
     sections = stage_settings(args)
     models.resolve_model_path(args.model_name_or_path)
@@ -360,7 +178,7 @@ def run_pipeline(args: PipelineConfig) -> Path:
         policies["PPO-ptx"] = stages.folder("ppo_ptx")
 
     def evaluate(folder: Path) -> str:
-        from .ppo import PPOConfig
+        from .ppo.trainer import PPOConfig
 
         run = make_config(PPOConfig, "ppo", {**ppo, "ptx_coef": 0.0})
         options = {"response_length": run.response_length, "temperature": run.temperature, "seed": args.seed}
@@ -386,10 +204,7 @@ def stage_settings(args: PipelineConfig) -> dict[str, dict]:
     sections: dict[str, dict] = {name: {} for name in SECTIONS if name != "pipeline"}
     files = [args.config] if args.config else []
     if args.preset:
-        names = sorted(file.stem for file in PRESETS.glob("*.yaml"))
-        if args.preset not in names:
-            raise ValueError(f"preset: got {args.preset!r}, which does not exist; known are: {', '.join(names)}")
-        files.insert(0, PRESETS / f"{args.preset}.yaml")
+        files.insert(0, preset_file(args.preset))
     for file in files:
         for name, found in read_sections(file).items():
             if name != "pipeline":
@@ -399,7 +214,7 @@ def stage_settings(args: PipelineConfig) -> dict[str, dict]:
 
 def check_sections(sections: dict[str, dict], with_ptx: bool) -> None:
     """Find unknown settings of every stage before the first one starts."""
-    from .ppo import PPOConfig
+    from .ppo.trainer import PPOConfig
     from .reward import RewardConfig
     from .sft import SFTConfig
 

@@ -13,8 +13,9 @@ import torch
 
 from rlhf_kernels import bradley_terry_loss, plackett_luce_loss
 
-from . import data, models, rankings, training
-from .reward_report import labeler_agreement, ranking_report, report_table
+from . import data, models, training
+from .data import rankings
+from .reports.reward_model import labeler_agreement, ranking_report, report_table
 from .training import StageConfig, StageTrainer, logger, option
 
 

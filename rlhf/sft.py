@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from . import data, models, training
-from .sequences import label_loss
+from .models.sequences import label_loss
 from .training import StageConfig, StageTrainer, option
 
 
@@ -74,7 +74,7 @@ class SFTTrainer(StageTrainer):
         A prompt that leaves no room in the model's context loses its left end, as in training. Where the weights are
         sharded, all processes sample, and up to the full length, so that they make the same number of steps.
         """
-        from .rollout import sample
+        from .rollouts.sampling import sample
 
         examples = [example for example in examples if "prompt" in example["row"]][: self.args.num_samples]
         if not examples or not (self.args.should_save or self.is_sharded):

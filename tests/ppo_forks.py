@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from rlhf import ppo_run
 from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.ppo import run as ppo_run
 
 PHASES = ("start", "between", "rollout", "update", "save")
 ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT

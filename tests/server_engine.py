@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from rlhf.rollout import transformers_engine
+from rlhf.rollouts.sampling import transformers_engine
 
 
 class Server:

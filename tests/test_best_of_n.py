@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf import evaluate, health, runs
-from rlhf.rollout import Rollouts
+from rlhf import evaluate
+from rlhf.reports import health, runs
+from rlhf.rollouts.sampling import Rollouts
 from rlhf_kernels import bradley_terry_loss
 
 WEIGHTS = np.array([0.35, 0.25, 0.15, 0.15, 0.10])

@@ -241,8 +241,8 @@ assert "torch" not in sys.modules, "importing rlhf.cli must not import torch"
 seen = {}
 def tool(argv):
     seen["value"] = os.environ.get("THP_MEM_ALLOC_ENABLE")
-sys.modules["rlhf.report"] = type(sys)("rlhf.report")
-sys.modules["rlhf.report"].main = tool
+sys.modules["rlhf.reports.report"] = type(sys)("rlhf.reports.report")
+sys.modules["rlhf.reports.report"].main = tool
 cli.main(["report"])
 assert "torch" not in sys.modules
 print(seen["value"])

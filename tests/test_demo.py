@@ -9,7 +9,7 @@ import yaml
 from rlhf import pipeline
 from rlhf.data import load_rows
 from rlhf.demo import labeler, run
-from rlhf.runs import read_report
+from rlhf.reports.runs import read_report
 
 HAPPY = " The dog was happy and they all laughed with joy."
 SAD = " The dog was sad and cried because it was hurt."

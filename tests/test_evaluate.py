@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf import evaluate
-from rlhf.rollout import Rollouts
+from rlhf.rollouts.sampling import Rollouts
 
 
 @pytest.mark.parametrize(

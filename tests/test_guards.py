@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf import guards, health, models, runs
-from rlhf.guards import HealthGuards
-from rlhf.ppo import PPOConfig, PPOTrainer, train_ppo
-from rlhf.rollout import RolloutError
+from rlhf import models
+from rlhf.ppo import PPOConfig, PPOTrainer, guards, train_ppo
+from rlhf.ppo.guards import HealthGuards
+from rlhf.reports import health, runs
+from rlhf.rollouts.sampling import RolloutError
 from tests.tiny_ppo import EOS, PAD, WORDS, equal, weights
 
 

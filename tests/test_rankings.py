@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rlhf import data, rankings
+from rlhf import data
+from rlhf.data import rankings
 from tests.tiny import write_jsonl
 
 ROW = {"prompt": "a", "completions": ["b", "c", "d"], "ranks": [0, 1, 1]}

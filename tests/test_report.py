@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from rlhf import health, plots, report, runs
+from rlhf.reports import health, plots, report, runs
 
 
 def write_run(folder, stage="ppo", rows=(), summary=None, samples=()):

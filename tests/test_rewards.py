@@ -14,19 +14,19 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import rewards, sandbox
-from rlhf.rewards import json_schema, math_answer, regex, unit_test
-from rlhf.sandbox import SandboxError, run_checks, run_python
+from rlhf import rewards
+from rlhf.rewards import checkers, json_schema, math_answer, regex, sandbox, unit_test
+from rlhf.rewards.sandbox import SandboxError, run_checks, run_python
 
 
 def ask(function, completions, **columns):
     return function(["?"] * len(completions), completions, [[]] * len(completions), **columns)
 
 
-@pytest.mark.parametrize("module", [rewards, sandbox])
+@pytest.mark.parametrize("module", [checkers, sandbox])
 def test_examples_run(module, monkeypatch):
     found = doctest.DocTestFinder().find(module, globs=vars(module))
-    missing = rewards.importlib.util.find_spec("jsonschema") is None
+    missing = checkers.importlib.util.find_spec("jsonschema") is None
     chosen = [test for test in found if test.examples and not (missing and test.name.endswith("json_schema"))]
     assert len(chosen) >= 2
     runner = doctest.DocTestRunner()

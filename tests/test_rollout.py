@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from rlhf import models, rollout
-from rlhf.rollout import Completion, RolloutError, per_token_log_probs, sample
-from rlhf.sequences import by_length, join, response_log_probs, response_scores, response_values
+from rlhf import models
+from rlhf.models.sequences import by_length, join, response_log_probs, response_scores, response_values
+from rlhf.rollouts import sampling as rollout
+from rlhf.rollouts.sampling import Completion, RolloutError, per_token_log_probs, sample
 from tests.tiny import model_folder, word_tokenizer
 
 V, STOP = 13, [2, 5]

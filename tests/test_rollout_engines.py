@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from rlhf import rollout_engines
 from rlhf.models import share_prompts
 from rlhf.ppo import train_ppo
-from rlhf.rollout import Completion, RolloutError, collect, sample
-from rlhf.rollout_engines import gap_complaint, load_engine, log_prob_gap
-from rlhf.startup_check import ContractError
+from rlhf.ppo.contract import ContractError
+from rlhf.rollouts import engines as rollout_engines
+from rlhf.rollouts.engines import gap_complaint, load_engine, log_prob_gap
+from rlhf.rollouts.sampling import Completion, RolloutError, collect, sample
 from tests.tiny_ppo import equal, weights
 
 V, STOP = 13, [2, 5]

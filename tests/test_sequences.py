@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf import sequences
-from rlhf.sequences import cheapest_cut, join, policy_loss
+from rlhf.models import sequences
+from rlhf.models.sequences import cheapest_cut, join, policy_loss
 from tests.tiny_ppo import make_config
 
 

@@ -14,7 +14,7 @@ from rlhf.data import load_rows
 from rlhf.demo import labeler
 from rlhf.demo.run import DemoConfig, rank_responses
 from rlhf.evaluate import win_rate
-from rlhf.runs import read_report
+from rlhf.reports.runs import read_report
 
 SECTIONS = """
 sft: {learning_rate: 1.0e-3, max_steps: 50, per_device_train_batch_size: 16, logging_steps: 5, eval_strategy: "no",

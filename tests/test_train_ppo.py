@@ -8,11 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf import models
-from rlhf.kl_controller import KLController
+from rlhf.metrics import Averages
 from rlhf.ppo import train_ppo
-from rlhf.ppo_state import Averages, learning_rate_factor
-from rlhf.rollout import Rollouts
-from rlhf.startup_check import ContractError, check_contract
+from rlhf.ppo.contract import ContractError, check_contract
+from rlhf.ppo.kl_controller import KLController
+from rlhf.ppo.state import learning_rate_factor
+from rlhf.rollouts.sampling import Rollouts
 from rlhf_kernels import ppo_loss
 from tests.tiny_ppo import (
     EOS,

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from rlhf import models
-from rlhf.adapters import merged
+from rlhf.models.adapters import merged
 from rlhf.ppo import train_ppo
-from rlhf.startup_check import ContractError, check_contract
+from rlhf.ppo.contract import ContractError, check_contract
 from tests.tiny_ppo import HAND_MADE, equal, weights
 
 pytest.importorskip("peft", reason="the package peft is not installed: pip install peft")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from rlhf import checkpoint
+from rlhf.metrics import Averages
 from rlhf.ppo import train_ppo
-from rlhf.ppo_iteration import draws, load_iteration
-from rlhf.ppo_state import Averages
+from rlhf.ppo.iteration import draws, load_iteration
 from tests.tiny_ppo import assert_same_run, bananas, forked
 
 FULL = {
@@ -145,7 +145,7 @@ def test_a_run_that_stopped_stays_stopped(home):
 
 
 def test_a_full_disk_while_saving_loses_nothing(home, monkeypatch):
-    from rlhf import ppo_checkpoint
+    from rlhf.ppo import checkpoint as ppo_checkpoint
 
     options = full(home, max_steps=2, save_steps=1, save_updates=1, save_total_limit=1)
     train_ppo(home.config("whole", **options))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf import cli, data, models, scoring
+from rlhf import cli, data, models
+from rlhf.metrics import Averages
 from rlhf.ppo import PPOTrainer, train_ppo
-from rlhf.ppo_state import Averages
-from rlhf.rewards import math_answer, regex
-from rlhf.rollout import Rollouts
-from rlhf.startup_check import ContractError, check_contract
+from rlhf.ppo.contract import ContractError, check_contract
+from rlhf.rewards import math_answer, regex, scoring
+from rlhf.rollouts.sampling import Rollouts
 from rlhf.training import encode_rows
 from tests.tiny_ppo import (
     EOS,

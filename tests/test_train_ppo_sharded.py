@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf import sharding
+from rlhf.ppo import sharding
 from tests.tiny_ppo import ROOT, Home, assert_equal_runs, assert_same_run, equal, forked, own_home, same_config
 
 PEFT = find_spec("peft") is not None

@@ -132,7 +132,7 @@ def test_training_further_from_a_reward_model(settings, tmp_path):
 
 def test_trap_23_training_ids_are_scoring_ids(settings):
     """What the reward model is trained on, token by token, is what PPO scores for the same sample."""
-    from rlhf.sequences import join
+    from rlhf.models.sequences import join
 
     args = settings(packing="false")
     trainer = make_trainer(args)
@@ -159,7 +159,7 @@ SUFFIXED = (
 
 def test_trap_23_a_chat_is_trained_and_scored_up_to_its_end_of_turn(settings, tmp_path):
     """The template goes on behind the end of turn, as ChatML does with a line break; sampling stops before that."""
-    from rlhf.sequences import join
+    from rlhf.models.sequences import join
 
     special = ("<|user|>", "<|bot|>", "<|end|>", "<|line|>")
     tokenizer = word_tokenizer(extra=special, chat_template=SUFFIXED)

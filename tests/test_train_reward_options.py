@@ -11,10 +11,11 @@ import torch
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
-from rlhf import cli, data, evaluate, models, rankings, reward, training
+from rlhf import cli, data, evaluate, models, reward, training
+from rlhf.data import rankings
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.reward import train_reward
-from rlhf.rollout import Rollouts
+from rlhf.rollouts.sampling import Rollouts
 from tests import tiny_reward
 from tests.tiny import WORDS, model_folder, write_jsonl
 from tests.tiny_reward import config_maker, gradient, make_trainer

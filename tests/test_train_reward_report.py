@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf import reward_report
+from rlhf.reports import reward_model as reward_report
+from rlhf.reports.reward_model import calibration, labeler_agreement, ranking_report, report_table, share_interval
 from rlhf.reward import train_reward
-from rlhf.reward_report import calibration, labeler_agreement, ranking_report, report_table, share_interval
 from tests.tiny_reward import config_maker, rankings
 
 ROWS = [
@@ -166,7 +166,7 @@ def test_many_labelers_are_not_all_printed():
 
 def test_a_run_holds_all_of_it(tmp_path, capsys):
     """Two labelers for each prompt, judged pairs in some rows: everything is in run.json, the table and the report."""
-    from rlhf.report import write_report
+    from rlhf.reports.report import write_report
 
     rows, generator = [], random.Random(0)
     for row in rankings(18):

@@ -15,9 +15,9 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from rlhf import checkpoint, models
+from rlhf.metrics import Averages
 from rlhf.ppo import PPOConfig, PPOTrainer
-from rlhf.ppo_state import Averages
-from rlhf.rollout import Rollouts
+from rlhf.rollouts.sampling import Rollouts
 
 WORDS = ["<pad>", "<unk>", "</s>", ".", "banana", "the", "cat", "dog"]
 WORDS += ["sat", "ran", "on", "a", "mat", "and", "saw", "it"]

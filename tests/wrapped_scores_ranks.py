@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from rlhf import models
-from rlhf.sequences import label_log_probs, label_loss
+from rlhf.models.sequences import label_log_probs, label_loss
 from rlhf_kernels import pack_responses
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

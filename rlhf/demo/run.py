@@ -23,11 +23,12 @@ import torch
 
 from .. import models, pipeline
 from ..data import encode_prompt, load_rows
-from ..pipeline import Stage, Stages, duration, hold_out, make_config, read_sections, write_rows
+from ..pipeline import hold_out, read_sections
+from ..settings import PRESETS
+from ..stages import Stage, Stages, duration, make_config, write_rows
 from . import labeler
 
 HERE = Path(__file__).parent
-PRESETS = HERE.parent / "presets"
 LARGE = 20_000_000
 """Parameters above which a model gets the small budget of demo_llm.yaml."""
 PLAN = (
@@ -134,7 +135,7 @@ def sample_texts(path, prompts: Sequence, count: int, *, length: int, seed: int,
 
     A text that did not end within `length` tokens is cut after its last whole sentence.
     """
-    from ..rollout import sample
+    from ..rollouts.sampling import sample
 
     tokenizer, model = models.load_tokenizer(path), models.load_policy(path)
     start = encode_prompt(tokenizer, "")
@@ -176,7 +177,7 @@ def rank_responses(path, prompts: Sequence[str], config: DemoConfig, seed: int) 
         the labeler with a second one on the same responses.
     """
     from ..evaluate import texts_of
-    from ..rollout import sample
+    from ..rollouts.sampling import sample
 
     tokenizer, model = models.load_tokenizer(path), models.load_policy(path)
     stop = models.stop_token_ids(tokenizer, model)
@@ -227,7 +228,7 @@ def rank_responses(path, prompts: Sequence[str], config: DemoConfig, seed: int) 
 
 def gold_trainer():
     """PPOTrainer that also notes the gold score of what it sampled: seen by the report, never by the training."""
-    from ..ppo import PPOTrainer
+    from ..ppo.trainer import PPOTrainer
 
     class GoldTrainer(PPOTrainer):
         def score(self, rows, rollouts, averages=None):
@@ -253,7 +254,7 @@ def run_demo(
 ) -> Path:
     """Run (or continue) the demo and return the path of report.html. See `main` for the arguments."""
     from ..evaluate import evaluate_policies, write_evaluation
-    from ..report import text_table, write_report
+    from ..reports.report import text_table, write_report
 
     begun = time.perf_counter()
     gguf = smollm2_gguf() if model == "smollm2" else None

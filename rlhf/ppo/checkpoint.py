@@ -18,9 +18,9 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
-from . import models
-from .checkpoint import atomic_directory, rng_state, set_rng_state
-from .ppo_iteration import load_iteration, save_iteration
+from .. import models
+from ..checkpoint import atomic_directory, rng_state, set_rng_state
+from .iteration import load_iteration, save_iteration
 from .sharding import cut_like, gathered, trained_weights, whole_state
 
 MAY_CHANGE = (

@@ -11,8 +11,8 @@ import torch
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 
-from .ppo_state import Averages
-from .rollout import Rollouts
+from ..metrics import Averages
+from ..rollouts.sampling import Rollouts
 
 
 def draws(seed: int, *numbers: int) -> numpy.random.Generator:

@@ -1,4 +1,4 @@
-"""What runs in the process that `rlhf.sandbox` starts: it locks itself in for good, then does one task.
+"""What runs in the process that `rlhf.rewards.sandbox` starts: it locks itself in for good, then does one task.
 
 The standard library alone is imported here. The task comes as JSON on stdin, its result leaves through what stdout was
 at the start; the task itself sees /dev/null in their place.

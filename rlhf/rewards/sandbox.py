@@ -1,7 +1,7 @@
 """Code that nobody has read, run in a process of its own that can do little harm.
 
 The process starts with an environment of its own, an empty temporary directory that is removed afterwards, and no
-stdin. Before the code runs, the process gives up for good (`rlhf/sandbox_child.py`):
+stdin. Before the code runs, the process gives up for good (`rlhf/rewards/sandbox_child.py`):
 
 - CPU time, memory (address space), file size and open files beyond its limits; more wall-clock time ends it;
 - sockets of every kind, so the network, and io_uring: by a seccomp filter, which needs no rights;

@@ -11,9 +11,9 @@ import re
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 
-from .models import unwrapped
-from .own_code import load_named
-from .rollout import Completion, RolloutEngine, RolloutError
+from ..models import unwrapped
+from ..own_code import load_named
+from .sampling import Completion, RolloutEngine, RolloutError
 
 ENGINES = ("builtin", "generate", "generate_batch")
 DIVERGED = "the policy's logits hold NaN or only -inf: the model has diverged"

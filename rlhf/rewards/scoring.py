@@ -19,13 +19,13 @@ import numbers
 
 import torch
 
-from . import models
-from .data import encode_completion, encode_prompt
-from .own_code import load_named
-from .ppo_state import Averages
-from .rewards import BUILT_IN
-from .rollout import Rollouts
-from .sequences import join, response_scores
+from .. import models
+from ..data import encode_completion, encode_prompt
+from ..metrics import Averages
+from ..models.sequences import join, response_scores
+from ..own_code import load_named
+from ..rollouts.sampling import Rollouts
+from .checkers import BUILT_IN
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
-"""Loading, scoring and saving models. Every stage and PPO score through here, so a score means the same everywhere.
+"""Loading and saving models and tokenizers: local folders, safetensors only, no code of the model's unless asked.
 
 A reward model is a plain AutoModelForSequenceClassification checkpoint with one label. Its calibration is one number in
-its config, `reward_bias`, which scoring subtracts. A value model is the same network read at every position.
+its config, `reward_bias`, which scoring subtracts.
 """
 
 import contextlib
@@ -13,23 +13,15 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.integrations import unset_hf_deepspeed_config
 
-from rlhf_kernels import find_head
-from rlhf_kernels.integrations.transformers import (
-    ATTENTION,
-    mask_for,
-    packing_obstacle,
-    takes_shared_prefix,
-    use_shared_prefix_attention,
-)
+from ..checkpoint import atomic_directory
+from ..data import end_of_turn_id
+from .dropout import disable_dropout, set_residual_dropout
+from .forward import score_head
 
-from .data import end_of_turn_id
-
-DEMO_MODEL = Path(__file__).parent / "demo" / "base"
-_DROPOUT_KEYS = ("resid_pdrop", "resid_dropout", "residual_dropout", "hidden_dropout", "hidden_dropout_prob")
+DEMO_MODEL = Path(__file__).parent.parent / "demo" / "base"
 
 
 def resolve_model_path(path, *, trust_remote_code=False):
@@ -219,7 +211,7 @@ def reward_model_from_policy(
         trust_remote_code=trust_remote_code,
         num_labels=1,
     )
-    head = _score_head(model)
+    head = score_head(model)
     head_name = next(name for name, module in model.named_modules() if module is head)
     if not set(missing) <= {f"{head_name}.weight", f"{head_name}.bias"}:
         raise ValueError(f"model {str(policy_path)!r} is not a complete language model: it lacks {missing[0]}")
@@ -233,218 +225,6 @@ def reward_model_from_policy(
         model.config.pad_token_id = pad_token_id
     disable_dropout(model)
     return model.train()
-
-
-def disable_dropout(model):
-    """Set every dropout of the model to 0, in its modules and in its config, so that train and eval mode agree."""
-    for module in model.modules():
-        if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-    for name, value in vars(model.config).items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
-            setattr(model.config, name, 0.0)
-
-
-def set_residual_dropout(model, p):
-    """Dropout with probability `p` on what each attention and each feed-forward block adds to the residual stream."""
-    layers = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not layers:
-        raise ValueError(f"dropout: {type(model).__name__} has no list of layers to put residual dropout into; use 0")
-
-    def drop(module, args, output):
-        first = output[0] if isinstance(output, tuple) else output
-        first = nn.functional.dropout(first, p, training=module.training)
-        return (first, *output[1:]) if isinstance(output, tuple) else first
-
-    found = 0
-    for layer in max(layers, key=len):
-        for name, module in layer.named_children():
-            if "attn" in name or "attention" in name.split("_") or "mlp" in name or name == "feed_forward":
-                module.register_forward_hook(drop)
-                found += 1
-    if not found:
-        raise ValueError(f"dropout: the layers of {type(model).__name__} have no known residual blocks; use 0")
-
-
-def position_ids_from_mask(attention_mask):
-    """[B, T] mask, 1 = token -> [B, T] int64 positions that count the tokens from 0, wherever the padding stands."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
-
-
-def unwrapped(model):
-    """The transformers model inside DDP and PEFT wrappers (adapters sit in its modules, so they still take part)."""
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def is_wrapped(model):
-    """Whether only the model's own forward may run: in it DDP, FSDP2 and DeepSpeed gather weights, reduce gradients."""
-    return isinstance(model, FSDPModule) or isinstance(getattr(model, "module", None), nn.Module)
-
-
-def reshard(model):
-    """Drop the whole weights that FSDP2 keeps behind a forward without a backward; a checkpoint loads into shards."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def model_inputs(model, input_ids, attention_mask=None, position_ids=None):
-    """Keyword arguments of a forward of `model`, without a cache.
-
-    Args:
-        model: a model of transformers, possibly wrapped by DDP, FSDP2 or PEFT.
-        input_ids: [B, T] int64.
-        attention_mask: [B, T] with 1 = token; packed (then position_ids are needed): [B, 1, T, T] bool, or the layout
-            [B, 1, 2, T] of `pack_responses`. None = all.
-        position_ids: [B, T] int64; None counts the tokens of the mask.
-    """
-    if position_ids is None:
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError("position_ids: got None with a packed attention_mask, wants [B, T] positions")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        position_ids = position_ids_from_mask(mask)
-    mask = mask_for(unwrapped(model), attention_mask)
-    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, "use_cache": False}
-
-
-def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
-    """What the head of a model reads: the trunk's last hidden states, after its final norm.
-
-    Args:
-        model: a causal language model or a sequence classifier of transformers, possibly with adapters of PEFT, but in
-            no other wrapper: the trunk is called without its head.
-        input_ids, attention_mask, position_ids: as in `model_inputs`.
-    Returns:
-        [B, T, H] in the model's dtype. Differentiable.
-    Raises:
-        ValueError: the model is wrapped by DDP, FSDP2 or DeepSpeed.
-    """
-    if is_wrapped(model):
-        raise ValueError(f"model: got one wrapped by {type(model).__name__}, which must run by its own forward")
-    inputs = model_inputs(model, input_ids, attention_mask, position_ids)
-    return unwrapped(model).base_model(**inputs).last_hidden_state
-
-
-@torch.no_grad()
-def supports_packing(model, longest=None):
-    """Whether two responses behind one prompt, kept apart by a 4-D mask, get the hidden states that they get alone.
-
-    False for another attention than SDPA, and where `packing_obstacle` finds one. The others try seven tokens.
-
-    Args:
-        longest: tokens of the longest prompt with its response; None = as many as the model takes.
-    """
-    config = model.config
-    if config._attn_implementation not in ("sdpa", ATTENTION) or packing_obstacle(model, longest):
-        return False
-    was_training = model.training
-    model.eval()
-    ids = torch.arange(1, 8, device=model.device)[None] % config.vocab_size
-    positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4]], device=model.device)
-    mask = torch.ones(7, 7, dtype=torch.bool, device=model.device).tril()
-    mask[5:, 3:5] = False
-    packed = hidden_states(model, ids, mask[None, None], positions)[0]
-    alone = [hidden_states(model, ids[:, rows])[0] for rows in ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6])]
-    model.train(was_training)
-    gap = max((packed[:5] - alone[0]).abs().max(), (packed[5:] - alone[1][3:]).abs().max())
-    return bool(gap <= 8 * torch.finfo(packed.dtype).eps ** 0.5 * packed.abs().max())
-
-
-def share_prompts(models, longest=None):
-    """Whether all these models can take packed rows; then they get the attention that needs no dense mask for them.
-
-    Args:
-        models: language or reward models; None entries are passed over.
-        longest: as in `supports_packing`.
-    """
-    models = [model for model in models if model is not None]
-    if not all(supports_packing(model, longest) for model in models):
-        return False
-    for model in filter(takes_shared_prefix, models):
-        use_shared_prefix_attention(model, longest)
-    return True
-
-
-def linear_head(model):
-    """The `rlhf_kernels.ModelHead` of a language model; None where its logits must be made.
-
-    That is where the head is more than a linear map, as with adapters on it, or the model does more to its logits than
-    a factor and a soft cap.
-    """
-    try:
-        return find_head(model)
-    except ValueError:
-        return None
-
-
-def _score_head(model):
-    for name in ("score", "classifier"):
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Linear) and head.out_features == 1:
-            return head
-        if hasattr(head, "modules_to_save"):  # PEFT's wrapper around a head that trains in full
-            return head
-    raise ValueError(f"{type(model).__name__} has no linear scalar head named `score`, so it cannot be a reward model")
-
-
-def token_scores(model, input_ids, attention_mask=None, position_ids=None):
-    """The score of a reward (or value) model read at every position, calibrated.
-
-    Args:
-        model: as `load_reward_model` gives it, possibly wrapped by PEFT, DDP or DeepSpeed, or sharded by FSDP2.
-        input_ids, attention_mask, position_ids: as in `model_inputs`.
-    Returns:
-        [B, T] fp32: head(trunk) - config.reward_bias. Under mask 0 the entries mean nothing. Differentiable.
-    """
-    inner = unwrapped(model)
-    if is_wrapped(model):
-        scores = _scores_in_forward(model, model_inputs(model, input_ids, attention_mask, position_ids))
-    else:
-        scores = _score_head(inner)(hidden_states(model, input_ids, attention_mask, position_ids))
-    return scores.squeeze(-1).float() - float(getattr(inner.config, "reward_bias", 0.0))
-
-
-def _scores_in_forward(model, inputs):
-    """[B, T, 1]: what the scalar head returns inside the model's own forward, before transformers pools it."""
-    head, made = _score_head(unwrapped(model)), []
-
-    def keep(module, args, scores):
-        made.append(scores)
-        return 0.0 * scores.nan_to_num(0.0, 0.0, 0.0)  # the model pools zeros: they show its wrapper the backward
-
-    handle = head.register_forward_hook(keep)
-    try:
-        zeros = model(**inputs).logits
-    finally:
-        handle.remove()
-    if made[0].shape[:-1] != inputs["input_ids"].shape:
-        raise ValueError(
-            f"{type(unwrapped(model)).__name__} pools in front of its scalar head, so no token has a score"
-        )
-    return made[0] + zeros.sum()
-
-
-def sequence_scores(model, input_ids, attention_mask, last_index):
-    """The reward of each row: `token_scores` at the given index of its last token (never found by looking for pad ids).
-
-    Args:
-        last_index: [B] int64, the position of each row's last token (EOS, or the last one kept).
-    Returns:
-        [B] fp32. Differentiable.
-    """
-    scores = token_scores(model, input_ids, attention_mask)
-    return scores.gather(1, last_index.to(scores.device).unsqueeze(1)).squeeze(1)
-
-
-def last_index_from_mask(attention_mask):
-    """[B, T] mask, 1 = token -> [B] int64, the position of the last token of each row, padded on either side."""
-    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return torch.where(attention_mask.bool(), positions, -1).amax(dim=1)
 
 
 def stop_token_ids(tokenizer, model, extra=None):
@@ -471,8 +251,6 @@ def save_model(model, tokenizer, directory, state_dict=None):
     Files are written aside and moved when all are there, config.json last; without it a folder is not a model. A disk
     that is full leaves the folder as it was.
     """
-    from .checkpoint import atomic_directory
-
     while hasattr(model, "module") and isinstance(model.module, nn.Module):
         model = model.module
     with atomic_directory(directory) as folder, quiet():

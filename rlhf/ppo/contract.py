@@ -2,11 +2,11 @@
 
 import torch
 
-from .data import encode_completion, encode_example, encode_prompt
-from .models import load_tokenizer
-from .rollout import sample
-from .rollout_engines import gap_complaint, log_prob_gap
-from .sequences import join, response_log_probs, response_scores
+from ..data import encode_completion, encode_example, encode_prompt
+from ..models import load_tokenizer
+from ..models.sequences import join, response_log_probs, response_scores
+from ..rollouts.engines import gap_complaint, log_prob_gap
+from ..rollouts.sampling import sample
 from .sharding import local
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}

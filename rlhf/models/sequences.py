@@ -14,7 +14,7 @@ from rlhf_kernels import (
     ppo_loss,
 )
 
-from .models import linear_head, model_inputs, token_scores
+from .forward import linear_head, model_inputs, token_scores
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """What a PPO run needs around the algorithm: data, networks and optimizer at the start, logs and files on the way."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -12,20 +11,21 @@ import torch
 from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 
-from . import checkpoint, models, sharding
-from .adapters import AdaptersOff, add_adapters, load_adapters, merged
-from .data import encode_prompt, load_rows
+from .. import checkpoint, models
+from ..data import encode_prompt, load_rows
+from ..models.adapters import AdaptersOff, add_adapters, load_adapters, merged, merged_whole
+from ..models.sequences import Batch, by_length, cheapest_cut, join, policy_loss, response_values, text_loss
+from ..rewards.scoring import Scorer, own_tokens, reward_functions
+from ..rollouts.engines import gap_complaint, load_engine, log_prob_gap
+from ..rollouts.sampling import RolloutError, Rollouts, warn_ignored_sampling_settings
+from . import sharding
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import PPOConfig
+from .contract import check_contract
 from .guards import HealthGuards, refuse_bad_weights, stop_if_not_finite
+from .iteration import Experience, Iteration, draws, gather, minibatches, sampling_noise
 from .kl_controller import KLController
-from .ppo_checkpoint import load_checkpoint, save_checkpoint
-from .ppo_config import PPOConfig
-from .ppo_iteration import Experience, Iteration, draws, gather, minibatches, sampling_noise
-from .ppo_state import Cursor, WeightAverage, learning_rate_factor
-from .rollout import RolloutError, Rollouts, warn_ignored_sampling_settings
-from .rollout_engines import gap_complaint, load_engine, log_prob_gap
-from .scoring import Scorer, own_tokens, reward_functions
-from .sequences import Batch, by_length, cheapest_cut, join, policy_loss, response_values, text_loss
-from .startup_check import check_contract
+from .state import Cursor, WeightAverage, learning_rate_factor
 
 CPU_CHUNK = 64  # tokens; about what one more forward and backward cost on a CPU beside the tokens themselves
 
@@ -46,7 +46,7 @@ class ActorCritic(torch.nn.Module):
 
 
 class PPORun:
-    """The run around the loop of `rlhf.ppo.PPOTrainer`. The numbers are those of the list in `rlhf/ppo.py`."""
+    """The run around the loop of `rlhf.ppo.PPOTrainer`. The numbers are those of the list in `rlhf/ppo/trainer.py`."""
 
     def __init__(self, args: PPOConfig, *, reward_fn=None, callbacks=()):
         self.reward_functions = reward_functions(reward_fn, args.reward_function)
@@ -371,10 +371,12 @@ class PPORun:
         self.accelerator.wait_for_everyone()
 
     def _hand_on(self, network, folder: Path) -> None:
-        main, state = self.accelerator.is_main_process, None
-        whole = sharding.whole_state(models.unwrapped(network), keep=main)  # 19
-        with self.sharding.whole(network) if self.args.use_peft else contextlib.nullcontext():
-            if main:
-                model, state = merged(network, whole)  # 17
+        main = self.accelerator.is_main_process
+        if self.sharding.mesh is None:
+            model, state = merged(network)  # 17
+        elif self.args.use_peft:
+            model, state = merged_whole(network)  # 17, 19
+        else:
+            model, state = network, sharding.whole_state(network, keep=main)  # 19
         if main:
             models.save_model(model, self.tokenizer, folder, state)

@@ -138,7 +138,7 @@ def regex(prompts, completions, completion_ids, *, pattern=None, time_limit_s=1.
         List of 1.0, 0.0 or None.
     Raises:
         ValueError: there is no column `pattern`, or an entry of it is not a regular expression.
-        SandboxError: this machine cannot confine a process (`rlhf/sandbox.py`).
+        SandboxError: this machine cannot confine a process (`rlhf/rewards/sandbox.py`).
     Example:
         >>> regex(["Yes or no?"] * 2, ["Yes.", "Perhaps"], [[], []], pattern=r"^(Yes|No)\\b")
         [1.0, 0.0]
@@ -162,7 +162,7 @@ def json_schema(prompts, completions, completion_ids, *, schema=None, time_limit
     Raises:
         ValueError: there is no column `schema`, or an entry of it is not a JSON schema; or the package jsonschema is
             missing.
-        SandboxError: this machine cannot confine a process (`rlhf/sandbox.py`).
+        SandboxError: this machine cannot confine a process (`rlhf/rewards/sandbox.py`).
     Example:
         >>> schema = {"type": "object", "required": ["age"], "properties": {"age": {"type": "integer"}}}
         >>> json_schema(["Age?"] * 3, ['{"age": 7}', '{"age": "seven"}', "seven"], [[], [], []], schema=schema)
@@ -186,8 +186,9 @@ def unit_test(
 
     The code is that of the completion's last fenced block marked python, else of its last fenced block, else all of
     it. Code and test run one after the other in one namespace, each response in a confined process of its own
-    (`rlhf/sandbox.py` says what it cannot do, and what is not guaranteed). The test passes if its last line is reached:
-    use `assert`; sys.exit(0) does not pass. With unittest: `assert unittest.main(exit=False).result.wasSuccessful()`.
+    (`rlhf/rewards/sandbox.py` says what it cannot do, and what is not guaranteed). The test passes if its last line is
+    reached: use `assert`; sys.exit(0) does not pass. With unittest:
+    `assert unittest.main(exit=False).result.wasSuccessful()`.
 
     Args:
         test: column of Python sources, or one string for all rows; None says nothing about that row.

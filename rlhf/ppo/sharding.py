@@ -19,8 +19,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .models import unwrapped
-from .processes import SHARDING, asks_for, check_processes
+from ..models import reshard, unwrapped
+from ..processes import SHARDING, asks_for, check_processes
 
 DEEPSPEED_REFUSED = (
     "distributed_type: got DeepSpeed, want one process, DDP or FSDP2 (rlhf/presets/accelerate/fsdp2.yaml): DeepSpeed's "
@@ -169,8 +169,7 @@ def _units(model) -> list[FSDPModule]:
 
 def trained_weights(model) -> dict[str, torch.nn.Parameter]:
     """The weights that train, by name, as this process holds them: of a sharded network always the slices."""
-    for unit in _units(model):
-        unit.reshard()
+    reshard(model)
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 

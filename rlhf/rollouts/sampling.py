@@ -4,7 +4,7 @@ Tokens are drawn from `softmax(logits / temperature)` over the whole vocabulary 
 min_length and every other processor of a model's generation_config are left out, since a log-prob of the renormalised
 distribution is not the one that the loss differentiates. Each row has its own uniform numbers, given as `noise` or
 drawn before the first step, so that a response depends neither on the batch size nor on the other rows (up to the
-rounding of the logits). Other engines stand in rollout_engines.py, or anywhere else: see `RolloutEngine`.
+rounding of the logits). Other engines stand in engines.py, or anywhere else: see `RolloutEngine`.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from .sequences import per_token_log_probs
+from ..models.sequences import per_token_log_probs
 
 __all__ = ["Completion", "RolloutEngine", "RolloutError", "Rollouts", "collect", "per_token_log_probs", "sample"]
 

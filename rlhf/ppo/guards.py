@@ -1,7 +1,8 @@
 """Guards of a PPO run: what looks unhealthy is told once; numbers that are not finite stop it, and leave their batch.
 
 A guard reads the metrics of an iteration, decides nothing but whether to warn (or stop, with `--on_health stop`), and
-changes no number. SPEC's failure modes have their page in the report (`rlhf.health`); this is the look while it runs.
+changes no number. SPEC's failure modes have their page in the report (`rlhf.reports.health`); this is the look while
+it runs.
 """
 
 import contextlib
@@ -12,8 +13,8 @@ import math
 import torch
 from safetensors.torch import save_file
 
-from .checkpoint import atomic_directory
-from .rollout import RolloutError
+from ..checkpoint import atomic_directory
+from ..rollouts.sampling import RolloutError
 from .sharding import local, trained_weights
 
 logger = logging.getLogger("rlhf")

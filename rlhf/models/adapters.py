@@ -79,21 +79,17 @@ def _shape(weights, name):
 
 
 @torch.no_grad()
-def merged(model, whole=None):
+def merged(model):
     """(transformers model, state dict) to save: of a PEFT model with the adapters in the weights, and only there.
 
-    A model without adapters comes back with `whole`; None: its state is its own.
-
-    Args:
-        whole: state dict of the transformers model in whole tensors, where it is sharded; then called in
-            `Sharding.whole`.
+    A model without adapters comes back with None: its state is its own.
     """
     if not hasattr(model, "get_base_model"):
-        return model, whole
+        return model, None
     from peft.tuners.lora import LoraLayer
 
     base, state = model.get_base_model(), {}
-    for name, weight in (base.state_dict() if whole is None else whole).items():
+    for name, weight in base.state_dict().items():
         if "original_module." in name or "lora_" in name:
             continue
         state[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = weight
@@ -104,7 +100,7 @@ def merged(model, whole=None):
     return base, state
 
 
-def merged_whole(model, *, zero):
+def merged_whole(model, *, zero=False):
     """`merged` of a PEFT model that FSDP2, or DeepSpeed's ZeRO if `zero`, has sharded: copies of whole weights.
 
     All processes must call. ZeRO-3 gathers the whole model on each of them for it, FSDP2 one weight at a time.

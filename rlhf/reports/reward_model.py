@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .data import as_text
-from .evaluate import wilson_interval
-from .rankings import decided_pairs
+from ..data import as_text
+from ..data.rankings import decided_pairs
+from ..metrics import wilson_interval
 from .runs import PAIR_GROUPS, pair_rows
 
 CALIBRATION_BINS = 10

@@ -51,7 +51,7 @@ class PPOConfig:
     rollout_engine: str = _option(
         "builtin",
         "What samples: builtin, generate (transformers), generate_batch (its continuous batching, for GPUs), or "
-        "path/to/file.py:name, as rlhf.rollout.RolloutEngine says.",
+        "path/to/file.py:name, as rlhf.rollouts.sampling.RolloutEngine says.",
     )
     rollout_gap_warning: float | None = _option(
         0.05, "Warn where an engine's log-probs are farther from the trainer's in the mean, nats a token. None: never."

@@ -8,7 +8,7 @@ response tokens under the policy and the SFT model, and the values; the reward o
 the score at the last token; generalised advantages; then some epochs of minibatch steps on the clipped loss, with the
 gradient of gamma times the language-model loss on pretraining text added to each step.
 
-Departures and details (each number stands again at its line, here or in ppo_run.py):
+Departures and details (each number stands again at its line, here or in run.py):
  1. Tokens are drawn from softmax(logits / temperature) over the whole vocabulary, and log-probs, KL and entropy belong
     to that same distribution. Settings in generation_config that would cut it (top_p, top_k, ...) have no effect.
  2. Old log-probs are computed by the code that trains, not taken from the sampler; so the first ratio is 1.
@@ -53,21 +53,22 @@ from tqdm.auto import tqdm
 from rlhf_kernels import gae, ppo_loss, rlhf_advantages
 from rlhf_kernels.advantages import masked_whiten
 
+from ..metrics import Averages
+from ..models.sequences import response_log_probs, response_values
+from ..rollouts.sampling import Rollouts, sample
+from .config import PPOConfig
 from .guards import finite_experience, prompts_kept, stop_if_not_finite
-from .ppo_config import PPOConfig
-from .ppo_iteration import Experience, Iteration
-from .ppo_run import PPORun
-from .ppo_state import Averages, timed
-from .rollout import Rollouts, sample
-from .sequences import response_log_probs, response_values
+from .iteration import Experience, Iteration
+from .run import PPORun
 from .sharding import trained_weights, whole_tensor
+from .state import timed
 
 __all__ = ["PPOConfig", "PPOTrainer", "train_ppo"]
 
 
 class PPOTrainer(PPORun):
     """The loop. `reward_fn(prompts, completions, completion_ids, **columns)`, or a list of such functions, joins or
-    replaces the reward model; `rlhf/scoring.py` says what they return.
+    replaces the reward model; `rlhf/rewards/scoring.py` says what they return.
 
     A callback is called as `callback(trainer, step, metrics)` after each iteration; one that returns True ends the run.
     """

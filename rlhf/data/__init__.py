@@ -1,0 +1,29 @@
+"""The user's data: rows from files, rankings, and both as token ids."""
+
+from .chat import (
+    as_text,
+    encode_completion,
+    encode_example,
+    encode_prompt,
+    encode_text,
+    end_of_turn_id,
+    fit_prompt,
+    pad_batch,
+)
+from .files import DataError
+from .rows import KINDS, load_rows, split_rows
+
+__all__ = [
+    "KINDS",
+    "DataError",
+    "as_text",
+    "encode_completion",
+    "encode_example",
+    "encode_prompt",
+    "encode_text",
+    "end_of_turn_id",
+    "fit_prompt",
+    "load_rows",
+    "pad_batch",
+    "split_rows",
+]

@@ -1,0 +1,58 @@
+"""Models: loading and saving, dropout, forwards and scores, adapters, and token sequences through them."""
+
+from .dropout import disable_dropout, set_residual_dropout
+from .forward import (
+    hidden_states,
+    is_wrapped,
+    last_index_from_mask,
+    linear_head,
+    model_inputs,
+    position_ids_from_mask,
+    reshard,
+    sequence_scores,
+    share_prompts,
+    supports_packing,
+    token_scores,
+    unwrapped,
+)
+from .loading import (
+    DEMO_MODEL,
+    is_reward_model,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    loaded_whole,
+    quiet,
+    resolve_model_path,
+    reward_model_from_policy,
+    save_model,
+    stop_token_ids,
+)
+
+__all__ = [
+    "DEMO_MODEL",
+    "disable_dropout",
+    "hidden_states",
+    "is_reward_model",
+    "is_wrapped",
+    "last_index_from_mask",
+    "linear_head",
+    "load_policy",
+    "load_reward_model",
+    "load_tokenizer",
+    "loaded_whole",
+    "model_inputs",
+    "position_ids_from_mask",
+    "quiet",
+    "reshard",
+    "resolve_model_path",
+    "reward_model_from_policy",
+    "save_model",
+    "sequence_scores",
+    "set_residual_dropout",
+    "share_prompts",
+    "stop_token_ids",
+    "supports_packing",
+    "token_scores",
+    "unwrapped",
+]

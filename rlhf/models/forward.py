@@ -1,0 +1,196 @@
+"""Running a model, wrapped or not: what its forward takes, its hidden states, and scores read at every position.
+
+Every stage and PPO score through here, so a score means the same everywhere. A value model is a reward model read at
+every position.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from rlhf_kernels import find_head
+from rlhf_kernels.integrations.transformers import (
+    ATTENTION,
+    mask_for,
+    packing_obstacle,
+    takes_shared_prefix,
+    use_shared_prefix_attention,
+)
+
+
+def position_ids_from_mask(attention_mask):
+    """[B, T] mask, 1 = token -> [B, T] int64 positions that count the tokens from 0, wherever the padding stands."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
+
+
+def unwrapped(model):
+    """The transformers model inside DDP and PEFT wrappers (adapters sit in its modules, so they still take part)."""
+    while hasattr(model, "module") and isinstance(model.module, nn.Module):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_wrapped(model):
+    """Whether only the model's own forward may run: in it DDP, FSDP2 and DeepSpeed gather weights, reduce gradients."""
+    return isinstance(model, FSDPModule) or isinstance(getattr(model, "module", None), nn.Module)
+
+
+def reshard(model):
+    """Drop the whole weights that FSDP2 keeps behind a forward without a backward; a checkpoint loads into shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def model_inputs(model, input_ids, attention_mask=None, position_ids=None):
+    """Keyword arguments of a forward of `model`, without a cache.
+
+    Args:
+        model: a model of transformers, possibly wrapped by DDP, FSDP2 or PEFT.
+        input_ids: [B, T] int64.
+        attention_mask: [B, T] with 1 = token; packed (then position_ids are needed): [B, 1, T, T] bool, or the layout
+            [B, 1, 2, T] of `pack_responses`. None = all.
+        position_ids: [B, T] int64; None counts the tokens of the mask.
+    """
+    if position_ids is None:
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError("position_ids: got None with a packed attention_mask, wants [B, T] positions")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        position_ids = position_ids_from_mask(mask)
+    mask = mask_for(unwrapped(model), attention_mask)
+    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+
+
+def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
+    """What the head of a model reads: the trunk's last hidden states, after its final norm.
+
+    Args:
+        model: a causal language model or a sequence classifier of transformers, possibly with adapters of PEFT, but in
+            no other wrapper: the trunk is called without its head.
+        input_ids, attention_mask, position_ids: as in `model_inputs`.
+    Returns:
+        [B, T, H] in the model's dtype. Differentiable.
+    Raises:
+        ValueError: the model is wrapped by DDP, FSDP2 or DeepSpeed.
+    """
+    if is_wrapped(model):
+        raise ValueError(f"model: got one wrapped by {type(model).__name__}, which must run by its own forward")
+    inputs = model_inputs(model, input_ids, attention_mask, position_ids)
+    return unwrapped(model).base_model(**inputs).last_hidden_state
+
+
+@torch.no_grad()
+def supports_packing(model, longest=None):
+    """Whether two responses behind one prompt, kept apart by a 4-D mask, get the hidden states that they get alone.
+
+    False for another attention than SDPA, and where `packing_obstacle` finds one. The others try seven tokens.
+
+    Args:
+        longest: tokens of the longest prompt with its response; None = as many as the model takes.
+    """
+    config = model.config
+    if config._attn_implementation not in ("sdpa", ATTENTION) or packing_obstacle(model, longest):
+        return False
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(1, 8, device=model.device)[None] % config.vocab_size
+    positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4]], device=model.device)
+    mask = torch.ones(7, 7, dtype=torch.bool, device=model.device).tril()
+    mask[5:, 3:5] = False
+    packed = hidden_states(model, ids, mask[None, None], positions)[0]
+    alone = [hidden_states(model, ids[:, rows])[0] for rows in ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6])]
+    model.train(was_training)
+    gap = max((packed[:5] - alone[0]).abs().max(), (packed[5:] - alone[1][3:]).abs().max())
+    return bool(gap <= 8 * torch.finfo(packed.dtype).eps ** 0.5 * packed.abs().max())
+
+
+def share_prompts(models, longest=None):
+    """Whether all these models can take packed rows; then they get the attention that needs no dense mask for them.
+
+    Args:
+        models: language or reward models; None entries are passed over.
+        longest: as in `supports_packing`.
+    """
+    models = [model for model in models if model is not None]
+    if not all(supports_packing(model, longest) for model in models):
+        return False
+    for model in filter(takes_shared_prefix, models):
+        use_shared_prefix_attention(model, longest)
+    return True
+
+
+def linear_head(model):
+    """The `rlhf_kernels.ModelHead` of a language model; None where its logits must be made.
+
+    That is where the head is more than a linear map, as with adapters on it, or the model does more to its logits than
+    a factor and a soft cap.
+    """
+    try:
+        return find_head(model)
+    except ValueError:
+        return None
+
+
+def score_head(model):
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear) and head.out_features == 1:
+            return head
+        if hasattr(head, "modules_to_save"):  # PEFT's wrapper around a head that trains in full
+            return head
+    raise ValueError(f"{type(model).__name__} has no linear scalar head named `score`, so it cannot be a reward model")
+
+
+def token_scores(model, input_ids, attention_mask=None, position_ids=None):
+    """The score of a reward (or value) model read at every position, calibrated.
+
+    Args:
+        model: as `load_reward_model` gives it, possibly wrapped by PEFT, DDP or DeepSpeed, or sharded by FSDP2.
+        input_ids, attention_mask, position_ids: as in `model_inputs`.
+    Returns:
+        [B, T] fp32: head(trunk) - config.reward_bias. Under mask 0 the entries mean nothing. Differentiable.
+    """
+    inner = unwrapped(model)
+    if is_wrapped(model):
+        scores = _scores_in_forward(model, model_inputs(model, input_ids, attention_mask, position_ids))
+    else:
+        scores = score_head(inner)(hidden_states(model, input_ids, attention_mask, position_ids))
+    return scores.squeeze(-1).float() - float(getattr(inner.config, "reward_bias", 0.0))
+
+
+def _scores_in_forward(model, inputs):
+    """[B, T, 1]: what the scalar head returns inside the model's own forward, before transformers pools it."""
+    head, made = score_head(unwrapped(model)), []
+
+    def keep(module, args, scores):
+        made.append(scores)
+        return 0.0 * scores.nan_to_num(0.0, 0.0, 0.0)  # the model pools zeros: they show its wrapper the backward
+
+    handle = head.register_forward_hook(keep)
+    try:
+        zeros = model(**inputs).logits
+    finally:
+        handle.remove()
+    if made[0].shape[:-1] != inputs["input_ids"].shape:
+        raise ValueError(
+            f"{type(unwrapped(model)).__name__} pools in front of its scalar head, so no token has a score"
+        )
+    return made[0] + zeros.sum()
+
+
+def sequence_scores(model, input_ids, attention_mask, last_index):
+    """The reward of each row: `token_scores` at the given index of its last token (never found by looking for pad ids).
+
+    Args:
+        last_index: [B] int64, the position of each row's last token (EOS, or the last one kept).
+    Returns:
+        [B] fp32. Differentiable.
+    """
+    scores = token_scores(model, input_ids, attention_mask)
+    return scores.gather(1, last_index.to(scores.device).unsqueeze(1)).squeeze(1)
+
+
+def last_index_from_mask(attention_mask):
+    """[B, T] mask, 1 = token -> [B] int64, the position of the last token of each row, padded on either side."""
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return torch.where(attention_mask.bool(), positions, -1).amax(dim=1)

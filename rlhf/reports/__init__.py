@@ -1,0 +1,1 @@
+"""What a run looked like: its numbers, its health, and report.html with them."""

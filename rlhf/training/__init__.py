@@ -1,0 +1,28 @@
+"""What the SFT, reward and preference stages share: settings, batches, a Trainer around transformers', and the run."""
+
+from .batches import batch_inputs, encode_rows, make_batch, response_log_probs
+from .config import StageConfig, option, settings
+from .stage import context_length, load_data, load_stage_tokenizer, model_options, run_stage, set_max_length
+from .trainer import MetricsFile, StageProgress, StageTrainer, logger, may_pack, perplexity
+
+__all__ = [
+    "MetricsFile",
+    "StageConfig",
+    "StageProgress",
+    "StageTrainer",
+    "batch_inputs",
+    "context_length",
+    "encode_rows",
+    "load_data",
+    "load_stage_tokenizer",
+    "logger",
+    "make_batch",
+    "may_pack",
+    "model_options",
+    "option",
+    "perplexity",
+    "response_log_probs",
+    "run_stage",
+    "set_max_length",
+    "settings",
+]

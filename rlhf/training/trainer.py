@@ -1,0 +1,219 @@
+"""transformers' Trainer with what the SFT, reward and preference stages have in common."""
+
+import logging
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from .. import checkpoint, models
+from ..models.adapters import add_adapters, merged, merged_whole
+from ..models.sequences import packing_pays
+from .batches import make_batch
+
+logger = logging.getLogger("rlhf")
+
+
+def may_pack(args, model):
+    """Whether rows may be packed: the run allows it, and the model gives the same hidden states packed as apart."""
+    possible = args.packing != "false" and models.share_prompts([model], args.max_length)
+    if args.packing == "true" and not possible:
+        raise ValueError(
+            f"packing: {type(model).__name__} with {model.config._attn_implementation} attention does not give the "
+            "same results packed as apart; use --packing false"
+        )
+    return possible
+
+
+class StageTrainer(Trainer):
+    """transformers.Trainer with whole-or-absent checkpoints, a normaliser over the accumulated batch, and metrics.
+
+    A subclass gives `compute_loss`, `count_items` (what its loss is a mean over) and `evaluate_rows`.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by num_items_in_batch
+
+    def __init__(self, model, args, tokenizer, train, held_out, callbacks=()):
+        self.can_pack = may_pack(args, model)
+        self.held_out = held_out
+        self.tokenizer = tokenizer
+        self.evaluation, self.evaluated_step = {}, None
+        self._sums = {}
+        self._aside = None
+        if not held_out:
+            args.eval_strategy = "no"
+        if args.n_gpu > 1:
+            logger.warning("this process uses 1 of %d GPUs; start one for each (torchrun --nproc_per_node)", args.n_gpu)
+            args._n_gpu = 1  # or transformers splits batches over the GPUs (DataParallel), but not their labels
+        set_seed(args.seed)  # adapters are drawn
+        model = add_adapters(args, model, self.task_type)
+        if self.task_type == "CAUSAL_LM":
+            models.linear_head(model)  # found now, while the weights are whole
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out or None,
+            data_collator=self.collate,
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+        self.check_sharding()
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)  # metrics.jsonl has it all
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(StageProgress())
+
+    def check_sharding(self):
+        """Refuse what would fail in the middle, or at the end, of a run."""
+        state, args = self.accelerator.state, self.args
+        for name, kind in (("fsdp", DistributedType.FSDP), ("deepspeed", DistributedType.DEEPSPEED)):
+            if getattr(args, name) and state.distributed_type != kind:
+                raise ValueError(
+                    f"{name}: got {getattr(args, name)}, which accelerate ignores here ({state.distributed_type})"
+                )
+        if state.distributed_type == DistributedType.FSDP and state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version: got {state.fsdp_plugin.fsdp_version}, wants 2")
+        if state.distributed_type == DistributedType.DEEPSPEED:
+            zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            if zero["stage"] == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+                raise ValueError("zero3_save_16bit_model: got false, wants true, or the run could not save its model")
+
+    @property
+    def is_sharded(self):
+        """Whether no process has the whole weights, so that all of them must run the model, and save it, together."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def collate(self, examples):
+        width = self.model.config.hidden_size
+        groups = [(len(example["prompt"]), list(map(len, example["responses"]))) for example in examples]
+        packed = self.can_pack and (self.args.packing == "true" or packing_pays(groups, width))
+        return make_batch(examples, self.tokenizer.pad_token_id, packed=packed, hidden_size=width)
+
+    def count_items(self, batch):
+        """How many items of the batch the loss is a mean over, a number or a 0-d tensor: prompts, unless overridden."""
+        return len(batch["cu_groups"]) - 1
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.as_tensor(sum(self.count_items(batch) for batch in batches), device=device)
+        return batches, self.accelerator.gather(count).sum() if self.args.world_size > 1 else count
+
+    def global_mean(self, loss):
+        """Undo the mean over processes that follows: the loss is divided by the items of all processes already."""
+        return loss * self.accelerator.num_processes
+
+    def record(self, metrics, weight=1):
+        """Add to the metrics of the next log line: weighted means over its batches, on the device until then."""
+        for name, value in metrics.items():
+            total, weights = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (total + value * weight, weights + weight)
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._sums:
+            sums = torch.tensor([[float(x) for x in pair] for pair in self._sums.values()], device=self.args.device)
+            sums = self.accelerator.reduce(sums, "sum")
+            logs.update(zip(self._sums, (sums[:, 0] / sums[:, 1]).tolist()))
+            self._sums = {}
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        self.model.eval()
+        with torch.no_grad():
+            metrics = self.evaluate_rows(eval_dataset or self.held_out)
+        self.model.train()
+        self.evaluation = {f"eval/{name}": value for name, value in metrics.items()}
+        self.evaluated_step = self.state.global_step
+        metrics = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
+        self.log({f"eval/{name}": value for name, value in metrics.items()})
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+
+    def last_evaluation(self):
+        """What `evaluate` says of the model as it is now, by its names in metrics.jsonl; {} without held-out rows."""
+        if self.held_out and self.evaluated_step != self.state.global_step:
+            self.evaluate()
+        return self.evaluation
+
+    def batches(self, examples):
+        """The examples as batches on the model's device, in order."""
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, len(examples), size):
+            yield self._prepare_inputs(self.collate(examples[start : start + size]))
+
+    def whole_model(self):
+        """(model, state dict) to save, the adapters merged; None: the model's own state. All processes must ask."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_sharded:
+            return merged(model)
+        if self.args.use_peft:
+            model, state = merged_whole(model, zero=self.is_deepspeed_enabled)
+        else:
+            state = self.accelerator.get_state_dict(self.model_wrapped) or {}  # empty or None but on the main process
+        return model, {name: weight for name, weight in state.items() if name not in model.all_tied_weights_keys}
+
+    def _get_output_dir(self, trial):
+        return self._aside or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        """Write aside, then rename: a killed run or a full disk leaves nothing that looks like a checkpoint."""
+        output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        best = output / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        whole = checkpoint.atomic_directory(output / name, replace=True) if self.args.should_save else nullcontext()
+        with whole as folder:
+            self._aside = broadcast_object_list([str(folder)])[0]
+            try:
+                with models.quiet():
+                    super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if folder is not None:
+                    for file in (folder / name).iterdir():
+                        file.rename(folder / file.name)
+                    (folder / name).rmdir()
+            finally:
+                self._aside = None
+        if self.args.should_save and self.args.save_total_limit:
+            keep = {str(best), *map(str, checkpoint.checkpoints(output)[-self.args.save_total_limit :])}
+            for old in checkpoint.checkpoints(output):
+                if str(old) not in keep:
+                    checkpoint.remove_directory(old)
+
+
+class StageProgress(ProgressCallback):
+    """A progress bar that carries the latest numbers, instead of printing a line for each."""
+
+    def __init__(self):
+        super().__init__()
+        self.latest = {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None:
+            wanted = {"loss": "loss", "accuracy": "acc", "eval/loss": "eval loss", "eval/accuracy": "eval acc"}
+            self.latest.update({label: f"{logs[name]:.4g}" for name, label in wanted.items() if name in logs})
+            self.training_bar.set_postfix(self.latest, refresh=False)
+
+
+class MetricsFile(TrainerCallback):
+    """Every log line into metrics.jsonl of the run; a resumed run goes on behind its checkpoint's line."""
+
+    renamed: ClassVar = {"learning_rate": "lr", "train_loss": "train/loss", "train_runtime": "train/seconds"}
+
+    def __init__(self, output_dir, resume_step):
+        self.file = checkpoint.MetricsLog(output_dir, resume_step=resume_step)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            dropped = ("total_flos", "train_samples_per_second", "train_steps_per_second")
+            self.file.log(
+                state.global_step,
+                {self.renamed.get(name, name): value for name, value in logs.items() if name not in dropped},
+            )
+
+
+def perplexity(loss):
+    return math.exp(loss) if loss < 700 else math.inf
