@@ -63,8 +63,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# A wheel's own build environment makes it, from the sdist. Nothing is put into it: libgomp is torch's, and a second
-# copy of it would be a second pool of threads.
+# libgomp is left out: it is torch's, and a second copy of it would be a second pool of threads.
 WHEEL := .venv-wheel
 wheel: $(WHEEL)/ready
 	rm -rf dist build/wheel

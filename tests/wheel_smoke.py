@@ -1,9 +1,10 @@
 """What `make wheel` asks of a wheel, in an environment that holds torch and nothing else: `wheel_smoke.py WHEEL`.
 
-It is installed, imported, and asked for a loss; it brings no other package; `rlhf`, whose packages are missing, says in
-one line which extra they are.
+Its name promises manylinux_2_34 or an older one. It is installed, imported, and asked for a loss; it brings no other
+package; `rlhf`, whose packages are missing, says in one line which extra they are.
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,8 @@ def run(*command, folder, status=0):
 def main(wheel):
     """Try the wheel; exits with a message at the first thing that is not as it should be."""
     wheel = Path(wheel).resolve(strict=True)
+    if not any(int(minor) <= 34 for minor in re.findall(r"manylinux_2_(\d+)_", wheel.name)):
+        sys.exit(f"{wheel.name} promises neither manylinux_2_34 nor an older one")
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         programs = Path(folder).resolve() / "bin"
