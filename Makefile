@@ -125,13 +125,13 @@ $(VENV)/ready: pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PIP) --editable '.[test,dev]'
 	touch $@
 
-# A torch that is not the pinned one brings its own triton, and gigabytes with it.
+# A torch that is not the pinned one brings its own triton. That of torch 2.8 interprets kernels with older numpy only.
 VERSIONS_PIP = $(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/constraints.txt
 .PRECIOUS: .venv-versions/%/ready
 .venv-versions/%/ready: pyproject.toml constraints.txt
 	python$(lastword $(subst -, ,$*)) -m venv $(@D)
 	@echo '*' > .venv-versions/.gitignore
-	grep -v '^torch=\|^triton=' constraints.txt > $(@D)/constraints.txt
+	(grep -v '^torch=\|^triton=\|^numpy=' constraints.txt; echo 'numpy<2.4') > $(@D)/constraints.txt
 	@echo "installing torch $(word 2,$(subst -, ,$*)) into $(@D) (some minutes, once)"
 	$(VERSIONS_PIP) torch==$(word 2,$(subst -, ,$*))
 	$(@D)/bin/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
