@@ -1,8 +1,9 @@
 # make demo [MODEL=smollm2|PATH] [DATA=FILE] [OUT=DIR] [SEED=N]   all three stages, then a table and a report
 # make test [OP=name]                                             the tests (of one op)
-# make bench [OP=name]                                            tests, then benchmarks: results file, README's table, curves
+# make bench [OP=name]                                            tests, then benchmarks: results file, tables and figures
 # make bench OP=name BASE=commit                                  the op now beside the op at that commit
 # make gpu OUT=DIR                                                what needs a GPU: tests, sanitizers, measurements
+# make docs                                                       the documentation as a site, in build/docs
 # make lint                                                       ruff
 # make wheel                                                      dist/: sdist and wheel, checked, and tried in an empty environment
 # make test-versions [VERSIONS="2.8.0:3.12 ..."]                  the kernels' tests on other versions of torch and Python
@@ -58,6 +59,21 @@ bench: $(BENCH)/ready $(if $(RLHF_KERNELS_TRL112_PYTHON),,$(if $(filter train_pp
 	$(BENCH)/bin/python -m pytest $(BENCH_OPS:%=benchmarks/test_%.py) --benchmark-columns=min,median,rounds \
 		--benchmark-sort=min $(if $(BASE),--base=$(BASE),--results --as-command='make bench$(OP:%= OP=%)') $(ARGS)
 	$(if $(BASE),,$(BENCH)/bin/python -m benchmarks.plot)
+
+# The sources are read, not imported, so the site needs no torch.
+DOCS := .venv-docs
+
+.PHONY: docs
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS)/ready
+	$(DOCS)/bin/mkdocs build --strict
+	@echo "the site is in build/docs: open build/docs/index.html"
+
+$(DOCS)/ready: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	@echo '*' > $(DOCS)/.gitignore
+	$(subst $(BIN),$(DOCS)/bin,$(filter-out --constraint constraints.txt,$(PIP))) --requirement $<
+	touch $@
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from benchmarks import roof
-from benchmarks.worker import Worker
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TINY = {"N": 6, "V": 37, "H": 8, "B": 5, "T": 13, "P": 6}
@@ -166,6 +165,9 @@ class Call:
             total += seconds[-1]
         return seconds
 
+    def close(self) -> None:
+        """Nothing is held; an implementation in another process ends it here."""
+
 
 def compiled(function: Callable) -> Callable:
     """torch.compile for one shape, which raises where it would fall back to eager; made at its first call."""
@@ -191,7 +193,7 @@ def _kept(result: Result) -> Result:
 
 
 def implementation(call) -> object:
-    """Something with first() and turn(): what `build` gave, or a plain function wrapped."""
+    """Something with first(), turn() and close(): what `build` gave, or a plain function wrapped."""
     return call if hasattr(call, "turn") else Call(call)
 
 
@@ -239,8 +241,7 @@ def measure(case: Case, impls: tuple[str, ...] | None = None, extra: dict | None
         del exact, results
     _fill_in(rows, _take_turns(live, case.seconds), bench, torch.get_num_threads())
     for call in live.values():
-        if isinstance(call, Worker):
-            call.close()
+        call.close()
     return rows
 
 

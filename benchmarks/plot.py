@@ -1,7 +1,8 @@
-"""Goals, the README's table and the curves, from one results file.
+"""Goals, tables and figures of the README and the docs, from one results file.
 
-FILE is by default the one in benchmarks/results.
-    python -m benchmarks.plot [FILE]           rewrites the README's block, linear.md's errors, the curves beside FILE
+FILE is by default the one in benchmarks/results that was measured last.
+    python -m benchmarks.plot [FILE]           rewrites the tables in README.md, docs/benchmarks.md and
+                                               docs/ops/linear.md, and the figures in docs/figures
     python -m benchmarks.plot [FILE] --goals   prints goal, measured, met or missed by how much
 """
 
@@ -9,17 +10,37 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
+from benchmarks import figures
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
-README = ROOT / "README.md"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+FIGURES = ROOT / "docs" / "figures"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-ROOFS = ("read", "copy", "matmuls")
-PASSES = {"fwd": "forward", "fwdbwd": "forward + backward"}
 RATES = {"gb_s": "GB/s", "tflop_s": "TFLOP/s"}
 TABLE_HEAD = "| call | shape | ms | MiB | error | beside the goals | others take | |\n|---|---|---|---|---|---|---|---|"
+SHOWN = (  # of the README: an op's row, and the row whose time counts as 1 in the figure
+    ("logprobs_from_logits-fwd-fp32-512x151936", "eager"),
+    ("logprobs_and_entropy_from_logits-fwdbwd-fp32-512x151936", "eager"),
+    ("kl_from_logits-fwd-fp32-512x151936", "eager"),
+    ("linear_cross_entropy-fwdbwd-fp32-2048x768x50257", "eager"),
+    ("gae-fwd-fp32-1024x8192", "eager"),
+    ("ppo_loss-fwdbwd-fp32-512x1024", "eager"),
+    ("bradley_terry_loss-fwdbwd-fp32-16384x9", "eager"),
+    ("preference_loss-fwdbwd-fp32-65536-sigmoid", "eager"),
+    ("pack_responses-fwdbwd-fp32-512x64x9x768", "rows"),
+    ("ppo_iteration-fwdbwd-fp32-64x53x2048x4-demo", "trl"),
+)
+SHORT_TEXT = (
+    "fp32, forward + backward where not said otherwise. ms is ours; then, how many times as long the others take.",
+    "All rows, goals, memory, errors and curves: [docs/benchmarks.md](docs/benchmarks.md).",
+)
+SHORT_HEAD = "| call | shape | ms | eager | compile | others | goals |\n|---|---|---|---|---|---|---|"
 NOTHING = "Nothing is measured yet; `make bench` fills this part."
 
 
@@ -130,8 +151,24 @@ def the_file() -> Path | None:
     return max(dated)[1] if dated else None
 
 
+def shown(groups: list[dict]) -> list[tuple[dict, str]]:
+    """(group, baseline) of the README's table and figure."""
+    named = {group_name(group): group for group in groups}
+    return [(named[name], than) for name, than in SHOWN if name in named]
+
+
 def readme_block(path: Path | None) -> str:
-    """What stands between the README's two marks."""
+    """What stands between the README's two marks: a row of each op."""
+    if path is None:
+        return NOTHING + "\n"
+    data = load(path)
+    lines = [*_machine(data), *SHORT_TEXT, "", SHORT_HEAD]
+    lines += [_short_line(group, than) for group, than in shown(data["groups"])]
+    return "\n".join(lines) + "\n"
+
+
+def page_block(path: Path | None) -> str:
+    """What stands between the two marks of docs/benchmarks.md: every row with a goal, the steps, the curves."""
     if path is None:
         return NOTHING + "\n"
     data = load(path)
@@ -143,10 +180,8 @@ def readme_block(path: Path | None) -> str:
     skipped = _skipped(data["groups"])
     if skipped:
         lines += ["", f"Not run there: {'; '.join(skipped)}."]
-    curves = path.with_name(f"{path.stem}-scale.svg")
-    if curves.exists():
-        link = curves.relative_to(ROOT).as_posix()
-        lines += ["", f"Cost as one size is doubled three times:\n\n![time and peak memory against sizes]({link})"]
+    if figures.curves(data["groups"]):
+        lines += ["", "## Cost as one size is doubled three times", "", "![time and peak memory](figures/scale.svg)"]
     return "\n".join(lines) + "\n"
 
 
@@ -156,6 +191,8 @@ def step_table(groups: list[dict]) -> list[str]:
     if not steps:
         return []
     lines = [
+        "",
+        "## A reward model's step",
         "",
         "A reward model's step on one prompt with K ranked responses (`pack_responses`, forward + backward, two layers",
         "of width 768): the prompt once, K rows, all K (K - 1) / 2 pairs apart, TRL's RewardTrainer on those pairs.",
@@ -178,25 +215,58 @@ def step_table(groups: list[dict]) -> list[str]:
     return lines
 
 
-def _heading(data: dict, path: Path) -> list[str]:
+def _machine(data: dict) -> list[str]:
+    """Machine, versions, commits and commands of a results file."""
     machine, runs = data["machine"], data["runs"]
     told = {key: ", ".join(sorted({str(run[key]) for run in runs.values()})) for key in ("torch", "threads", "commit")}
     days = ", ".join(sorted({run["date"].split()[0] for run in runs.values()}))
-    return [
+    text = (
         f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {told['threads']} threads, "
-        f"torch {told['torch']}, commit {told['commit']}, {days}: `make bench`",
-        "(`ppo_iteration`: `make bench OP=train_ppo`),",
-        f"all rows in `{path.relative_to(ROOT).as_posix()}`. Implementations of a row take turns in one run, and the",
-        "best time of each counts: `9 × eager` is nine times as fast as eager PyTorch. `read` is `x.amax()` of the",
+        f"torch {told['torch']}, commit {told['commit']}, {days}: `make bench` "
+        "(`ppo_iteration`: `make bench OP=train_ppo`)."
+    )
+    whole = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), text)  # code is not broken
+    return [line.replace("\0", " ") for line in textwrap.wrap(whole, 118, break_on_hyphens=False)]
+
+
+def _heading(data: dict, path: Path) -> list[str]:
+    return [
+        *_machine(data),
+        f"All rows are in `{path.relative_to(ROOT).as_posix()}`. Implementations of a row take turns in one run, and",
+        "the best time of each counts: `9 × eager` is nine times as fast as eager PyTorch. `read` is `x.amax()` of the",
         "inputs, `copy` a copy of as many bytes, `matmuls` the op's own matrix products. In brackets stands the goal.",
         "MiB is the peak on top of the inputs, error the worst against float64, of outputs and gradients, relative to",
         "a tensor's largest entry.",
     ]
 
 
+def _short_line(group: dict, than: str) -> str:
+    """A row of the README: our time, and how many times it the others take."""
+    rows = group["rows"]
+    own = rows["ours"]["ms"]
+    times = {name: _number(row["ms"] / own) for name, row in rows.items() if "ms" in row}
+    apart = ("ours", "eager", "compile", "dense", *figures.ROOFS)
+    others = [name for name in times if name.partition("-")[0] not in apart or name == "eager-loop"]
+    direction = ", forward" if group["direction"] == "fwd" else ""
+    misses = [judge(group, goal)[1] for goal in group["goals"] if goal["impl"] == "ours"]
+    missed = sum(miss != 0 for miss in misses)
+    cells = [
+        f"`{group['function']}`{direction}",
+        group["shape"],
+        _number(own),
+        times.get("eager", ""),
+        times.get("compile", ""),
+        ", ".join(f"{figures.NAMES.get(name, name)} {times[name]}" for name in others),
+        f"{missed} of {len(misses)} missed" if missed else "met" if misses else "none set",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def _table_line(group: dict, impl: str) -> str:
     row = group["rows"].get(impl, {"skipped": "not measured"})
-    call = f"`{group['function']}`, {PASSES[group['direction']]}{impl.removeprefix('ours').replace('-', ', ', 1)}"
+    call = (
+        f"`{group['function']}`, {figures.PASSES[group['direction']]}{impl.removeprefix('ours').replace('-', ', ', 1)}"
+    )
     goals = [(goal, *judge(group, goal)) for goal in group["goals"] if goal["impl"] == impl]
     missed = ", ".join(_verdict(goal, miss) for goal, _, miss in goals if miss != 0)
     cells = [
@@ -222,7 +292,7 @@ def _figures(row: dict) -> tuple[str, str, str]:
 
 def _peers(group: dict, row: dict) -> str:
     """How much longer everything takes that no goal names."""
-    named = {*ROOFS, *(goal["than"] for goal in group["goals"])}
+    named = {*figures.ROOFS, *(goal["than"] for goal in group["goals"])}
     others = {name: other for name, other in group["rows"].items() if name not in named and not name.startswith("ours")}
     return ", ".join(
         f"{name} {_number(other['ms'] / row['ms'])} ×"
@@ -238,62 +308,6 @@ def _skipped(groups: list[dict]) -> list[str]:
         name: row["skipped"] for group in groups for name, row in group["rows"].items() if "skipped" in row
     }  # fmt: skip
     return [f"{name} ({reason})" for name, reason in sorted(reasons.items()) if name not in ran]
-
-
-def curves(groups: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """{(title, size that grows): groups in ascending order}."""
-    found: dict[tuple[str, str], list[dict]] = {}
-    for group in groups:
-        if group["scale"]:
-            fixed = ", ".join(f"{k} = {v}" for k, v in group["sizes"].items() if k != group["scale"])
-            title = f"{group['function']}, {PASSES[group['direction']]}, {group['dtype']}\n{fixed}"
-            found.setdefault((title, group["scale"]), []).append(group)
-    return {key: sorted(points, key=lambda g: g["sizes"][key[1]]) for key, points in found.items()}
-
-
-def draw(groups: list[dict], path: Path) -> None:
-    """Time and peak memory of every curve, log-log, two panels side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    every = curves(groups)
-    if not every:
-        path.unlink(missing_ok=True)
-        return
-    plt.rcParams.update({"svg.hashsalt": "rlhf-kernels", "svg.fonttype": "none", "font.size": 8})
-    rows = (len(every) + 1) // 2
-    figure, axes = plt.subplots(rows, 4, figsize=(14, 2.9 * rows), squeeze=False, layout="constrained")
-    names = list(dict.fromkeys(name for points in every.values() for g in points for name in g["rows"]))
-    others = [name for name in names if name.partition("-")[0] not in ("ours", *ROOFS)]
-    colours = {name: f"C{i % 9 + 1}" for i, name in enumerate(others)}
-    for i, ((title, size), points) in enumerate(every.items()):
-        pair = axes[i // 2, 2 * (i % 2) : 2 * (i % 2) + 2]
-        for panel, key, label in zip(pair, ("ms", "peak_mib"), ("ms", "extra peak memory, MiB")):
-            for name in points[0]["rows"]:
-                line = [(g["sizes"][size], g["rows"].get(name, {}).get(key)) for g in points]
-                line = [(x, max(y, 0.05) if key == "peak_mib" else y) for x, y in line if y is not None]
-                if not line or (key == "peak_mib" and name in ROOFS):
-                    continue
-                if name in ROOFS:
-                    style = {"color": "grey", "linestyle": ":"}
-                elif name.startswith("ours"):
-                    style = {"color": "black", "linewidth": 2.2, "linestyle": "-" if name == "ours" else "--"}
-                else:
-                    style = {"color": colours[name]}
-                panel.plot(*zip(*line), marker="o", markersize=3, label=name, **style)
-            panel.set(xscale="log", yscale="log", xlabel=size, ylabel=label)
-            ticks = [g["sizes"][size] for g in points]
-            panel.set_xticks(ticks, [str(tick) for tick in ticks])
-            panel.minorticks_off()
-            panel.grid(alpha=0.3)
-        pair[0].set_title(title, loc="left")
-        pair[0].legend(fontsize=7, frameon=False)
-    for panel in axes.flat[2 * len(every) :]:
-        panel.axis("off")
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
 
 
 def errors_block(groups: list[dict]) -> str:
@@ -318,8 +332,9 @@ def replace_block(page: Path, begin: str, end: str, block: str) -> None:
 
 
 def write_pages(path: Path | None) -> None:
-    """The README's block, and the errors of the ops that name them in docs/ops."""
+    """The tables of the README and of docs/benchmarks.md, and the errors of the ops that name them in docs/ops."""
     replace_block(README, BEGIN, END, readme_block(path))
+    replace_block(PAGE, BEGIN, END, page_block(path))
     if path is not None:
         marks = (mark.replace("benchmarks", "errors") for mark in (BEGIN, END))
         replace_block(ROOT / "docs" / "ops" / "linear.md", *marks, errors_block(load(path)["groups"]))
@@ -338,7 +353,11 @@ def main() -> None:
     if arguments.goals:
         print("\n".join(goal_lines(groups)))
         return
-    draw(groups, path.with_name(f"{path.stem}-scale.svg"))
+    FIGURES.mkdir(exist_ok=True)
+    figures.draw_curves(groups, FIGURES / "scale.svg")
+    machine = "{cpu}, {cores} cores".format_map(load(path)["machine"])
+    for theme in figures.THEMES:
+        figures.draw_bars(shown(groups), machine, FIGURES / f"speed-{theme}.svg", theme)
     write_pages(path)
 
 

@@ -5,6 +5,7 @@ losses on the same log-probs. The reference is the model at the start: its log-p
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -35,7 +36,42 @@ class DPOConfig(StageConfig):
 
 
 class DPOTrainer(StageTrainer):
-    task_type = "CAUSAL_LM"
+    """Trains a language model on pairs: `DPOTrainer(model, args=args, train_dataset=rows).train()`.
+
+    Arguments come in TRL's order; `StageTrainer` says what they take. A row is `prompt`, `chosen` and `rejected`.
+
+    Args:
+        ref_model: the reference, a language model or its path. None = the model as it is when training starts.
+    """
+
+    config_class, kind, task_type = DPOConfig, "preference", "CAUSAL_LM"
+
+    def __init__(
+        self, model=None, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None,
+        processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
+        quantization_config=None, peft_config=None,
+    ):  # fmt: skip
+        if ref_model is not None and ref_model is model:
+            raise ValueError("ref_model: got the model itself, wants another one, or None for the model at the start")
+        self.ref_model = ref_model
+        super().__init__(
+            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
+            callbacks=callbacks, optimizers=optimizers, peft_config=peft_config, data_collator=data_collator,
+            compute_metrics=compute_metrics, quantization_config=quantization_config,
+        )  # fmt: skip
+
+    def load_model(self, args, model, tokenizer):
+        options = training.model_options(args)
+        if isinstance(self.ref_model, (str, Path)):
+            self.ref_model = models.load_policy(self.ref_model, **options)
+        elif self.ref_model is not None:
+            self.ref_model = models.as_policy(self.ref_model)
+        if model is not None and not isinstance(model, (str, Path)):
+            return models.as_policy(model)
+        return models.load_policy(args.model_name_or_path, **options)
+
+    def encode(self, rows, what):
+        return training.encode_rows(self.tokenizer, rows, ("chosen", "rejected"), self.args, what=what)
 
     def collate(self, examples):
         batch = super().collate(examples)
@@ -70,6 +106,10 @@ class DPOTrainer(StageTrainer):
             self.add_references()
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def before_training(self):
+        if not self.is_sharded:
+            self.add_references()
+
     def add_references(self):
         if self.args.loss_type not in WITHOUT_REFERENCE:
             for examples in (self.train_dataset, self.held_out):
@@ -78,18 +118,19 @@ class DPOTrainer(StageTrainer):
 
     @torch.no_grad()
     def add_reference(self, examples):
-        """Put the log-probs of the model as it is now into the examples, as those of the reference.
+        """Put the reference's log-probs into the examples: those of ref_model, or of the model as it is now.
 
         Each process computes its share of them, and all the same number, since sharded weights need all processes.
         """
         if not examples:
             return
+        model = self.model if self.ref_model is None else self.ref_model.to(self.args.device)
         if not self.is_sharded:
             self.model.to(self.args.device)
-        self.model.eval()
+        model.eval()
         with self.accelerator.split_between_processes(list(range(len(examples))), apply_padding=True) as own:
             batches = self.batches([examples[index] for index in own])
-            rows = [row for batch in batches for row in pair_log_probs(self.model, batch)[0].tolist()]
+            rows = [row for batch in batches for row in pair_log_probs(model, batch)[0].tolist()]
             found = dict(gather_object(list(zip(own, rows, strict=True))))
         for index, example in enumerate(examples):
             example["ref_log_probs"] = found[index]
@@ -112,18 +153,5 @@ def pair_log_probs(model, batch):
 
 def train_dpo(args: DPOConfig):
     """Train a policy on preference pairs; returns the run directory, which holds the model."""
-    tokenizer = training.load_stage_tokenizer(args)
-    train, held_out = training.load_data(args, "preference")
-    with models.loaded_whole(args.deepspeed_plugin):
-        model = models.load_policy(args.model_name_or_path, **training.model_options(args))
-    training.set_max_length(args, model)
-    train = training.encode_rows(tokenizer, train, ("chosen", "rejected"), args, what="training")
-    held_out = training.encode_rows(tokenizer, held_out, ("chosen", "rejected"), args, what="held-out")
-
-    def make_trainer(callbacks):
-        trainer = DPOTrainer(model, args, tokenizer, train, held_out, callbacks)
-        if not trainer.is_sharded:
-            trainer.add_references()
-        return trainer
-
-    return training.run_stage(args, make_trainer, StageTrainer.last_evaluation)
+    DPOTrainer(args=args).train()
+    return Path(args.output_dir)

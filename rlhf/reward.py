@@ -7,6 +7,7 @@ example and never part. At the end the scores are shifted so that demonstrations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -53,7 +54,56 @@ class RewardConfig(StageConfig):
 
 
 class RewardTrainer(StageTrainer):
-    task_type = "SEQ_CLS"
+    """Trains a reward model on rankings: `RewardTrainer(model, args, train_dataset=rows).train()`.
+
+    Arguments come in TRL's order; `StageTrainer` says what they take. A row is `prompt`, `completions` and `ranks` (or
+    `scores`), or `prompt`, `chosen` and `rejected`.
+
+    Args:
+        model: a sequence classifier of one label, which is trained, or a language model, whose weights are copied under
+            a new head; or the path of either.
+    """
+
+    config_class, kind, task_type = RewardConfig, "ranked", "SEQ_CLS"
+
+    def __init__(
+        self, model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None, processing_class=None,
+        compute_metrics=None, callbacks=None, optimizers=(None, None), optimizer_cls_and_kwargs=None,
+        preprocess_logits_for_metrics=None, quantization_config=None, peft_config=None,
+    ):  # fmt: skip
+        super().__init__(
+            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
+            callbacks=callbacks, optimizers=optimizers, peft_config=peft_config, data_collator=data_collator,
+            compute_metrics=compute_metrics, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics, quantization_config=quantization_config,
+        )  # fmt: skip
+
+    def check_data(self, args, train, held_out):
+        check_margins(args, train + held_out)
+        self.agreement = labeler_agreement(train + held_out)
+        self.demonstrations = data.load_rows(args.demonstrations, "sft") if args.demonstrations else best_ranked(train)
+
+    def load_model(self, args, model, tokenizer):
+        return load_start(args, tokenizer, model)
+
+    def encode(self, rows, what):
+        if what == "training":
+            return training_examples(self.tokenizer, rows, self.args)
+        return training.encode_rows(self.tokenizer, decided(rows), ("completions",), self.args, what=what)
+
+    def before_training(self):
+        rows, options = self.demonstrations, {"what": "demonstration"}
+        self.demonstrations = training.encode_rows(self.tokenizer, rows, ("completion",), self.args, **options)
+        for example in self.demonstrations:
+            example["row"] = {**example["row"], "ranks": [0]}
+
+    def finish(self):
+        summary = {**self.last_evaluation(), **self.agreement}
+        self.model.eval()
+        summary["reward_bias"] = calibrate(self, self.demonstrations)
+        if self.held_out and self.args.should_save:
+            print(report_table(summary))
+        return summary
 
     def collate(self, examples):
         return {**super().collate(examples), **rankings.tensors([example["row"] for example in examples])}
@@ -113,47 +163,31 @@ def calibrate(trainer, demonstrations):
     return config.reward_bias
 
 
-def load_start(args, tokenizer):
-    """The model to train: a new head on a language model, or a reward model with its calibration taken off."""
+def load_start(args, tokenizer, model=None):
+    """The model to train: a new head on a language model, or a reward model with its calibration taken off.
+
+    Args:
+        model: either of them, or its path; None = args.model_name_or_path.
+    """
     options = training.model_options(args)
-    if models.is_reward_model(args.model_name_or_path, args.trust_remote_code):
-        model = models.load_reward_model(args.model_name_or_path, **options)
-        model.config.reward_bias = 0.0
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
-        return model
-    return models.reward_model_from_policy(
-        args.model_name_or_path, args.seed, pad_token_id=tokenizer.pad_token_id, **options
-    )
+    start = args.model_name_or_path if model is None or isinstance(model, (str, Path)) else model
+    if start is model:
+        is_classifier = hasattr(model.config, "num_labels") and models.has_score_head(model)
+    else:
+        is_classifier = models.is_reward_model(start, args.trust_remote_code)
+    if not is_classifier:
+        return models.reward_model_from_policy(start, args.seed, pad_token_id=tokenizer.pad_token_id, **options)
+    model = models.as_reward_model(model, "model") if start is model else models.load_reward_model(start, **options)
+    model.config.reward_bias = 0.0
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
 
 
 def train_reward(args: RewardConfig):
     """Train a reward model on rankings; returns the run directory, which holds the model."""
-    tokenizer = training.load_stage_tokenizer(args)
-    train, held_out = training.load_data(args, "ranked")
-    check_margins(args, train + held_out)
-    agreement = labeler_agreement(train + held_out)
-    demonstrations = data.load_rows(args.demonstrations, "sft") if args.demonstrations else best_ranked(train)
-    with models.loaded_whole(args.deepspeed_plugin):
-        model = load_start(args, tokenizer)
-    training.set_max_length(args, model)
-    train = training_examples(tokenizer, train, args)
-    held_out = training.encode_rows(tokenizer, decided(held_out), ("completions",), args, what="held-out")
-    demonstrations = training.encode_rows(tokenizer, demonstrations, ("completion",), args, what="demonstration")
-    for example in demonstrations:
-        example["row"] = {**example["row"], "ranks": [0]}
-
-    def finish(trainer):
-        summary = {**trainer.last_evaluation(), **agreement}
-        trainer.model.eval()
-        summary["reward_bias"] = calibrate(trainer, demonstrations)
-        if held_out and trainer.args.should_save:
-            print(report_table(summary))
-        return summary
-
-    return training.run_stage(
-        args, lambda callbacks: RewardTrainer(model, args, tokenizer, train, held_out, callbacks), finish
-    )
+    RewardTrainer(args=args).train()
+    return Path(args.output_dir)
 
 
 def training_examples(tokenizer, rows, args):

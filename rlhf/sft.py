@@ -5,6 +5,7 @@ prompt and the end token: the prompt is read but not learned; the end token (EOS
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -43,7 +44,44 @@ def token_losses(model, batch, **options):
 
 
 class SFTTrainer(StageTrainer):
-    task_type = "CAUSAL_LM"
+    """Fine-tunes a language model on demonstrations: `SFTTrainer(model, args, train_dataset=rows).train()`.
+
+    Arguments come in TRL's order; `StageTrainer` says what they take. A row is `text`, `messages`, or `prompt` and
+    `completion`; `formatting_func(row)` may make a text of any other.
+
+    Example:
+        trainer = SFTTrainer("demo", train_dataset=[{"prompt": "Write a story.", "completion": " Tom had a cat."}])
+        trainer.train()
+        trainer.model  # as it is in runs/sft
+    """
+
+    config_class, kind, task_type = SFTConfig, "sft", "CAUSAL_LM"
+
+    def __init__(
+        self, model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None, processing_class=None,
+        compute_loss_func=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
+        optimizer_cls_and_kwargs=None, preprocess_logits_for_metrics=None, quantization_config=None, peft_config=None,
+        formatting_func=None,
+    ):  # fmt: skip
+        if formatting_func is not None:
+            train_dataset, eval_dataset = (
+                rows and [{"text": formatting_func(row)} for row in rows] for rows in (train_dataset, eval_dataset)
+            )
+        super().__init__(
+            model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
+            callbacks=callbacks, optimizers=optimizers, peft_config=peft_config, data_collator=data_collator,
+            compute_loss_func=compute_loss_func, compute_metrics=compute_metrics,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics, quantization_config=quantization_config,
+        )  # fmt: skip
+
+    def load_model(self, args, model, tokenizer):
+        if model is not None and not isinstance(model, (str, Path)):
+            return models.as_policy(model, dropout=args.dropout)
+        return models.load_policy(args.model_name_or_path, dropout=args.dropout, **training.model_options(args))
+
+    def encode(self, rows, what):
+        return training.encode_rows(self.tokenizer, rows, ("completion",), self.args, what=what)
 
     def collate(self, examples):
         """Several answers to one prompt that meet in a batch become one example, and share it where that pays."""
@@ -77,7 +115,7 @@ class SFTTrainer(StageTrainer):
         from .rollouts.sampling import sample
 
         examples = [example for example in examples if "prompt" in example["row"]][: self.args.num_samples]
-        if not examples or not (self.args.should_save or self.is_sharded):
+        if self.samples is None or not examples or not (self.args.should_save or self.is_sharded):
             return
         model = self.accelerator.unwrap_model(self.model)
         context = training.context_length(model)
@@ -112,15 +150,5 @@ def up_to_stop(ids, stop):
 
 def train_sft(args: SFTConfig):
     """Fine-tune a language model on demonstrations; returns the run directory, which holds the model."""
-    tokenizer = training.load_stage_tokenizer(args)
-    train, held_out = training.load_data(args, "sft")
-    with models.loaded_whole(args.deepspeed_plugin):
-        model = models.load_policy(args.model_name_or_path, dropout=args.dropout, **training.model_options(args))
-    training.set_max_length(args, model)
-    train = training.encode_rows(tokenizer, train, ("completion",), args, what="training")
-    held_out = training.encode_rows(tokenizer, held_out, ("completion",), args, what="held-out")
-
-    def make_trainer(callbacks):
-        return SFTTrainer(model, args, tokenizer, train, held_out, callbacks)
-
-    return training.run_stage(args, make_trainer, StageTrainer.last_evaluation)
+    SFTTrainer(args=args).train()
+    return Path(args.output_dir)

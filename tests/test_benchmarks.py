@@ -1,5 +1,6 @@
 """The benchmarks agree with the ops, with float64 and with what the README shows of them; nothing is timed here."""
 
+import ast
 import importlib
 import inspect
 import json
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import rlhf_kernels
-from benchmarks import cases, plot, roof
+from benchmarks import cases, figures, plot, roof
 from benchmarks.cases import Bench, Case, Skip, faster, memory, within
 from benchmarks.worker import Worker
 from rlhf_kernels import dispatch
@@ -62,6 +63,30 @@ def test_cases_are_whole(name):
     assert tests == {case.function for case in measured.CASES}
 
 
+def test_no_file_imports_one_that_imports_it():
+    """Imports among benchmarks/*.py, those inside functions too, lead to no circle."""
+    names = {path.stem for path in ROOT.glob("benchmarks/*.py")}
+    imports = {name: imported(ROOT / "benchmarks" / f"{name}.py") & names for name in sorted(names)}
+    assert "cases" in imports["worker"] and "worker" not in imports["cases"]
+    while leaves := [name for name, others in imports.items() if not others & imports.keys()]:
+        for name in leaves:
+            del imports[name]
+    assert not imports, f"in a circle, or before one: {imports}"
+
+
+def imported(path):
+    """Names of the modules of benchmarks that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "benchmarks":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("benchmarks.")}
+    return found
+
+
 def test_pytest_collects_them():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "benchmarks", "-p", "no:cacheprovider"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
@@ -86,7 +111,7 @@ def test_implementations_compute_the_same(op):
                 continue
             result = cases.implementation(call).run()
             if result is None:
-                assert name in plot.ROOFS
+                assert name in figures.ROOFS
                 continue
             result = bench.part(result)
             for which, gradients in enumerate((False, True)):
@@ -193,19 +218,35 @@ def test_results_file_and_what_comes_from_it(tmp_path, monkeypatch):
     data = json.loads(path.read_text())
     assert [(g["op"], g["shape"]) for g in data["groups"]] == [("other", "4"), ("toy", "8")]
     assert data["runs"]["other"]["commit"] == "later"
-    plot.draw(data["groups"], tmp_path / "cpu-scale.svg")
-    block = plot.readme_block(path)
+    block = plot.page_block(path)
     assert "| `g`, forward + backward, fp32 | 4 | 2 (7.5 GB/s) | 3 | 2e-07 | 9 × eager (≥ 8), " in block
     assert "| verl 2.5 × | missed: read by 60 %, memory of eager by 50 %, gpu: needs a GPU |" in block
-    assert "gpu (needs a GPU)" in block and "cpu-scale.svg" in block
+    assert "gpu (needs a GPU)" in block and "](figures/scale.svg)" in block
+    monkeypatch.setattr(plot, "SHOWN", (("g-fwdbwd-fp32-4", "eager"), ("gone-fwd-fp32-4", "eager")))
+    assert plot.readme_block(path).endswith("| `g` | 4 | 2 | 9 |  | verl 2.5 | 3 of 4 missed |\n")
+    assert figures.bars(*plot.shown(data["groups"])[0]) == [("ours", 9.0), ("verl", 3.6)]
+    for theme in figures.THEMES:
+        figures.draw_bars(plot.shown(data["groups"]), "toy", tmp_path / f"{theme}.svg", theme)
+        assert "verl 3.6 ×" in (tmp_path / f"{theme}.svg").read_text()
+    figures.draw_curves(data["groups"], tmp_path / "scale.svg")
+    assert "extra peak memory" in (tmp_path / "scale.svg").read_text()
     plot.merge(path, {**machine, "cpu": "another"}, run, [GROUP])
     assert [g["op"] for g in json.loads(path.read_text())["groups"]] == ["toy"]
 
 
-def test_readme_shows_the_results_file():
-    text = plot.README.read_text()
-    block = text.partition(plot.BEGIN)[2].partition(plot.END)[0]
-    assert block.lstrip("\n") == plot.readme_block(plot.the_file()), "run `python -m benchmarks.plot`"
+@pytest.mark.parametrize(("page", "block"), ((plot.README, plot.readme_block), (plot.PAGE, plot.page_block)))
+def test_pages_show_the_results_file(page, block):
+    shown = page.read_text().partition(plot.BEGIN)[2].partition(plot.END)[0]
+    assert shown.lstrip("\n") == block(plot.the_file()), "run `python -m benchmarks.plot`"
+
+
+def test_readme_shows_every_op():
+    """A row of each, also of one that is slower than eager; ten rows at most."""
+    path = plot.the_file()
+    if path is None:
+        pytest.skip("no results file is committed yet")
+    rows = plot.shown(plot.load(path)["groups"])
+    assert {group["op"] for group, _ in rows} == set(NAMES) and len(rows) == len(plot.SHOWN) <= 10
 
 
 def test_every_case_has_its_result_or_a_reason():

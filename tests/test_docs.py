@@ -1,9 +1,14 @@
-"""What the documentation says is true: headings, defaults, examples, and the paths, flags and targets it names."""
+"""What the documentation says is true: headings, defaults, examples, and the paths, flags and targets it names.
+
+The README is short enough to be read, the reference forgets nothing that is public.
+"""
 
 import ast
+import contextlib
 import doctest
 import importlib
 import inspect
+import io
 import itertools
 import pkgutil
 import re
@@ -28,6 +33,12 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 LITERAL = r"None|True|False|\"[^\"\n]*\"|'[^'\n]*'|-?\d+(?:\.\d+)?(?:e-?\d+)?"
 FOLDERS = "csrc|rlhf_kernels|rlhf|benchmarks|tests|docs|\\.ci"
 SOURCES = ("rlhf/**/*.py", "rlhf_kernels/*.py", "tests/*.py", "benchmarks/*.py", "Makefile", ".ci/run", "setup.py")
+
+
+def need_page(name):
+    page = ROOT / name
+    assert page.is_file(), f"{name} is missing"
+    return page
 
 
 def sections(function):
@@ -116,12 +127,6 @@ def source_text():
     return "\n".join(path.read_text() for pattern in SOURCES for path in ROOT.glob(pattern))
 
 
-def need_page(name):
-    page = ROOT / name
-    assert page.is_file(), f"{name} is missing"
-    return page
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_paths_exist(page):
     """Paths under our folders that a page names as code; `<op>` and the like stand for a name and are let through."""
@@ -130,9 +135,99 @@ def test_paths_exist(page):
         if "<" in path:
             continue
         missing += [found for found in expand(path) if not any(ROOT.glob(found.rstrip("/")))]
-    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text())
-    missing += [link for link in links if not (page.parent / link).exists()]
     assert not missing, f"{page.name} names what is not there: {sorted(set(missing))}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    """Relative links and pictures point at files, and what follows a # at a heading."""
+    missing = []
+    for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)|(?:src|srcset|href)=\"([^\"]+)\"", prose(page)):
+        path, _, anchor = (link[0] or link[1]).partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append("".join(link))
+    assert not missing, f"{page.name} leads to what is not there: {missing}"
+
+
+def prose(page):
+    """The page's text without its code."""
+    return re.sub(r"`[^`\n]+`", "", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+
+
+def anchors(page):
+    """Names of the page's headings in links."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_readme_is_short():
+    """Two minutes' reading: at most 180 lines of at most 120 characters, tables too; ten measured rows."""
+    lines = need_page("README.md").read_text().splitlines()
+    assert len(lines) <= 180, f"README.md has {len(lines)} lines"
+    long = {number: len(line) for number, line in enumerate(lines, start=1) if len(line) > 120}
+    assert not long, f"README.md has lines of more than 120 characters (line: characters): {long}"
+    begin, end = (lines.index(f"<!-- benchmarks:{mark} -->") for mark in ("begin", "end"))
+    rows = [line for line in lines[begin:end] if line.startswith("| `")]
+    assert 0 < len(rows) <= 10
+
+
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", need_page("README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.strip().splitlines()[-1][:40])
+def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
+    """Each in a folder of its own; the comment behind a `print(...)` is what it prints."""
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+    wanted = re.findall(r"^print\(.*\)  # (.+)$", snippet, flags=re.MULTILINE)
+    if wanted:
+        assert printed.getvalue().splitlines() == wanted
+
+
+def documented():
+    """{name: dotted path} of what the reference shows: each directive, and what a module's directive stands for."""
+    text = "\n".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+    paths = re.findall(r"^::: ([\w.]+)", text, flags=re.MULTILINE)
+    found = {path.rpartition(".")[2]: path for path in paths}
+    for path in paths:
+        file = ROOT / f"{path.replace('.', '/')}.py"
+        if file.is_file():
+            found |= {name: f"{path}.{name}" for name in public_names(file)}
+    return found
+
+
+def public_names(file):
+    """Functions and classes at a file's top level, without an underscore."""
+    kinds = ast.FunctionDef | ast.ClassDef
+    return [n.name for n in ast.parse(file.read_text()).body if isinstance(n, kinds) and not n.name.startswith("_")]
+
+
+def test_reference_shows_all_that_is_public():
+    """Every name of rlhf_kernels and of its integrations; the settings, runs and trainers of every stage of rlhf."""
+    wanted = set(rlhf_kernels.__all__) - {"__version__"}
+    for file in ROOT.glob("rlhf_kernels/integrations/*.py"):
+        wanted |= set(public_names(file))
+    for file in ROOT.glob("rlhf/**/*.py"):
+        wanted |= {name for name in public_names(file) if re.fullmatch(r"\w+Config|(SFT|Reward|DPO|PPO)Trainer", name)}
+    wanted |= set(getattr(importlib.import_module("rlhf"), "__all__", ()))
+    missing = wanted - documented().keys()
+    assert not missing, f"docs/reference forgets {sorted(missing)}"
+
+
+def test_reference_names_what_exists():
+    for name, path in documented().items():
+        module = path.rpartition(".")[0]
+        file = ROOT / f"{path.replace('.', '/')}.py"
+        assert file.is_file() or hasattr(importlib.import_module(module), name), f"docs/reference names {path}"
+
+
+def test_citation_is_of_this_version():
+    text = need_page("CITATION.cff").read_text()
+    assert re.search(r"^version: (.+)$", text, flags=re.MULTILINE)[1].strip("\"'") == rlhf_kernels.__version__
+    assert "license: Apache-2.0" in text
 
 
 @pytest.mark.parametrize("name", ("README.md", "CONTRIBUTING.md"))

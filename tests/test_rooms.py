@@ -98,7 +98,7 @@ def test_importing_rlhf_is_light():
 OLD_PLACES = {
     "rlhf.data": "load_rows split_rows encode_prompt encode_completion end_of_turn_id pad_batch DataError",
     "rlhf.models": "load_policy load_reward_model load_tokenizer save_model token_scores stop_token_ids",
-    "rlhf.training": "StageConfig StageTrainer encode_rows make_batch run_stage",
+    "rlhf.training": "StageConfig StageTrainer encode_rows make_batch",
     "rlhf.ppo": "PPOTrainer PPOConfig train_ppo",
     "rlhf.rewards": "math_answer regex json_schema unit_test BUILT_IN",
     "rlhf.evaluate": "evaluate_policies best_of_n wilson_interval win_rate",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from rlhf import data, models, training
+from rlhf import models
 from rlhf.preference import DPOConfig, DPOTrainer, pair_log_probs, train_dpo
 from tests.tiny import model_folder, words, write_jsonl
 
@@ -45,12 +45,8 @@ def settings(tmp_path):
 
 
 def make_trainer(args):
-    tokenizer = training.load_stage_tokenizer(args)
-    model = models.load_policy(args.model_name_or_path)
-    training.set_max_length(args, model)
-    rows = data.load_rows(args.dataset_name, "preference")
-    encoded = training.encode_rows(tokenizer, rows, ("chosen", "rejected"), args, what="training")
-    trainer = DPOTrainer(model, args, tokenizer, encoded, [])
+    args.eval_fraction = 0.0
+    trainer = DPOTrainer(args=args)
     trainer.add_reference(trainer.train_dataset)
     return trainer
 

@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from rlhf import checkpoint, data, models, reward, training
+from rlhf.models import sequences
 from rlhf.reward import RewardTrainer, train_reward
 from tests.tiny import model_folder, word_tokenizer, write_jsonl
 from tests.tiny_reward import config_maker, gradient, make_trainer, rankings
@@ -268,8 +269,8 @@ def test_packing_must_be_possible(settings):
 
 def test_packing_where_it_saves_arithmetic(settings):
     """Long prompts with many short responses are packed; short prompts with long responses are padded."""
-    assert training.packing_pays([(256, [64] * 9)], 512)  # 832 tokens in place of 2880
-    assert not training.packing_pays([(8, [500] * 4)], 64)  # nothing to share, and rows of 2008 tokens
+    assert sequences.packing_pays([(256, [64] * 9)], 512)  # 832 tokens in place of 2880
+    assert not sequences.packing_pays([(8, [500] * 4)], 64)  # nothing to share, and rows of 2008 tokens
     shared = [{"prompt": [1] * 256, "responses": [[1] * 64] * 9}]
     apart = [{"prompt": [1] * 8, "responses": [[1] * 500] * 4}]
     trainer = make_trainer(settings(packing="auto"))

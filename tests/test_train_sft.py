@@ -41,12 +41,8 @@ def settings(tmp_path):
 
 
 def make_trainer(args, model=None, rows=None):
-    tokenizer = training.load_stage_tokenizer(args)
-    model = model or models.load_policy(args.model_name_or_path, dropout=args.dropout)
-    training.set_max_length(args, model)
-    rows = rows or data.load_rows(args.dataset_name, "sft")
-    encoded = training.encode_rows(tokenizer, rows, ("completion",), args, what="training")
-    return SFTTrainer(model, args, tokenizer, encoded, [])
+    args.eval_fraction = 0.0
+    return SFTTrainer(model, args, train_dataset=rows, processing_class=args.model_name_or_path)
 
 
 def expected_nll(model, examples):

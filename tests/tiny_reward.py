@@ -4,7 +4,6 @@ import random
 
 import torch
 
-from rlhf import data, reward, training
 from rlhf.reward import RewardConfig, RewardTrainer
 from tests.tiny import model_folder, words, write_jsonl
 
@@ -43,12 +42,10 @@ def config_maker(folder, rows, **fixed):
 
 def make_trainer(args, rows=None, held_out=()):
     """A trainer of the reward stage on `rows`, or on all rows of the file of `args`."""
-    tokenizer = training.load_stage_tokenizer(args)
-    model = reward.load_start(args, tokenizer)
-    training.set_max_length(args, model)
-    rows = data.load_rows(args.dataset_name, "ranked") if rows is None else rows
-    encoded = training.encode_rows(tokenizer, rows, ("completions",), args, what="training")
-    return RewardTrainer(model, args, tokenizer, encoded, list(held_out))
+    args.eval_fraction = 0.0
+    trainer = RewardTrainer(args=args, train_dataset=rows)
+    trainer.held_out = list(held_out)
+    return trainer
 
 
 def gradient(trainer, batch, items):

@@ -11,7 +11,7 @@ from .chat import (
     pad_batch,
 )
 from .files import DataError
-from .rows import KINDS, load_rows, split_rows
+from .rows import KINDS, load_rows, rows_of, split_rows
 
 __all__ = [
     "KINDS",
@@ -25,5 +25,6 @@ __all__ = [
     "fit_prompt",
     "load_rows",
     "pad_batch",
+    "rows_of",
     "split_rows",
 ]

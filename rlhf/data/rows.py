@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 from . import rankings
 from .files import Bad, DataError, read
@@ -30,10 +31,49 @@ def load_rows(name_or_path, kind, *, split="train", config=None, columns=False):
     Raises:
         DataError: what is wrong, by file and line; also when the file is missing or holds no rows.
     """
+    _check_kind(kind)
+    return _checked(read(str(name_or_path), kind, split, config), f"{name_or_path}:1", kind, columns)
+
+
+def rows_of(rows, kind, *, name, columns=False):
+    """Check rows that are in memory as `load_rows` checks those of a file.
+
+    Args:
+        rows: dicts, in a list or a `datasets.Dataset`; or a file, as in `load_rows`. A field that is None is absent.
+        kind, columns: as in `load_rows`.
+        name: the argument that holds the rows, for messages.
+    Returns:
+        As `load_rows`; `at` is `name[index]`.
+    Raises:
+        DataError: what is wrong with a row; no rows.
+        ValueError: `rows` is no list of dicts.
+    """
+    _check_kind(kind)
+    if isinstance(rows, (str, Path)):
+        return load_rows(rows, kind, columns=columns)
+    if isinstance(rows, dict):
+        raise ValueError(f"{name}: got a {type(rows).__name__} of {', '.join(map(str, rows))}, wants one split's rows")
+    if not hasattr(rows, "__iter__"):
+        raise ValueError(f"{name}: got {type(rows).__name__}, wants a list of dicts, a datasets.Dataset or a file")
+    return _checked(_in_memory(rows, name), name, kind, columns)
+
+
+def _in_memory(rows, name):
+    for index, row in enumerate(rows):
+        if isinstance(row, dict):
+            row = {field: value for field, value in row.items() if value is not None}
+        yield f"{name}[{index}]", row
+
+
+def _check_kind(kind):
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, wants one of {', '.join(KINDS)}")
+
+
+def _checked(found, name, kind, columns):
+    """The rows among ("place", row) pairs, all of them good, or a DataError that lists the bad ones."""
     rows, problems = [], []
-    for at, raw in read(str(name_or_path), kind, split, config):
+    for at, raw in found:
         try:
             if isinstance(raw, Bad):
                 raise raw
@@ -47,7 +87,7 @@ def load_rows(name_or_path, kind, *, split="train", config=None, columns=False):
     if problems:
         raise DataError("\n".join(problems))
     if not rows:
-        raise DataError(f"{name_or_path}:1: holds no rows")
+        raise DataError(f"{name}: holds no rows")
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from .dropout import disable_dropout, set_residual_dropout
 from .forward import (
+    has_score_head,
     hidden_states,
     is_wrapped,
     last_index_from_mask,
@@ -17,6 +18,8 @@ from .forward import (
 )
 from .loading import (
     DEMO_MODEL,
+    as_policy,
+    as_reward_model,
     is_reward_model,
     load_policy,
     load_reward_model,
@@ -27,11 +30,15 @@ from .loading import (
     reward_model_from_policy,
     save_model,
     stop_token_ids,
+    with_tokens,
 )
 
 __all__ = [
     "DEMO_MODEL",
+    "as_policy",
+    "as_reward_model",
     "disable_dropout",
+    "has_score_head",
     "hidden_states",
     "is_reward_model",
     "is_wrapped",
@@ -55,4 +62,5 @@ __all__ = [
     "supports_packing",
     "token_scores",
     "unwrapped",
+    "with_tokens",
 ]

@@ -8,15 +8,19 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 
-def add_adapters(args, model, task_type):
-    """The model, with LoRA adapters if the run asks for them."""
+def add_adapters(args, model, task_type, peft_config=None):
+    """The model, with LoRA adapters if the run asks for them.
+
+    Args:
+        peft_config: a `peft.LoraConfig` in place of the lora_* settings; None = those.
+    """
     if not args.use_peft:
         return model
     try:
         import peft
     except ImportError:
         raise ValueError("use_peft: the package peft is not installed (pip install peft)") from None
-    config = peft.LoraConfig(
+    config = peft_config or peft.LoraConfig(
         task_type=task_type,
         r=args.lora_r,
         lora_alpha=args.lora_alpha,

@@ -141,6 +141,14 @@ def score_head(model):
     raise ValueError(f"{type(model).__name__} has no linear scalar head named `score`, so it cannot be a reward model")
 
 
+def has_score_head(model):
+    """Whether a model reads a scalar off its trunk, as a reward or value model does."""
+    try:
+        return score_head(unwrapped(model)) is not None
+    except ValueError:
+        return False
+
+
 def token_scores(model, input_ids, attention_mask=None, position_ids=None):
     """The score of a reward (or value) model read at every position, calibrated.
 

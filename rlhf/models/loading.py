@@ -5,6 +5,7 @@ its config, `reward_bias`, which scoring subtracts.
 """
 
 import contextlib
+import copy
 import json
 import math
 from pathlib import Path
@@ -18,8 +19,9 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from ..checkpoint import atomic_directory
 from ..data import end_of_turn_id
+from .adapters import merged
 from .dropout import disable_dropout, set_residual_dropout
-from .forward import score_head
+from .forward import score_head, unwrapped
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "base"
 
@@ -107,16 +109,19 @@ def load_tokenizer(path, *, pad_token=None, eos_token=None, trust_remote_code=Fa
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"model path {str(path)!r} holds no tokenizer that can be read ({error})") from None
+    return with_tokens(tokenizer, f"the tokenizer of {str(path)!r}", pad_token=pad_token, eos_token=eos_token)
+
+
+def with_tokens(tokenizer, owner="the tokenizer", *, pad_token=None, eos_token=None):
+    """The tokenizer, its pad and EOS token set where they are given, and checked; errors as in `load_tokenizer`."""
     for name, token in (("pad_token", pad_token), ("eos_token", eos_token)):
         if token is not None:
             if token not in tokenizer.get_vocab():
-                raise ValueError(f"{name}: got {token!r}, which is not a token of the tokenizer of {str(path)!r}")
+                raise ValueError(f"{name}: got {token!r}, which is not a token of {owner}")
             setattr(tokenizer, name, token)
         if getattr(tokenizer, f"{name}_id") is None:
             hint = f" (often: --pad_token '{tokenizer.eos_token}')" if tokenizer.eos_token else ""
-            raise ValueError(
-                f"the tokenizer of {str(path)!r} has no {name}; name one of its tokens with --{name}{hint}"
-            )
+            raise ValueError(f"{owner} has no {name}; name one of its tokens with --{name}{hint}")
     return tokenizer
 
 
@@ -168,6 +173,13 @@ def load_policy(path, *, dtype=torch.float32, attn_implementation="sdpa", trust_
     )
     if missing:
         raise ValueError(f"model {str(path)!r} is not a complete language model: it lacks {', '.join(missing[:3])}")
+    return as_policy(model, dropout=dropout)
+
+
+def as_policy(model, *, dropout=0.0):
+    """A causal language model that is there already, in the state in which `load_policy` gives one; it is changed."""
+    if not hasattr(model, "get_output_embeddings") or unwrapped(model).get_output_embeddings() is None:
+        raise ValueError(f"model: got {type(model).__name__}, wants a causal language model of transformers")
     disable_dropout(model)
     if dropout:
         set_residual_dropout(model, dropout)
@@ -188,8 +200,18 @@ def load_reward_model(path, *, dtype=torch.float32, attn_implementation="sdpa", 
             f"model {str(path)!r} is not a reward model: it lacks {', '.join(missing[:3])} "
             "(train one with `rlhf reward --model_name_or_path ...`)"
         )
+    return as_reward_model(model, f"model {str(path)!r}")
+
+
+def as_reward_model(model, name="reward_model"):
+    """A sequence classifier that is there already, in the state in which `load_reward_model` gives one; it is changed.
+
+    Args:
+        name: what it is called in messages.
+    """
     if model.config.num_labels != 1:
-        raise ValueError(f"model {str(path)!r} has {model.config.num_labels} labels, a reward model has 1")
+        raise ValueError(f"{name} has {model.config.num_labels} labels, a reward model has 1")
+    score_head(unwrapped(model))
     disable_dropout(model)
     if not hasattr(model.config, "reward_bias"):
         model.config.reward_bias = 0.0
@@ -197,24 +219,26 @@ def load_reward_model(path, *, dtype=torch.float32, attn_implementation="sdpa", 
 
 
 def reward_model_from_policy(
-    policy_path, seed, *, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, pad_token_id=None
+    policy, seed, *, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, pad_token_id=None
 ):
     """A reward model to train: the policy's trunk under a new scalar head, drawn from N(0, 1/sqrt(d + 1)) with `seed`.
 
     1/sqrt(d + 1) is the standard deviation, d the hidden size (OpenAI's code; the paper's text leaves out the root).
+
+    Args:
+        policy: path of a language model, or the model itself, whose weights are copied in its own dtype (adapters of
+            PEFT merged into them).
     """
-    model, missing = _load(
-        AutoModelForSequenceClassification,
-        policy_path,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        num_labels=1,
-    )
+    if isinstance(policy, nn.Module):
+        model, missing, name = *_classifier_of(policy), type(policy).__name__
+    else:
+        name = repr(str(policy))
+        options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        model, missing = _load(AutoModelForSequenceClassification, policy, **options, num_labels=1)
     head = score_head(model)
     head_name = next(name for name, module in model.named_modules() if module is head)
     if not set(missing) <= {f"{head_name}.weight", f"{head_name}.bias"}:
-        raise ValueError(f"model {str(policy_path)!r} is not a complete language model: it lacks {missing[0]}")
+        raise ValueError(f"model {name} is not a complete language model: it lacks {missing[0]}")
     draw = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         head.weight.copy_(draw / math.sqrt(head.weight.shape[1] + 1))
@@ -225,6 +249,23 @@ def reward_model_from_policy(
         model.config.pad_token_id = pad_token_id
     disable_dropout(model)
     return model.train()
+
+
+def _classifier_of(policy):
+    """(sequence classifier of one label with the trunk of a language model, names of the weights it did not get)."""
+    base, state = merged(policy)
+    state = base.state_dict() if state is None else state
+    config = copy.deepcopy(base.config)
+    config.num_labels = 1
+    options = {"dtype": base.dtype, "attn_implementation": base.config._attn_implementation}
+    try:
+        with torch.random.fork_rng(), quiet():
+            model = AutoModelForSequenceClassification.from_config(config, **options).to(base.device)
+    except ValueError as error:
+        raise ValueError(f"model: {type(base).__name__} has no sequence classifier in transformers ({error})") from None
+    ours, theirs = f"{model.base_model_prefix}.", f"{base.base_model_prefix}."
+    trunk = {ours + name.removeprefix(theirs): x for name, x in state.items() if name.startswith(theirs)}
+    return model, sorted(model.load_state_dict(trunk, strict=False).missing_keys)
 
 
 def stop_token_ids(tokenizer, model, extra=None):

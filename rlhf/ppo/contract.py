@@ -69,7 +69,8 @@ def check_contract(trainer) -> dict[str, float]:
         limit = torch.inf if args.rollout_gap_limit is None else args.rollout_gap_limit
         check("engine_log_probs", gap["rollout/logprob_gap_mean"], gap_complaint(gap, limit), limit)
     _check_ids(trainer, rollouts, check)
-    if trainer.reward_model is not None and args.value_model_path is None:
+    from_reward = args.value_model_path is None and trainer.given.value_model is None
+    if trainer.reward_model is not None and from_reward:
         with torch.no_grad():
             scores, values = (response_scores(model, batch) for model in (trainer.reward_model, trainer.value))
         off = ((values - scores).abs() / scores.abs().clamp(min=1)).max()
@@ -93,8 +94,9 @@ def _check_ids(trainer, rollouts, check) -> None:
     check("prompt_ids", wrong, "prompts are not the ids that reward training gives them", 0)
     if trainer.own_tokens is not None:
         _check_own_ids(trainer, rollouts, check)
-    if trainer.reward_model is None or trainer.own_tokens is not None:
-        return
+    from_path = trainer.reward_model is not None and trainer.given.reward_model is None
+    if not from_path or trainer.own_tokens is not None:
+        return  # no reward model, or one that came without a tokenizer
     other = load_tokenizer(trainer.args.reward_model_path, trust_remote_code=trainer.args.trust_remote_code)
     wrong = int(other.eos_token_id != tokenizer.eos_token_id)
     for row, response in zip(trainer.prompts[:4], rollouts.response_ids, strict=False):

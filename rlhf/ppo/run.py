@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,22 +13,28 @@ from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import checkpoint, models
-from ..data import encode_prompt, load_rows
-from ..models.adapters import AdaptersOff, add_adapters, load_adapters, merged, merged_whole
+from ..data import encode_prompt, load_rows, rows_of
+from ..models.adapters import merged, merged_whole
 from ..models.sequences import Batch, by_length, cheapest_cut, join, policy_loss, response_values, text_loss
-from ..rewards.scoring import Scorer, own_tokens, reward_functions
+from ..rewards.scoring import Scorer, reward_functions
 from ..rollouts.engines import gap_complaint, load_engine, log_prob_gap
-from ..rollouts.sampling import RolloutError, Rollouts, warn_ignored_sampling_settings
+from ..rollouts.sampling import RolloutError, Rollouts
+from ..settings import refuse
 from . import sharding
+from .callbacks import Callbacks
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import PPOConfig
 from .contract import check_contract
 from .guards import HealthGuards, refuse_bad_weights, stop_if_not_finite
 from .iteration import Experience, Iteration, draws, gather, minibatches, sampling_noise
 from .kl_controller import KLController
+from .networks import Given, load_networks
 from .state import Cursor, WeightAverage, learning_rate_factor
 
 CPU_CHUNK = 64  # tokens; about what one more forward and backward cost on a CPU beside the tokens themselves
+
+
+logger = logging.getLogger("rlhf")
 
 
 class ActorCritic(torch.nn.Module):
@@ -48,13 +55,23 @@ class ActorCritic(torch.nn.Module):
 class PPORun:
     """The run around the loop of `rlhf.ppo.PPOTrainer`. The numbers are those of the list in `rlhf/ppo/trainer.py`."""
 
-    def __init__(self, args: PPOConfig, *, reward_fn=None, callbacks=()):
+    def __init__(
+        self, args: PPOConfig | None = None, processing_class=None, model=None, ref_model=None, reward_model=None,
+        train_dataset=None, value_model=None, data_collator=None, eval_dataset=None, optimizers=(None, None),
+        callbacks=(), peft_config=None, *, reward_fn=None,
+    ):  # fmt: skip
+        args = PPOConfig() if args is None else args
+        self.given = Given(processing_class, model, ref_model, reward_model, value_model, peft_config)
+        args = self.given.settings(args)
+        refuse(data_collator=data_collator, optimizers=None if optimizers == (None, None) else optimizers)
+        if eval_dataset is not None:
+            logger.warning("eval_dataset: not used; PPO measures on its rollouts, rlhf.evaluate on held-out prompts")
         self.reward_functions = reward_functions(reward_fn, args.reward_function)
-        if args.reward_model_path is None and not self.reward_functions:
+        if args.reward_model_path is None and reward_model is None and not self.reward_functions:
             raise ValueError("reward_model_path: got none, want a reward model's folder, or a reward_function, or both")
-        if args.dataset_name is None:
+        if args.dataset_name is None and train_dataset is None:
             raise ValueError("dataset_name: got none, want a file of prompts")
-        self.args, self.callbacks = args, callbacks
+        self.args = args
         self.accelerator, self.sharding = sharding.start()  # 19
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.local_batch_size, self.mini_batch_size = args.batch_sizes(self.world)
@@ -65,9 +82,9 @@ class PPORun:
             checkpoint.prepare_output_dir(self.output_dir, resume=self.resumes)
         self.engine = load_engine(args.rollout_engine, batch_size=args.local_rollout_batch_size)
         self.guards = HealthGuards(args)  # 18
-        self._load_data()
+        self._load_data(train_dataset)
         set_seed(args.seed + self.rank)
-        self._load_models(resume)
+        load_networks(self, resume)
         self.scorer = Scorer(self, self.reward_functions)
         self._make_optimizer()
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)  # 10
@@ -81,15 +98,17 @@ class PPORun:
         else:
             self.contract = check_contract(self)
         self._open_logs()
+        self.callbacks = Callbacks(self, callbacks)
 
-    def _load_data(self) -> None:
+    def _load_data(self, train_dataset) -> None:
         args = self.args
-        options = {"trust_remote_code": args.trust_remote_code}
-        self.tokenizer = models.load_tokenizer(
-            args.sft_model_path, pad_token=args.pad_token, eos_token=args.eos_token, **options
-        )
-        where = {"split": args.dataset_train_split, "config": args.dataset_config}
-        self.prompts = load_rows(args.dataset_name, "prompts", columns=bool(self.reward_functions), **where)
+        self.tokenizer = self.given.tokenizer(args)
+        columns = bool(self.reward_functions)
+        if train_dataset is None:
+            where = {"split": args.dataset_train_split, "config": args.dataset_config}
+            self.prompts = load_rows(args.dataset_name, "prompts", columns=columns, **where)
+        else:
+            self.prompts = rows_of(train_dataset, "prompts", name="train_dataset", columns=columns)
         for number, row in enumerate(self.prompts):
             row["prompt_ids"], row["row_number"] = encode_prompt(self.tokenizer, row["prompt"]), number
         self.texts = []
@@ -101,68 +120,6 @@ class PPORun:
         episodes = self.local_batch_size * self.world
         wanted = args.total_episodes or math.ceil(args.num_train_epochs * len(self.prompts) * args.num_responses)
         self.iterations = args.max_steps if args.max_steps > 0 else math.ceil(wanted / episodes)
-
-    def _load_models(self, resume: Path | None) -> None:
-        args = self.args
-        options = {
-            "dtype": getattr(torch, args.dtype), "attn_implementation": args.attn_implementation,
-            "trust_remote_code": args.trust_remote_code,
-        }  # fmt: skip
-        whole = None if args.use_peft else resume
-        self.policy = models.load_policy(whole or args.sft_model_path, **options)
-        self.reference = self.reward_model = None
-        if not args.use_peft:
-            self.reference = models.load_policy(args.sft_model_path, **options).requires_grad_(False).eval()
-        if args.reward_model_path is not None:
-            self.reward_model = models.load_reward_model(args.reward_model_path, **options).requires_grad_(False).eval()
-        self.own_tokens = own_tokens(self)  # 15
-        start = args.value_model_path or args.reward_model_path or args.sft_model_path  # 4
-        start = (whole / "value") if whole else start
-        if models.is_reward_model(start, args.trust_remote_code):
-            self.value = models.load_reward_model(start, **options)
-        else:
-            self.value = models.reward_model_from_policy(
-                start, args.seed, pad_token_id=self.tokenizer.pad_token_id, **options
-            )
-        warn_ignored_sampling_settings(self.policy)  # 1
-        extra = [token for token in (args.stop_token, args.stop_token_id) if token not in (None, "eos")]
-        self.stop_ids = models.stop_token_ids(self.tokenizer, self.policy, extra)  # 3
-        self._check_context()
-        for model in (self.reference, self.reward_model) if self.sharding.mesh is None else ():
-            if model is not None:
-                model.to(self.accelerator.device)
-        longest = max(len(row["prompt_ids"]) for row in self.prompts) + args.response_length
-        networks = (self.policy, self.reference, self.value, None if self.own_tokens else self.reward_model)
-        wanted = args.packing != "false" and args.num_responses > 1
-        self.share_width = None  # 12
-        if wanted and models.share_prompts(networks, longest):
-            self.share_width = self.policy.config.get_text_config().hidden_size
-        if args.use_peft:  # 17
-            self._add_adapters(resume)
-        own = (self.policy, None if args.use_peft else self.reference, self.value, self.reward_model)
-        for model in own:
-            if model is not None:
-                self.sharding(model)  # 19
-
-    def _add_adapters(self, resume: Path | None) -> None:
-        self.policy = add_adapters(self.args, self.policy, "CAUSAL_LM")
-        self.value = add_adapters(self.args, self.value, "SEQ_CLS")
-        if resume is not None:
-            load_adapters(self.policy, resume)
-            load_adapters(self.value, resume / "value")
-        self.reference = AdaptersOff(self.policy)
-
-    def _check_context(self) -> None:
-        networks = {"policy": self.policy, "value network": self.value}
-        networks |= {} if self.own_tokens else {"reward model": self.reward_model}
-        for name, model in networks.items():
-            context = model and getattr(model.config.get_text_config(), "max_position_embeddings", None)
-            for row in self.prompts if context else ():
-                if len(row["prompt_ids"]) + self.args.response_length > context:
-                    raise ValueError(
-                        f"{row['at']}: the prompt has {len(row['prompt_ids'])} tokens; with response_length "
-                        f"{self.args.response_length} it does not fit the {name}'s context of {context}"
-                    )
 
     def _make_optimizer(self) -> None:
         args = self.args
@@ -206,7 +163,8 @@ class PPORun:
                 self.writer = SummaryWriter(self.output_dir / "tensorboard", purge_step=resumed)
 
     def _write_run(self, summary: dict) -> None:
-        run = {"stage": "ppo", "config": dataclasses.asdict(self.args), "summary": summary, "contract": self.contract}
+        config = {**dataclasses.asdict(self.args), **self.given.names()}
+        run = {"stage": "ppo", "config": config, "summary": summary, "contract": self.contract}
         run["rewards"] = self.scorer.describe()
         run["health"] = self.guards.found
         self.warnings_written = len(self.guards.found)

@@ -67,10 +67,27 @@ __all__ = ["PPOConfig", "PPOTrainer", "train_ppo"]
 
 
 class PPOTrainer(PPORun):
-    """The loop. `reward_fn(prompts, completions, completion_ids, **columns)`, or a list of such functions, joins or
-    replaces the reward model; `rlhf/rewards/scoring.py` says what they return.
+    """The loop: `PPOTrainer(args, tokenizer, policy, reward_model=reward, train_dataset=rows).train()`.
 
-    A callback is called as `callback(trainer, step, metrics)` after each iteration; one that returns True ends the run.
+    Arguments come in the order of TRL 1.12. What is not given is loaded from the paths in `args`.
+
+    Args:
+        args: the settings; None = the defaults.
+        processing_class: the tokenizer, or its path.
+        model: the policy, a causal language model that is trained, or its path.
+        ref_model: the SFT model of the KL, or its path; it is frozen. None = the policy as it is now.
+        reward_model: a sequence classifier of one label, or its path; it is frozen.
+        train_dataset: rows with `prompt`, in a list or a `datasets.Dataset`, or a file.
+        value_model: the value network, or its path. None = a copy of the reward model, or of the policy with a new
+            head.
+        data_collator, optimizers: None; they have no meaning here. eval_dataset is not used.
+        callbacks: functions `callback(trainer, step, metrics)`, called after each iteration, of which one that returns
+            True ends the run; or transformers' TrainerCallbacks.
+        peft_config: a `peft.LoraConfig`: train adapters on the policy, and such as `args` say on the value network.
+        reward_fn: `reward_fn(prompts, completions, completion_ids, **columns)`, or a list of such functions, joins or
+            replaces the reward model; `rlhf/rewards/scoring.py` says what they return.
+    Raises:
+        ValueError: names the argument or setting that is wrong, or the row of the data.
     """
 
     def train(self) -> Path:
@@ -78,19 +95,21 @@ class PPOTrainer(PPORun):
         hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
         bar = tqdm(total=self.iterations, initial=self.step, desc="ppo", unit="it", disable=hidden, dynamic_ncols=True)
         metrics = {}
+        self.callbacks.tell("on_train_begin")
         while self.step < self.iterations and self.stopped is None:
             metrics = self.iteration()
             self._log(metrics)
             bar.set_postfix(kl=f"{metrics['objective/kl']:.3f}", score=f"{metrics['objective/scores']:.3f}")
             bar.update()
-            for callback in self.callbacks:
-                if callback(self, self.step, metrics) is True:
-                    self.stopped = "callback"
+            if self.callbacks.iteration(metrics):
+                self.stopped = "callback"
             last = self.step == self.iterations or self.stopped is not None
             if self.args.save_steps > 0 and (last or self.step % self.args.save_steps == 0):
                 self.save_checkpoint()
+                self.callbacks.tell("on_save")
         bar.close()
         self.save(metrics)
+        self.callbacks.tell("on_train_end")
         return self.output_dir
 
     def iteration(self) -> dict[str, float]:

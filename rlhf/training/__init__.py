@@ -2,7 +2,7 @@
 
 from .batches import batch_inputs, encode_rows, make_batch, response_log_probs
 from .config import StageConfig, option, settings
-from .stage import context_length, load_data, load_stage_tokenizer, model_options, run_stage, set_max_length
+from .stage import context_length, load_data, load_stage_tokenizer, model_options, set_max_length
 from .trainer import MetricsFile, StageProgress, StageTrainer, logger, may_pack, perplexity
 
 __all__ = [
@@ -22,7 +22,6 @@ __all__ = [
     "option",
     "perplexity",
     "response_log_probs",
-    "run_stage",
     "set_max_length",
     "settings",
 ]

@@ -99,8 +99,6 @@ class StageConfig(TrainingArguments):
             self.resume_from_checkpoint = True if str(self.resume_from_checkpoint).lower() == "true" else None
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
-        if not self.dataset_name:
-            raise ValueError("dataset_name: got none, wants the data to train on (--dataset_name FILE)")
         super().__post_init__()
 
 

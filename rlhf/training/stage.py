@@ -1,31 +1,41 @@
-"""A run of a stage from its settings: data, tokenizer and lengths at the start, run.json and the model at the end."""
+"""What a stage starts from: its rows, its tokenizer and the lengths that its model can read."""
 
 from pathlib import Path
 
-from .. import checkpoint, data, models
-from ..processes import check_processes
-from .config import settings
-from .trainer import MetricsFile
+from .. import data, models
 
 DEFAULT_CONTEXT = 1024
 
 
-def load_data(args, kind):
-    """(train, held-out) rows of the stage, all checked; the held-out side is empty if eval_fraction is 0."""
+def load_data(args, kind, train_dataset=None, eval_dataset=None):
+    """(train, held-out) rows of the stage, all checked; the held-out side is empty if eval_fraction is 0.
+
+    Args:
+        train_dataset, eval_dataset: rows that are in memory (or files) in place of those that the settings name.
+    """
+    if train_dataset is None and not args.dataset_name:
+        raise ValueError(
+            "dataset_name: got none, wants the data to train on (--dataset_name FILE, or in Python train_dataset)"
+        )
     options = {"config": args.dataset_config}
-    rows = data.load_rows(args.dataset_name, kind, split=args.dataset_train_split, **options)
+    if train_dataset is None:
+        rows = data.load_rows(args.dataset_name, kind, split=args.dataset_train_split, **options)
+    else:
+        rows = data.rows_of(train_dataset, kind, name="train_dataset")
+    if eval_dataset is not None:
+        return rows, data.rows_of(eval_dataset, kind, name="eval_dataset")
     if args.eval_dataset_name:
         return rows, data.load_rows(args.eval_dataset_name, kind, split=args.dataset_test_split, **options)
     return data.split_rows(rows, args.eval_fraction, args.seed)
 
 
-def load_stage_tokenizer(args):
-    return models.load_tokenizer(
-        args.model_name_or_path,
-        pad_token=args.pad_token,
-        eos_token=args.eos_token,
-        trust_remote_code=args.trust_remote_code,
-    )
+def load_stage_tokenizer(args, processing_class=None):
+    """The tokenizer of the run: the one given, else that of its model's folder; with the tokens that the run names."""
+    tokens = {"pad_token": args.pad_token, "eos_token": args.eos_token}
+    if processing_class is not None and not isinstance(processing_class, (str, Path)):
+        return models.with_tokens(processing_class, "processing_class", **tokens)
+    path = processing_class or args.model_name_or_path
+    return models.load_tokenizer(path, trust_remote_code=args.trust_remote_code, **tokens)
 
 
 def model_options(args):
@@ -46,32 +56,3 @@ def set_max_length(args, model):
     elif args.max_length < 2 or (context and args.max_length > context):
         raise ValueError(f"max_length: got {args.max_length}, wants 2 to {context}, the model's context")
     return args.max_length
-
-
-def run_stage(args, make_trainer, finish):
-    """Prepare the run directory, train or go on training, finish, and write run.json and the final model.
-
-    Args:
-        make_trainer: callable(callbacks) -> StageTrainer.
-        finish: callable(trainer) -> summary of the run for run.json; it may still change the model's config.
-    Returns:
-        Path of the run directory.
-    """
-    check_processes(args.world_size, args.distributed_state.distributed_type)
-    last = checkpoint.resolve_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    output, step = Path(args.output_dir), None
-    if args.process_index == 0:
-        checkpoint.prepare_output_dir(output, resume=bool(args.resume_from_checkpoint))
-        step = (int(last.name.rpartition("-")[2]) if last else 0) if args.resume_from_checkpoint else None
-    trainer = make_trainer([MetricsFile(output, step)])
-    trainer.samples = checkpoint.JsonLines(output / "samples.jsonl", resume_step=step)
-    run = {"stage": args.stage, "config": settings(args), "summary": {}}
-    if trainer.args.should_save:
-        checkpoint.write_json(output / "run.json", run)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    run["summary"] = finish(trainer)
-    model, state = trainer.whole_model()
-    if trainer.args.should_save:
-        models.save_model(model, trainer.tokenizer, output, state)
-        checkpoint.write_json(output / "run.json", run)
-    return output

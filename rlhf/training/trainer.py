@@ -11,9 +11,14 @@ from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from .. import checkpoint, models
+from ..data import rows_of
 from ..models.adapters import add_adapters, merged, merged_whole
 from ..models.sequences import packing_pays
+from ..processes import check_processes
+from ..settings import refuse
 from .batches import make_batch
+from .config import settings
+from .stage import load_data, load_stage_tokenizer, set_max_length
 
 logger = logging.getLogger("rlhf")
 
@@ -32,41 +37,118 @@ def may_pack(args, model):
 class StageTrainer(Trainer):
     """transformers.Trainer with whole-or-absent checkpoints, a normaliser over the accumulated batch, and metrics.
 
-    A subclass gives `compute_loss`, `count_items` (what its loss is a mean over) and `evaluate_rows`.
+    A subclass gives `config_class`, `kind` (of `data.load_rows`), `task_type`, `load_model`, `encode`, `compute_loss`,
+    `count_items` (what its loss is a mean over) and `evaluate_rows`.
+
+    Args:
+        model: a model of transformers or PEFT, which is trained; or its path. None = args.model_name_or_path.
+        args: the settings; None = the defaults.
+        train_dataset, eval_dataset: rows (dicts) in a list or a `datasets.Dataset`, or a file. None = what args name;
+            without held-out rows, args.eval_fraction of the prompts is held out.
+        processing_class: the tokenizer, or its path. None = that of the model's folder.
+        callbacks: of transformers.
+        optimizers: (optimizer, scheduler) as for transformers.Trainer.
+        peft_config: a `peft.LoraConfig`: train adapters on the model.
+        refused: arguments of other trainers that have no meaning here, as name: value; one that is not None raises.
+    Raises:
+        ValueError: names the argument or setting that is wrong, or the row of the data.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by num_items_in_batch
 
-    def __init__(self, model, args, tokenizer, train, held_out, callbacks=()):
+    def __init__(
+        self, model=None, args=None, *, train_dataset=None, eval_dataset=None, processing_class=None, callbacks=None,
+        optimizers=(None, None), peft_config=None, **refused,
+    ):  # fmt: skip
+        refuse(**refused)
+        args = self.config_class() if args is None else args
+        if not isinstance(args, self.config_class):
+            raise ValueError(f"args: got {type(args).__name__}, wants {self.config_class.__name__}")
+        check_processes(args.world_size, args.distributed_state.distributed_type)
+        if model is None or isinstance(model, (str, Path)):
+            args.model_name_or_path = str(model or args.model_name_or_path)
+        else:
+            args.model_name_or_path = model.config._name_or_path or type(model).__name__
+        tokenizer = load_stage_tokenizer(args, processing_class)
+        train, held_out = load_data(args, self.kind, train_dataset, eval_dataset)
+        self.check_data(args, train, held_out)
+        with models.loaded_whole(args.deepspeed_plugin):
+            model = self.load_model(args, model, tokenizer)
+        set_max_length(args, model)
+        self.args, self.tokenizer = args, tokenizer
+        train, self.held_out = self.encode(train, "training"), self.encode(held_out, "held-out")
         self.can_pack = may_pack(args, model)
-        self.held_out = held_out
-        self.tokenizer = tokenizer
         self.evaluation, self.evaluated_step = {}, None
+        self.samples = self._aside = None
         self._sums = {}
-        self._aside = None
-        if not held_out:
+        if not self.held_out:
             args.eval_strategy = "no"
         if args.n_gpu > 1:
             logger.warning("this process uses 1 of %d GPUs; start one for each (torchrun --nproc_per_node)", args.n_gpu)
             args._n_gpu = 1  # or transformers splits batches over the GPUs (DataParallel), but not their labels
         set_seed(args.seed)  # adapters are drawn
-        model = add_adapters(args, model, self.task_type)
+        args.use_peft = args.use_peft or peft_config is not None or hasattr(model, "get_base_model")
+        if not hasattr(model, "get_base_model"):
+            model = add_adapters(args, model, self.task_type, peft_config)
+        elif peft_config is not None:
+            raise ValueError("peft_config: got one with a model that has adapters already")
         if self.task_type == "CAUSAL_LM":
             models.linear_head(model)  # found now, while the weights are whole
         super().__init__(
             model=model,
             args=args,
             train_dataset=train,
-            eval_dataset=held_out or None,
+            eval_dataset=self.held_out or None,
             data_collator=self.collate,
             processing_class=tokenizer,
-            callbacks=list(callbacks),
+            callbacks=list(callbacks or ()),
+            optimizers=optimizers,
         )
         self.check_sharding()
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)  # metrics.jsonl has it all
         if self.pop_callback(ProgressCallback):
             self.add_callback(StageProgress())
+
+    def check_data(self, args, train, held_out):
+        """Look at the rows before the model is loaded; a subclass may refuse some, or keep others for later."""
+
+    def train(self, resume_from_checkpoint=None, **options):
+        """Run the stage: train, or go on training, evaluate, and write the run with the final model to args.output_dir.
+
+        Args:
+            resume_from_checkpoint: True (the newest of output_dir) or a checkpoint; None = what args say.
+        Returns:
+            transformers' TrainOutput.
+        Raises:
+            ValueError: output_dir holds another run.
+        """
+        args, output, step = self.args, Path(self.args.output_dir), None
+        resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        last = checkpoint.resolve_checkpoint(output, resume)
+        if args.process_index == 0:
+            checkpoint.prepare_output_dir(output, resume=bool(resume))
+            step = (int(last.name.rpartition("-")[2]) if last else 0) if resume else None
+        self.add_callback(MetricsFile(output, step))
+        self.samples = checkpoint.JsonLines(output / "samples.jsonl", resume_step=step)
+        self.before_training()
+        run = {"stage": args.stage, "config": settings(args), "summary": {}}
+        if args.should_save:
+            checkpoint.write_json(output / "run.json", run)
+        result = super().train(resume_from_checkpoint=str(last) if last else None, **options)
+        run["summary"] = self.finish()
+        model, state = self.whole_model()
+        if args.should_save:
+            models.save_model(model, self.tokenizer, output, state)
+            checkpoint.write_json(output / "run.json", run)
+        return result
+
+    def before_training(self):
+        """What a stage computes once the run directory is there."""
+
+    def finish(self):
+        """The summary of the run for run.json, after training; it may still change the model's config."""
+        return self.last_evaluation()
 
     def check_sharding(self):
         """Refuse what would fail in the middle, or at the end, of a run."""
@@ -122,9 +204,15 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        examples = self.held_out
+        if eval_dataset is not None:
+            rows = rows_of(eval_dataset, self.kind, name="eval_dataset")
+            examples = self.encode(rows, "held-out")
+        if not examples:
+            raise ValueError("eval_dataset: got none, and the run holds no rows out (eval_fraction)")
         self.model.eval()
         with torch.no_grad():
-            metrics = self.evaluate_rows(eval_dataset or self.held_out)
+            metrics = self.evaluate_rows(examples)
         self.model.train()
         self.evaluation = {f"eval/{name}": value for name, value in metrics.items()}
         self.evaluated_step = self.state.global_step

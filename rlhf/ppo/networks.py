@@ -1,0 +1,178 @@
+"""The networks of a PPO run: policy, reference, reward model and value network, from paths or as they are given."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from .. import models
+from ..models.adapters import AdaptersOff, add_adapters, load_adapters
+from ..rewards.scoring import own_tokens
+from ..rollouts.sampling import warn_ignored_sampling_settings
+from .config import PPOConfig
+
+PATHS = {"model": "sft_model_path", "reward_model": "reward_model_path", "value_model": "value_model_path"}
+
+
+@dataclasses.dataclass
+class Given:
+    """What a caller in Python gave in place of settings: models, or paths of them, and a tokenizer."""
+
+    processing_class: object = None
+    model: object = None
+    ref_model: object = None
+    reward_model: object = None
+    value_model: object = None
+    peft_config: object = None
+
+    def settings(self, args: PPOConfig) -> PPOConfig:
+        """The settings with the paths that were given in them; from then on only models are left here.
+
+        Raises:
+            ValueError: names the argument that cannot be used.
+        """
+        changes = {}
+        for name, setting in PATHS.items():
+            if isinstance(getattr(self, name), (str, Path)):
+                changes[setting] = str(getattr(self, name))
+                setattr(self, name, None)
+        if self.peft_config is not None:
+            changes["use_peft"] = True
+        for name in ("model", "ref_model", "reward_model", "value_model"):
+            if hasattr(getattr(self, name), "get_base_model"):
+                raise ValueError(
+                    f"{name}: got a PEFT model, wants one without adapters: merge them (model.merge_and_unload()), "
+                    "and give peft_config for new ones"
+                )
+        args = dataclasses.replace(args, **changes)
+        if self.ref_model is not None and self.ref_model is self.model:
+            raise ValueError("ref_model: got the policy itself, wants another model, or None for a copy of the policy")
+        if self.ref_model is not None and args.use_peft:
+            raise ValueError("ref_model: got a model, wants None with use_peft: it is the policy with its adapters off")
+        if self.reward_model is not None and args.reward_tokenizer != "same":
+            raise ValueError(
+                f"reward_tokenizer: got {args.reward_tokenizer!r} with a reward_model that is no path, wants 'same'"
+            )
+        return args
+
+    def names(self) -> dict[str, str]:
+        """What run.json says in place of the paths of models that were given."""
+        return {
+            setting: getattr(self, name).config._name_or_path or type(getattr(self, name)).__name__
+            for name, setting in PATHS.items()
+            if getattr(self, name) is not None
+        }
+
+    def tokenizer(self, args: PPOConfig):
+        """The tokenizer that was given, or that of the policy's folder."""
+        tokens = {"pad_token": args.pad_token, "eos_token": args.eos_token}
+        if self.processing_class is not None and not isinstance(self.processing_class, (str, Path)):
+            return models.with_tokens(self.processing_class, "processing_class", **tokens)
+        path = self.processing_class or (self.model is not None and self.model.config._name_or_path)
+        return models.load_tokenizer(path or args.sft_model_path, trust_remote_code=args.trust_remote_code, **tokens)
+
+
+def load_networks(run, resume: Path | None) -> None:
+    """Fill in policy, reference, reward_model and value of the run, its stop tokens, and how prompts are shared.
+
+    The numbers are those of the list in `rlhf/ppo/trainer.py`.
+
+    Args:
+        resume: checkpoint that policy and value network come from, or None.
+    """
+    args, given = run.args, run.given
+    options = {
+        "dtype": getattr(torch, args.dtype), "attn_implementation": args.attn_implementation,
+        "trust_remote_code": args.trust_remote_code,
+    }  # fmt: skip
+    whole = None if args.use_peft else resume
+    run.reference = None if args.use_peft else _reference(args, given, options)
+    run.policy = _policy(args, given, options, whole)
+    run.reward_model = given.reward_model
+    if run.reward_model is not None:
+        run.reward_model = models.as_reward_model(run.reward_model)
+    elif args.reward_model_path is not None:
+        run.reward_model = models.load_reward_model(args.reward_model_path, **options)
+    for frozen in (run.reference, run.reward_model):
+        if frozen is not None:
+            frozen.requires_grad_(False).eval()
+    run.own_tokens = own_tokens(run)  # 15
+    run.value = _value(run, options, whole)
+    warn_ignored_sampling_settings(run.policy)  # 1
+    extra = [token for token in (args.stop_token, args.stop_token_id) if token not in (None, "eos")]
+    run.stop_ids = models.stop_token_ids(run.tokenizer, run.policy, extra)  # 3
+    _check_context(run)
+    for model in (run.reference, run.reward_model) if run.sharding.mesh is None else ():
+        if model is not None:
+            model.to(run.accelerator.device)
+    longest = max(len(row["prompt_ids"]) for row in run.prompts) + args.response_length
+    networks = (run.policy, run.reference, run.value, None if run.own_tokens else run.reward_model)
+    wanted = args.packing != "false" and args.num_responses > 1
+    run.share_width = None  # 12
+    if wanted and models.share_prompts(networks, longest):
+        run.share_width = run.policy.config.get_text_config().hidden_size
+    if args.use_peft:  # 17
+        _put_adapters(run, resume)
+    own = (run.policy, None if args.use_peft else run.reference, run.value, run.reward_model)
+    for model in own:
+        if model is not None:
+            run.sharding(model)  # 19
+
+
+def _policy(args, given, options, whole):
+    if given.model is None:
+        return models.load_policy(whole or args.sft_model_path, **options)
+    policy = models.as_policy(given.model)
+    if whole is not None:
+        policy.load_state_dict(models.load_policy(whole, **options).state_dict())
+    return policy
+
+
+def _reference(args, given, options):
+    if given.ref_model is None and given.model is None:
+        return models.load_policy(args.sft_model_path, **options)
+    if isinstance(given.ref_model, (str, Path)):
+        return models.load_policy(given.ref_model, **options)
+    return models.as_policy(copy.deepcopy(given.model) if given.ref_model is None else given.ref_model)
+
+
+def _value(run, options, whole):
+    """The value network: what was given, else started from the reward model, else from the policy."""
+    args, given = run.args, run.given  # 4
+    if given.value_model is not None:
+        value = models.as_reward_model(given.value_model, "value_model")
+        if whole is not None:
+            value.load_state_dict(models.load_reward_model(whole / "value", **options).state_dict())
+        return value
+    if whole is not None:
+        return models.load_reward_model(whole / "value", **options)
+    if args.value_model_path is None and given.reward_model is not None:
+        return copy.deepcopy(given.reward_model).requires_grad_(True).train()
+    start = args.value_model_path or args.reward_model_path
+    start = start or (given.model if given.model is not None else args.sft_model_path)
+    if not isinstance(start, torch.nn.Module) and models.is_reward_model(start, args.trust_remote_code):
+        return models.load_reward_model(start, **options)
+    return models.reward_model_from_policy(start, args.seed, pad_token_id=run.tokenizer.pad_token_id, **options)
+
+
+def _put_adapters(run, resume: Path | None) -> None:
+    run.policy = add_adapters(run.args, run.policy, "CAUSAL_LM", run.given.peft_config)
+    run.value = add_adapters(run.args, run.value, "SEQ_CLS")
+    if resume is not None:
+        load_adapters(run.policy, resume)
+        load_adapters(run.value, resume / "value")
+    run.reference = AdaptersOff(run.policy)
+
+
+def _check_context(run) -> None:
+    networks = {"policy": run.policy, "value network": run.value}
+    networks |= {} if run.own_tokens else {"reward model": run.reward_model}
+    for name, model in networks.items():
+        context = model and getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        for row in run.prompts if context else ():
+            if len(row["prompt_ids"]) + run.args.response_length > context:
+                raise ValueError(
+                    f"{row['at']}: the prompt has {len(row['prompt_ids'])} tokens; with response_length "
+                    f"{run.args.response_length} it does not fit the {name}'s context of {context}"
+                )
