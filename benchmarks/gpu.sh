@@ -3,7 +3,7 @@
 #
 #     [PYTHON=python3] [ARCHS=90a] benchmarks/gpu.sh OUTDIR
 #
-# Needs torch, triton, pybind11, pytest and nvcc on the machine, no network and nothing beside the checkout. OUTDIR gets
+# Needs torch, triton, pybind11, ninja, pytest and nvcc on the machine, no network and nothing beside the checkout. OUTDIR gets
 # <device>.json, table.txt and the logs. The exit status tells whether tests and sanitizers passed; figures are taken
 # even if they did not, since a wrong kernel's time may tell why.
 set -uo pipefail

@@ -13,7 +13,7 @@ and each row of d weight is written once for each chunk of tokens. Where the los
 spans the whole vocabulary of fewer tokens, because a row's gradient needs its whole sum; three products then do for
 forward and backward. So do log-probs and KL for a head that is not trained: their slopes take two products. The KL
 between two heads takes such chunks too. Statistics and sums of gradients are in fp32 or
-fp64 whatever the inputs' dtype.
+fp64 whatever the inputs' dtype. _linear_backend.py makes a backend's functions of it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import dispatch
-from .reference.linear import Head, _ones, _saved_dtype, merge_divergence
+from .reference.linear import Head, _saved_dtype, merge_divergence
 from .reference.logprobs import finish_statistics
-from .reference.ppo import aggregation_weights, ppo_token_loss
 
 NARROW = 4096  # columns of a chunk when all its columns are not needed at once
 TOKENS = 2048  # tokens of such a chunk
@@ -374,118 +372,3 @@ def kl_bwd(grad, divergence: Divergence, needs, dtypes):
     for part, h, sides, results in divergence.chunks():
         divergence.add(gradients, part, h, sides, results, grad[part])
     return gradients.finish(dtypes, divergence.group)
-
-
-def ppo_upstream(mask, loss_agg_mode, normalizer, old_log_probs, advantages, clipping, entropy_coef):
-    """token_gradients of the PPO policy loss: (d loss / d log-prob, d loss / d entropy or None) of some tokens."""
-    weights = aggregation_weights(mask, loss_agg_mode, normalizer, torch.float32).reshape(-1)
-    old, advantage = (torch.where(mask, x.to(torch.float32), 0.0).reshape(-1) for x in (old_log_probs, advantages))
-
-    def token_gradients(part, logprob, entropy):
-        _, slope = ppo_token_loss(logprob, old[part], advantage[part], **clipping)
-        return weights[part] * slope, -entropy_coef * weights[part] if entropy_coef else None
-
-    return token_gradients
-
-
-class Operators:
-    """The functions of a backend's module, as reference/linear.py defines them.
-
-    kernels_for(hidden, weight, fast) serves a call.
-    """
-
-    def __init__(self, kernels_for):
-        self.kernels_for = kernels_for
-
-    def walk(self, head, labels, kept, fast, vocab_start=0):
-        return Walk(self.kernels_for(head.hidden, head.weight, fast), head, labels, kept, vocab_start)
-
-    def linear_logprobs_fwd(
-        self, hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy,
-        with_slopes, chunk_size, fast, group, vocab_start,
-    ):  # fmt: skip
-        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
-        path = self.walk(head, labels, labels != ignore_index, fast, vocab_start)
-        empty = [hidden.new_zeros(0, dtype=torch.float32) for _ in range(3)]
-        if with_slopes:
-            needs = (True, False, False)
-            logprobs, _, found = with_gradients(path, _ones, needs, chunk_size, group, False, apart=True)
-            return logprobs, *empty, found[0]
-        logprobs, entropy, row_max, log_sum = logprobs_fwd(path, with_entropy, chunk_size, group)
-        return logprobs, empty[0] if entropy is None else entropy, row_max, log_sum, empty[1]
-
-    def linear_logprobs_bwd(
-        self, grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy,
-        row_max, log_sum, temperature, softcap, ignore_index, chunk_size, fast, group, vocab_start, need_hidden,
-        need_weight, need_bias,
-    ):  # fmt: skip
-        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
-        path = self.walk(head, labels, labels != ignore_index, fast, vocab_start)
-        upstream = (grad_logprobs, grad_entropy)
-        results = (logprobs, entropy if grad_entropy is not None else None, row_max, log_sum)
-        needs = (need_hidden, need_weight, need_bias)
-        return logprobs_bwd(path, upstream, results, needs, chunk_size, group, _dtypes(hidden, weight, bias))
-
-    def linear_cross_entropy_fwd(
-        self, hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, fast,
-        group, vocab_start, need_hidden, need_weight, need_bias,
-    ):  # fmt: skip
-        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
-        path = self.walk(head, labels, labels != ignore_index, fast, vocab_start)
-
-        def token_gradients(part, logprob, entropy):
-            return torch.full_like(logprob, -1.0), None
-
-        needs = (need_hidden, need_weight, need_bias)
-        logprobs, _, gradients = with_gradients(path, token_gradients, needs, chunk_size, group, False)
-        return 0.0 - logprobs.sum(), *gradients
-
-    def linear_ppo_fwd(
-        self, hidden, weight, labels, rows, bias, temperatures, old_log_probs, advantages, mask, normalizer,
-        temperature, softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, fast,
-        group, vocab_start, need_hidden, need_weight, need_bias,
-    ):  # fmt: skip
-        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
-        path = self.walk(head, labels.reshape(-1), mask.reshape(-1), fast, vocab_start)
-        clipping = {"cliprange": cliprange, "cliprange_high": cliprange_high, "dual_clip": dual_clip}
-        upstream = ppo_upstream(mask, loss_agg_mode, normalizer, old_log_probs, advantages, clipping, entropy_coef)
-        needs = (need_hidden, need_weight, need_bias)
-        logprobs, entropy, gradients = with_gradients(path, upstream, needs, chunk_size, group, True)
-        shape = mask.shape if mask.dim() == 2 else (1, -1)  # packed tokens are one row: only the token modes take them
-        rows = [x.reshape(shape).contiguous() for x in (logprobs, old_log_probs, advantages, mask, entropy)]
-        losses, _, _, _, stats = dispatch.pick("ppo", logprobs).ppo_fwd(
-            *rows[:4], None, None, None, rows[4], normalizer, cliprange, cliprange_high, dual_clip, None, loss_agg_mode,
-        )  # fmt: skip
-        return losses[0] - entropy_coef * losses[2], losses[0].clone(), stats, *gradients
-
-    def divergence(
-        self, hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse, chunk_size,
-        fast, group,
-    ):  # fmt: skip
-        count, walks = (hidden if rows is None else rows).shape[0], []
-        labels = torch.zeros(count, dtype=torch.int64, device=hidden.device)
-        for h, w, b in ((hidden, weight, bias), (ref_hidden, ref_weight, ref_bias)):
-            head = Head(h, w, b, rows, temperature=temperature, softcap=softcap)
-            walks.append(self.walk(head, labels, torch.ones_like(labels, dtype=torch.bool), fast))
-        return Divergence(*walks, reverse, chunk_size, group)
-
-    def linear_kl_fwd(
-        self, hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse, with_slopes,
-        chunk_size, fast, group,
-    ):  # fmt: skip
-        options = (temperature, softcap, reverse, chunk_size, fast, group)
-        inputs = (hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias)
-        return kl_fwd(self.divergence(*inputs, *options), with_slopes)
-
-    def linear_kl_bwd(
-        self, grad, hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse,
-        chunk_size, fast, group, need_hidden, need_weight, need_bias,
-    ):  # fmt: skip
-        options = (temperature, softcap, reverse, chunk_size, fast, group)
-        inputs = (hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias)
-        needs = (need_hidden, need_weight, need_bias)
-        return kl_bwd(grad, self.divergence(*inputs, *options), needs, _dtypes(hidden, weight, bias))
-
-
-def _dtypes(hidden, weight, bias):
-    return hidden.dtype, weight.dtype, torch.float32 if bias is None else bias.dtype

@@ -192,8 +192,16 @@ class TwoPartAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None
 
 
-@torch.compiler.disable
 def two_part_attention(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float | None) -> Tensor:
-    """[B, H, L, D]: attention under the mask of the layout [B, 1, 2, L], which is never made."""
+    """[B, H, L, D]: attention under the mask of the layout [B, 1, 2, L], which is never made.
+
+    The parts are read on the host: compiled programs leave it as it is. Decorating it would import the compiler with
+    this module, which takes longer than torch itself.
+    """
+    run = torch.compiler.disable(_two_part_attention) if torch.compiler.is_compiling() else _two_part_attention
+    return run(query, key, value, layout, scale)
+
+
+def _two_part_attention(query, key, value, layout, scale):
     padding = (layout[:, 0, 0] == PADDING).nonzero(as_tuple=True)
     return TwoPartAttention.apply(query, key, value, attention_parts(layout), padding, scale)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_kernels import dispatch
+from rlhf_kernels import _native, dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "rlhf_kernels"
@@ -84,20 +84,6 @@ def test_the_build_and_the_native_code_know_no_torch():
     assert "torch" not in requires
 
 
-def test_versions_that_work_together_satisfy_the_ranges():
-    import tomllib
-
-    from packaging.requirements import Requirement
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
-    pinned = dict(line.lower().split("==") for line in lines if line)
-    for text in project["dependencies"]:
-        requirement = Requirement(text)
-        assert requirement.name.lower() in pinned, f"constraints.txt does not pin {requirement.name}"
-        assert requirement.specifier.contains(pinned[requirement.name.lower()])
-
-
 @pytest.fixture(scope="module")
 def symbols(tmp_path_factory):
     """{(op, instruction set): [(type, demangled name)]} of freshly compiled objects."""
@@ -149,25 +135,122 @@ def test_package_data_is_declared():
         assert f'"{pattern}"' in text
 
 
-def test_install_without_a_compiler_succeeds_and_says_why(tmp_path):
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what setup.py needs, without modules and notes of this checkout."""
     if find_spec("setuptools") is None or find_spec("pybind11") is None:
         pytest.skip("needs setuptools and pybind11 in this environment")
-    source, out = tmp_path / "source", tmp_path / "out"
+    source = tmp_path / "source"
     shutil.copytree(ROOT / "csrc", source / "csrc")
     shutil.copytree(PACKAGE, source / "rlhf_kernels", ignore=shutil.ignore_patterns("*.so", "*.txt", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
-    environment = {**os.environ, "CC": "/no/such/cc", "CXX": "/no/such/c++", "RLHF_KERNELS_WERROR": "0"}
-    environment["RLHF_KERNELS_CUDA_ARCHS"] = ""
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build", "--build-lib", str(out)],
-        cwd=source,
-        env=environment,
-        check=True,
-        capture_output=True,
-        timeout=60,
+    return source
+
+
+def build(source, out, **environment):
+    """setup.py build in that folder; returns what it printed."""
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(out)]
+    environment = {**os.environ, "RLHF_KERNELS_WERROR": "0", "RLHF_KERNELS_CUDA_ARCHS": "", **environment}
+    environment.pop("RLHF_KERNELS_SANITIZE", None)
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stderr
+
+
+def program(path, text):
+    """A program in Python of this name."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!{sys.executable}\nimport subprocess, sys\narguments = sys.argv[1:]\n{text}")
+    path.chmod(0o755)
+    return path
+
+
+NEEDS_NINJA = pytest.mark.skipif(not (find_spec("ninja") or shutil.which("ninja")), reason="needs ninja")
+# Only preprocesses, which finds the headers in no time; logs the sources that it is given.
+PREPROCESSOR = """
+target = arguments[arguments.index("-o") + 1]
+if "-MF" in arguments:
+    print(arguments[arguments.index("-c") + 1], target, file=open(LOG, "a"))
+    arguments[arguments.index("-c")] = "-E"
+    sys.exit(subprocess.run([COMPILER, *arguments, "-MT", target]).returncode)
+open(target, "w")
+"""
+NVCC = """
+if "--list-gpu-arch" in arguments:
+    sys.exit(print(*KNOWN, sep="\\n"))
+print(*arguments, file=open(LOG, "a"))
+open(arguments[arguments.index("-o") + 1], "w")
+"""
+
+
+@NEEDS_NINJA
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_a_change_builds_again_what_it_reaches(checkout, tmp_path):
+    log = tmp_path / "log"
+    compiler = program(tmp_path / "bin" / "c++", f"LOG, COMPILER = {str(log)!r}, {COMPILER!r}\n{PREPROCESSOR}")
+
+    def compiled(**environment):
+        log.unlink(missing_ok=True)
+        build(checkout, tmp_path / "out", CXX=str(compiler), **environment)
+        lines = log.read_text().splitlines() if log.exists() else []
+        return {(Path(source).stem, Path(target).stem.rpartition("-")[2]) for source, target in map(str.split, lines)}
+
+    every = {(op, isa) for op in ops_with("cpu") | SUPPORT - {"isa"} for isa in ISA_FLAGS} | {("isa", "base")}
+    assert compiled() == every
+    assert compiled() == set()
+    (checkout / "csrc" / "cpu" / "narrow_prompts.h").touch()
+    assert compiled() == {("bradley_terry", isa) for isa in ISA_FLAGS}
+    (checkout / "csrc" / "cpu" / "kl.cpp").touch()
+    assert compiled() == {("kl", isa) for isa in ISA_FLAGS}
+    assert compiled(CXXFLAGS="-DOTHER=1") == every
+
+
+@NEEDS_NINJA
+@pytest.mark.parametrize(
+    "asked, known, built, ptx",
+    [
+        ("90a", "80 90 100", "90a", "90"),
+        ("80 90a 100", "80 90", "80 90a", "90"),
+        ("80 90a 100", "80 90 100 120", "80 90a 100", "100"),
+        ("100 80", "80 90 100", "100 80", "100"),
+    ],
+)
+def test_the_newest_architecture_also_goes_as_ptx(checkout, tmp_path, asked, known, built, ptx):
+    """PTX of the architecture without its `a`: that of 90a would run on no later GPU."""
+    log, known = tmp_path / "log", [f"compute_{arch}" for arch in known.split()]
+    nvcc = program(tmp_path / "bin" / "nvcc", f"LOG, KNOWN = {str(log)!r}, {known!r}\n{NVCC}")
+    path = f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}"
+    build(checkout, tmp_path / "out", CXX="/no/such/c++", PATH=path, RLHF_KERNELS_CUDA_ARCHS=asked)
+    expected = {f"arch=compute_{arch},code=sm_{arch}" for arch in built.split()}
+    expected.add(f"arch=compute_{ptx},code=compute_{ptx}")
+    lines = [line for line in log.read_text().splitlines() if ".cu" in line]
+    assert len(lines) == len(ops_with("cuda")) + 1  # and the link
+    for line in lines:
+        assert set(re.findall(r"-gencode=(\S+)", line)) == expected
+
+
+def test_the_module_is_stripped():
+    """Symbols would be most of the file; what stays is what the loader needs."""
+    if _native.missing() or shutil.which("nm") is None:
+        pytest.skip(_native.missing() or "needs nm")
+    module = _native._load()[0]
+    if module.sanitized:
+        pytest.skip("a checked build keeps its symbols")
+    done = subprocess.run(["nm", module.__file__], capture_output=True, text=True)
+    assert "no symbols" in done.stderr and not done.stdout
+    listing = subprocess.run(
+        ["nm", "-D", "--defined-only", module.__file__], check=True, capture_output=True, text=True
     )
+    names = {line.split()[-1]: line.split()[-2] for line in listing.stdout.splitlines()}
+    assert names.pop("PyInit__cpu") == "T"
+    assert set(names.values()) <= set("VWwuA"), "only what several modules may share is visible"
+
+
+def test_install_without_a_compiler_succeeds_and_says_why(checkout, tmp_path):
+    out = tmp_path / "out"
+    build(checkout, out, CC="/no/such/cc", CXX="/no/such/c++")
     note = (out / "rlhf_kernels" / "_cpu_build_error.txt").read_text()
     assert note.startswith("the C++ build failed when the package was installed:")
     assert (out / "rlhf_kernels" / "_cuda_build_error.txt").exists()

@@ -382,3 +382,26 @@ def test_contract_strides():
         with_gradients(found.sum(), turned, None), with_gradients(wanted.sum(), inputs, None), strict=True
     ):
         assert torch.equal(actual, expected)
+
+
+def test_contract_compiled():
+    """A compiled program goes around the parts, which are read on the host: same bits, and compiled once only."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def program(query, key, value):
+        return shared_prefix_attention(query * 2, key, value, packed.layout).sum(1)
+
+    packed = pack_responses([[1, 2]], [[[3, 4], [5]]])
+    inputs, _ = random_heads(packed.layout, 2, 2, torch.float32)
+    expected = with_gradients(program(*inputs).square().sum(), inputs, None)
+    compiled = torch.compile(program, backend=counting)
+    counts = []
+    for _ in range(3):
+        found = with_gradients(compiled(*inputs).square().sum(), inputs, None)
+        assert all(map(torch.equal, found, expected))
+        counts.append(len(graphs))
+    assert 0 < counts[0] == counts[1] == counts[2]

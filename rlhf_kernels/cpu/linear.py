@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _linear_walk as walk
+from .._linear_backend import Operators
 from .._native import fresh, run
 from . import kl as cpu_kl
 
@@ -90,7 +91,7 @@ def _kernels(hidden, weight, fast):
     return _FastKernels if fast and torch.bfloat16 in dtypes and torch.float16 not in dtypes else _Kernels
 
 
-operators = walk.Operators(_kernels)
+operators = Operators(_kernels)
 linear_logprobs_fwd = operators.linear_logprobs_fwd
 linear_logprobs_bwd = operators.linear_logprobs_bwd
 linear_cross_entropy_fwd = operators.linear_cross_entropy_fwd

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .. import _linear_walk as walk
+from .._linear_backend import Operators
 from . import _launch, kl
 from ._launch import pieces, power_of_two, warps
 from ._math import NEG_INF, add_block, exp_f32, expm1_f32, scaled, scaled_slope, tanh_f32
@@ -329,7 +330,7 @@ def _scaled(chunk):
     return inputs, {"SCALED": warm or chunk.temperature != 1.0, "CAPPED": chunk.softcap is not None}
 
 
-operators = walk.Operators(_Kernels)
+operators = Operators(_Kernels)
 linear_logprobs_fwd = operators.linear_logprobs_fwd
 linear_logprobs_bwd = operators.linear_logprobs_bwd
 linear_cross_entropy_fwd = operators.linear_cross_entropy_fwd
