@@ -172,16 +172,20 @@ def test_readme_is_short():
     assert 0 < len(rows) <= 10
 
 
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", need_page("README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+SNIPPETS = [
+    snippet
+    for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+    for snippet in re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+]
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda snippet: snippet.strip().splitlines()[-1][:40])
-def test_readme_snippets_run(snippet, tmp_path, monkeypatch):
+def test_snippets_run(snippet, tmp_path, monkeypatch):
     """Each in a folder of its own; the comment behind a `print(...)` is what it prints."""
     monkeypatch.chdir(tmp_path)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(snippet, "snippet", "exec"), {"__name__": "snippet"})
     wanted = re.findall(r"^print\(.*\)  # (.+)$", snippet, flags=re.MULTILINE)
     if wanted:
         assert printed.getvalue().splitlines() == wanted
