@@ -27,8 +27,8 @@ COMMON = {
     "per_device_train_batch_size": 8, "max_steps": 4, "save_steps": 2, "max_grad_norm": 0.5, "eval_fraction": 0.2,
     "sample_length": 5, "dtype": "float64",
 }  # fmt: skip
-# AdamW turns a rounding d of a gradient into at most learning_rate * d / adam_epsilon a step: 4 * 10 * 2**-53 in float64,
-# for gradients of about 1. The bound leaves four digits for what grows from step to step; a wrong gradient moves
+# AdamW turns a rounding d of a gradient into at most learning_rate * d / adam_epsilon a step: in float64, for gradients
+# of about 1, 4 * 10 * 2**-53. The bound leaves four digits for what grows from step to step; a wrong gradient moves
 # weights by 0.01. 40 rows, 32 of them to train on, so that no batch is cut short: accelerate fills up one that is.
 SAME_WEIGHTS = 1e4 * 4 * 10 * 2**-53  # 4e-11
 RUNS = {  # name: (stage, family, settings beside those); GPT-2 ties its head to its embeddings
