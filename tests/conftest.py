@@ -65,6 +65,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("isa", values, indirect=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Interpreted Triton and CUDA on fibers are slow: of their half types the quick tests take bf16."""
+    for item in items:
+        values = getattr(item, "callspec", None) and item.callspec.params
+        if values and not GPU and values.get("backend_name") in ON_GPU and torch.float16 in values.values():
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def backend_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """The test runs once per backend, inside `with rlhf_kernels.backend(name)`; on the GPU if that is its place."""

@@ -98,8 +98,8 @@ def test_versions_that_work_together_satisfy_the_ranges():
         assert requirement.specifier.contains(pinned[requirement.name.lower()])
 
 
-@pytest.fixture(scope="module")
-def symbols(tmp_path_factory):
+@pytest.fixture(scope="module", params=["advantages", pytest.param("all", marks=pytest.mark.slow)])
+def symbols(request, tmp_path_factory):
     """{(op, instruction set): [(type, demangled name)]} of freshly compiled objects."""
     if COMPILER is None or shutil.which("nm") is None:
         pytest.skip("needs a C++ compiler and nm")
@@ -116,7 +116,8 @@ def symbols(tmp_path_factory):
         listing = subprocess.run(["nm", "-C", str(target)], check=True, capture_output=True, text=True).stdout
         return job, [re.match(r"\S*\s+(\S)\s+(.*)", line).groups() for line in listing.splitlines()]
 
-    jobs = [(name, isa) for name in sorted(ops_with("cpu") | SUPPORT - {"isa"}) for isa in ISA_FLAGS]
+    names = sorted(ops_with("cpu") | SUPPORT - {"isa"}) if request.param == "all" else [request.param]
+    jobs = [(name, isa) for name in names for isa in ISA_FLAGS]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         return dict(pool.map(compile_one, jobs))
 

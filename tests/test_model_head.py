@@ -157,6 +157,7 @@ def test_other_wrappers():
     handle.remove()
 
 
+@pytest.mark.slow
 def test_compiled_model():
     model, ids = make("Llama"), tokens()
     compiled = torch.compile(model, backend="aot_eager")
@@ -204,6 +205,7 @@ def test_bad_input():
         assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_sharded_models(gloo_ranks):
     """Two gloo ranks with FSDP2 (whole, head apart, tied) and DDP: the gradients of one process on both rows."""
     gloo_ranks("model_head_ranks.py", 2)

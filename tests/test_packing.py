@@ -102,7 +102,11 @@ def term_sizes(inputs, upstream, scale):
 @pytest.mark.parametrize("form", ["two_part", "dense"])
 @pytest.mark.parametrize("case", reference.CASES)
 @pytest.mark.parametrize(("heads", "groups", "scale"), [(2, 2, None), (6, 2, 0.3), (3, 1, 1.0)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float64, marks=pytest.mark.slow), torch.float32, torch.bfloat16,
+     pytest.param(torch.float16, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_gradients_attention(case, form, heads, groups, scale, dtype):
     """Output and gradients of both forms against the definition in float64, token by token."""
     inputs = reference.example_inputs(case)

@@ -46,8 +46,9 @@ CONFIGS = {
 FORMS = ("two_part", "dense", "eager")
 EAGER_ONLY = ("gemma2",)  # its soft cap on attention scores is not to be had in SDPA
 OWN_SDPA = ("falcon",)  # takes the dense mask alone
+QUICK = ("llama", "gpt2", "gemma2", "falcon")
 CASES = [
-    (family, form)
+    pytest.param(family, form, marks=() if family in QUICK else pytest.mark.slow)
     for family in CONFIGS
     for form in FORMS
     if form == "eager" or not (family in EAGER_ONLY or (family in OWN_SDPA and form == "two_part"))

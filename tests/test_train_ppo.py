@@ -229,6 +229,7 @@ def test_trap_19_value_at_eos_is_the_score_at_init(home):
         assert_same(values[0, -1].item(), scores[row].item())
 
 
+@pytest.mark.slow
 def test_trap_19_the_value_function_learns(home):
     args = home.config(
         reward_model_path=None, max_steps=24, learning_rate=0.0, value_learning_rate=1e-2, num_ppo_epochs=4,
@@ -348,7 +349,11 @@ def test_a_reward_model_with_another_tokenizer_is_refused(home):
         home.trainer(reward_model_path=str(folder))
 
 
-@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize(
+    "mode",
+    ["token-mean", "seq-mean-token-mean",
+     *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("seq-mean-token-sum", "seq-mean-token-sum-norm"))],
+)  # fmt: skip
 def test_gradients_do_not_depend_on_the_cut_into_micro_batches(home, mode):
     gradients = []
     for size in (8, 3, 1):

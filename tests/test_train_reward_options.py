@@ -158,10 +158,13 @@ def test_tied_rankings_count_where_ties_do(settings, tmp_path):
     assert max(gaps["half"]) < 0.5 * min(gaps["drop"])
 
 
-def test_shuffled_pairs_meet_each_response_k_minus_1_times(settings):
+def test_shuffled_pairs_meet_each_response_k_minus_1_times(settings, tmp_path):
     """The paper's control: in one epoch of single pairs a response of a ranking of K takes part in K - 1 updates."""
-    whole = make_trainer(settings())
-    alone = make_trainer(settings(per_device_train_batch_size=1, eval_strategy="no", save_strategy="no"))
+    path = write_jsonl(tmp_path / "three.jsonl", tiny_reward.rankings(3))
+    whole = make_trainer(settings(dataset_name=path))
+    alone = make_trainer(
+        settings(dataset_name=path, per_device_train_batch_size=1, eval_strategy="no", save_strategy="no")
+    )
     alone.train_dataset = rankings.apart(whole.train_dataset)
     assert len(alone.train_dataset) == sum(math.comb(len(ex["responses"]), 2) for ex in whole.train_dataset)
     updates, collate = Counter(), alone.data_collator
@@ -343,6 +346,7 @@ def test_trap_06_calibration_survives_the_plain_class(calibrated, tmp_path):
     assert abs(sum(scores) / len(scores)) < 1e-5
 
 
+@pytest.mark.slow
 def test_head_starts_with_the_variance_that_scores_of_unit_states_show(tmp_path):
     """N(0, 1/sqrt(d + 1)), by its effect: over heads of 400 seeds, h @ w has the variance |h|^2 / (d + 1)."""
     path = model_folder(tmp_path / "policy", hidden_size=32, intermediate_size=8)
