@@ -1,5 +1,7 @@
 # make demo [MODEL=smollm2|PATH] [DATA=FILE] [OUT=DIR] [SEED=N]   all three stages, then a table and a report
-# make test [OP=name]                                             the tests (of one op)
+# make test                                                       the quick tests: 8 minutes at most, with .venv's set-up
+# make test OP=name                                               all tests of one op, the exhaustive ones too
+# make test-all [ARGS="-m slow"]                                  every test (the exhaustive ones alone)
 # make bench [OP=name]                                            tests, then benchmarks: results file, tables and figures
 # make bench OP=name BASE=commit                                  the op now beside the op at that commit
 # make gpu OUT=DIR                                                what needs a GPU: tests, sanitizers, measurements
@@ -15,15 +17,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := $(wildcard csrc/*/*)
 
-.PHONY: demo test test-versions gpu lint wheel sanitize fuzz
+.PHONY: demo test test-all test-versions gpu lint wheel sanitize fuzz
 demo: $(VENV)/ready $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2)
 	$(BIN)/rlhf demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--output_dir $(OUT)) $(if $(SEED),--seed $(SEED))
 
-# One thread a process: processes with a thread for each core wait for one another. A file at a time: it makes its
-# fixtures once.
-test: export OMP_NUM_THREADS ?= 1
+# One thread a process: processes with a thread for each core wait for one another. The quick tests go to whichever
+# process is free; of the exhaustive ones a file at a time, since it makes its trained models once.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
+test test-all: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/ready
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(if $(OP),tests/test_$(OP)*.py,tests) $(ARGS)
+	$(PYTEST) --dist=worksteal $(if $(OP),tests/test_$(OP)*.py,-m "not slow" tests) $(ARGS)
+
+test-all: $(VENV)/ready
+	$(PYTEST) --dist=loadfile tests $(ARGS)
 
 # TORCH:PYTHON, each with an environment and a copy of the checkout of its own: native modules are made for one Python.
 VERSIONS ?= 2.8.0:3.12 2.13.0:3.13 2.14.1:3.11

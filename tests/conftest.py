@@ -65,6 +65,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("isa", values, indirect=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Interpreted Triton and CUDA on fibers are slow: of their half types the quick tests take bf16."""
+    for item in items:
+        values = getattr(item, "callspec", None) and item.callspec.params
+        if values and not GPU and values.get("backend_name") in ON_GPU and torch.float16 in values.values():
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def backend_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """The test runs once per backend, inside `with rlhf_kernels.backend(name)`; on the GPU if that is its place."""
@@ -200,6 +208,6 @@ def gloo_ranks(tmp_path: Path):
 
 @pytest.fixture(autouse=True)
 def _quiet_environment(monkeypatch: pytest.MonkeyPatch):
-    """A backend or instruction set chosen in the caller's shell does not leak into the tests."""
+    """A backend chosen in the caller's shell does not leak into the tests. RLHF_KERNELS_CPU_ISA does: with it the suite
+    runs as on a processor that has no more."""
     monkeypatch.delenv("RLHF_KERNELS_BACKEND", raising=False)
-    monkeypatch.delenv("RLHF_KERNELS_CPU_ISA", raising=False)

@@ -84,8 +84,8 @@ def test_the_build_and_the_native_code_know_no_torch():
     assert "torch" not in requires
 
 
-@pytest.fixture(scope="module")
-def symbols(tmp_path_factory):
+@pytest.fixture(scope="module", params=["advantages", pytest.param("all", marks=pytest.mark.slow)])
+def symbols(request, tmp_path_factory):
     """{(op, instruction set): [(type, demangled name)]} of freshly compiled objects."""
     if COMPILER is None or shutil.which("nm") is None:
         pytest.skip("needs a C++ compiler and nm")
@@ -102,7 +102,8 @@ def symbols(tmp_path_factory):
         listing = subprocess.run(["nm", "-C", str(target)], check=True, capture_output=True, text=True).stdout
         return job, [re.match(r"\S*\s+(\S)\s+(.*)", line).groups() for line in listing.splitlines()]
 
-    jobs = [(name, isa) for name in sorted(ops_with("cpu") | SUPPORT - {"isa"}) for isa in ISA_FLAGS]
+    names = sorted(ops_with("cpu") | SUPPORT - {"isa"}) if request.param == "all" else [request.param]
+    jobs = [(name, isa) for name in names for isa in ISA_FLAGS]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         return dict(pool.map(compile_one, jobs))
 

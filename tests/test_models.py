@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf import data, models
 from rlhf.training import make_batch
+from tests.roundings import assert_same
 from tests.test_data import CHAT
 from tests.tiny import language_model, model_folder, word_tokenizer
 
@@ -126,10 +127,11 @@ def test_trap_01_score_is_read_at_the_end_token(tmp_path, family, pad):
     model = reward_model(tmp_path, family, tokenizer)
     row = data.encode_prompt(tokenizer, "the dog") + data.encode_completion(tokenizer, "ran")
     assert row[-1] == tokenizer.eos_token_id
+    model = model.double()
     alone = models.token_scores(model, torch.tensor([row]))[0, -1]
     ids, mask = data.pad_batch([row, [*row, *row]], tokenizer.pad_token_id)
     padded = models.sequence_scores(model, ids, mask, models.last_index_from_mask(mask))
-    assert abs(padded[0] - alone).item() < 1e-6
+    assert_same(padded[0], alone)
     if pad == "</s>":  # the trap: transformers pools at the last id that is not pad, one token too early
         pooled = model(ids, attention_mask=mask).logits[0, 0]
         assert abs(pooled - alone).item() > 1e-3
@@ -138,7 +140,7 @@ def test_trap_01_score_is_read_at_the_end_token(tmp_path, family, pad):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trap_02_score_does_not_depend_on_the_batch(tmp_path, family):
     tokenizer = word_tokenizer()
-    model = reward_model(tmp_path, family, tokenizer)
+    model = reward_model(tmp_path, family, tokenizer).double()
     texts = {"the dog": ["ran", "sat down and ran up", "was good a b c d"], "a b c d e": ["f", "up up up"]}
     examples, alone = [], []
     for prompt, answers in texts.items():
@@ -153,12 +155,12 @@ def test_trap_02_score_does_not_depend_on_the_batch(tmp_path, family):
         ids, mask = data.pad_batch(rows, tokenizer.pad_token_id, side)
         ids = torch.where(mask, ids, 7)  # whatever stands under the mask
         scores = models.sequence_scores(model, ids, mask, models.last_index_from_mask(mask))
-        assert (scores - alone).abs().max() < 1e-6, side
+        assert_same(scores, alone)
     for packed in (False, True):
         batch = make_batch(examples, tokenizer.pad_token_id, packed=packed)
         names = ("input_ids", "attention_mask", "position_ids")
         scores = models.token_scores(model, *(batch[name] for name in names)).flatten()[batch["last_token_rows"]]
-        assert (scores - alone).abs().max() < 1e-6, packed
+        assert_same(scores, alone)
 
 
 def test_trap_02_left_padding_needs_positions(tmp_path):

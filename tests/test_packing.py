@@ -91,10 +91,22 @@ def with_gradients(out, inputs, upstream):
     return out, *torch.autograd.grad(out, inputs, upstream)
 
 
+def term_sizes(inputs, upstream, scale):
+    """The largest terms of the output and the gradients of query, key and value. They may cancel: where one weight is
+    nearly 1, d query = scale * sum of p * (dp - sum of p * dp) * key is as good as 0, but dp was rounded before."""
+    query, key, value, upstream = (x.detach().double().norm(dim=-1).max().item() for x in (*inputs, upstream))
+    scores = upstream * value * (8**-0.5 if scale is None else scale)
+    return value, scores * key, scores * query, upstream
+
+
 @pytest.mark.parametrize("form", ["two_part", "dense"])
 @pytest.mark.parametrize("case", reference.CASES)
 @pytest.mark.parametrize(("heads", "groups", "scale"), [(2, 2, None), (6, 2, 0.3), (3, 1, 1.0)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float64, marks=pytest.mark.slow), torch.float32, torch.bfloat16,
+     pytest.param(torch.float16, marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_gradients_attention(case, form, heads, groups, scale, dtype):
     """Output and gradients of both forms against the definition in float64, token by token."""
     inputs = reference.example_inputs(case)
@@ -108,9 +120,10 @@ def test_gradients_attention(case, form, heads, groups, scale, dtype):
     if not inputs["prompts"]:
         assert all(x.numel() == 0 for x in found)
         return
-    for actual, wanted in zip(found, with_gradients(expected, exact, upstream.double()), strict=True):
-        bound = (4 if dtype.itemsize == 2 else 16) * torch.finfo(dtype).eps * wanted.abs().max()  # sums of such terms
-        assert (actual.double() - wanted).abs().max() <= bound
+    exactly = with_gradients(expected, exact, upstream.double())
+    roundings = (2 if dtype.itemsize == 2 else 8) * torch.finfo(dtype).eps
+    for actual, wanted, size in zip(found, exactly, term_sizes(exact, upstream, scale), strict=True):
+        assert (actual.double() - wanted).abs().max() <= roundings * max(size, wanted.abs().max())
 
 
 def test_gradients_gradcheck():

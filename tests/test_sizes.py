@@ -115,6 +115,7 @@ def test_responses_far_into_the_buffer(isa):
 
 
 @MANY
+@pytest.mark.slow
 def test_more_than_2_31_logits_in_many_rows(assert_close_to_fp64):
     logits = normal(1, 2**15, scale=2.0).expand(2**16 + 1, -1)
     labels = torch.arange(2**16 + 1) % 2**15
@@ -124,6 +125,7 @@ def test_more_than_2_31_logits_in_many_rows(assert_close_to_fp64):
 
 
 @MANY
+@pytest.mark.slow
 def test_more_than_2_31_logits_in_one_row(assert_close_to_fp64):
     """All zeros but for one: log p = 20 - log(V - 1 + e^20)."""
     vocab, label = 2**31 + 40, 2**31 + 33

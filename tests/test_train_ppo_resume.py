@@ -101,9 +101,12 @@ def test_draws_depend_on_their_numbers_alone():
 @pytest.mark.parametrize(
     "change",
     [
-        {"seed": 8}, {"per_device_train_batch_size": 2}, {"rollout_batch_size": 16}, {"learning_rate": 1.0},
-        {"temperature": 0.8}, {"kl_coef": 0.1}, {"num_ppo_epochs": 3}, {"response_length": 7}, {"ema_decay": 0.5},
-        {"dataset_name": "other.jsonl"}, {"ptx_dataset_name": "other.txt"}, {"max_steps": 9},
+        {"seed": 8}, {"dataset_name": "other.jsonl"}, {"ptx_dataset_name": "other.txt"},
+        *(pytest.param(change, marks=pytest.mark.slow) for change in (
+            {"per_device_train_batch_size": 2}, {"rollout_batch_size": 16}, {"learning_rate": 1.0},
+            {"temperature": 0.8}, {"kl_coef": 0.1}, {"num_ppo_epochs": 3}, {"response_length": 7}, {"ema_decay": 0.5},
+            {"max_steps": 9},
+        )),
     ],
 )  # fmt: skip
 def test_another_run_is_not_gone_on_with(home, change):

@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from rlhf import models
 from rlhf.preference import DPOConfig, DPOTrainer, pair_log_probs, train_dpo
+from tests.roundings import STORED, assert_same
 from tests.tiny import model_folder, words, write_jsonl
 
 
@@ -58,21 +59,22 @@ def summed_log_prob(model, prompt, response):
 
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_log_probs_of_pairs(settings, packing):
-    trainer = make_trainer(settings(packing=packing))
+    trainer = make_trainer(settings(packing=packing, dtype="float64"))
     examples = trainer.train_dataset[:5]
     log_probs, lengths = pair_log_probs(trainer.model, trainer.collate(examples))
     for example, row, length in zip(examples, log_probs, lengths, strict=True):
         expected = [summed_log_prob(trainer.model, example["prompt"], ids).item() for ids in example["responses"]]
-        assert row.tolist() == pytest.approx(expected, rel=1e-5)
+        assert_same(row, expected)
         assert length.tolist() == [len(ids) for ids in example["responses"]]
-        assert example["ref_log_probs"] == pytest.approx(expected, rel=1e-5)
+        assert_same(example["ref_log_probs"], expected)
 
 
 def test_loss_is_log_two_at_the_start_and_dpo_after(settings):
-    trainer = make_trainer(settings(beta=0.5))
+    trainer = make_trainer(settings(beta=0.5, dtype="float64"))
     examples = trainer.train_dataset[:4]
     batch = trainer.collate(examples)
-    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(math.log(2), abs=1e-6)
+    reference = max(abs(value) for example in examples for value in example["ref_log_probs"])
+    assert_same(trainer.compute_loss(trainer.model, batch).item(), math.log(2), STORED * reference)
     with torch.no_grad():
         for weight in trainer.model.parameters():
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
@@ -81,7 +83,7 @@ def test_loss_is_log_two_at_the_start_and_dpo_after(settings):
         chosen, rejected = (summed_log_prob(trainer.model, example["prompt"], ids) for ids in example["responses"])
         ref = example["ref_log_probs"]
         losses.append(-logsigmoid(0.5 * ((chosen - ref[0]) - (rejected - ref[1]))).item())
-    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(sum(losses) / 4, rel=1e-4)
+    assert_same(trainer.compute_loss(trainer.model, batch).item(), sum(losses) / 4, STORED * reference)
 
 
 def test_trap_10_accumulation_equals_one_batch(settings, tmp_path):
@@ -89,12 +91,13 @@ def test_trap_10_accumulation_equals_one_batch(settings, tmp_path):
     for batch, steps in ((8, 1), (1, 8)):
         args = settings(
             per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=2, optim="sgd",
-            learning_rate=0.1, output_dir=str(tmp_path / f"run-{batch}"), eval_strategy="no", save_strategy="no",
+            learning_rate=0.1, dtype="float64", output_dir=str(tmp_path / f"run-{batch}"), eval_strategy="no",
+            save_strategy="no",
         )  # fmt: skip
         trainer = make_trainer(args)
         trainer.train()
         found.append(torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()]))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    assert_same(found[0], found[1])
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "orpo", "simpo"])

@@ -16,6 +16,7 @@ from torch.nn.functional import logsigmoid
 from rlhf import checkpoint, data, models, reward, training
 from rlhf.models import sequences
 from rlhf.reward import RewardTrainer, train_reward
+from tests.roundings import assert_same
 from tests.tiny import model_folder, word_tokenizer, write_jsonl
 from tests.tiny_reward import config_maker, gradient, make_trainer, rankings
 
@@ -31,11 +32,11 @@ def settings(tmp_path):
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_trap_04_prompts_weigh_the_same(settings, packing):
     """Gradient of a batch {K=4, K=9} = mean of the two prompts' gradients, by an independent pairwise loss."""
-    trainer = make_trainer(settings(packing=packing))
+    trainer = make_trainer(settings(packing=packing, dtype="float64"))
     four, nine = (next(ex for ex in trainer.train_dataset if len(ex["responses"]) == k) for k in (4, 9))
     both = gradient(trainer, trainer.collate([four, nine]), 2)
     alone = [gradient(trainer, trainer.collate([example]), 1) for example in (four, nine)]
-    torch.testing.assert_close(both, (alone[0] + alone[1]) / 2, rtol=1e-5, atol=1e-6)
+    assert_same(both, (alone[0] + alone[1]) / 2)
 
     trainer.model.zero_grad()
     for example, pairs in ((four, 6), (nine, 36)):
@@ -49,23 +50,23 @@ def test_trap_04_prompts_weigh_the_same(settings, packing):
         assert len(losses) == pairs
         (sum(losses) / pairs / 2).backward()
     independent = torch.cat([weight.grad.flatten() for weight in trainer.model.parameters()])
-    torch.testing.assert_close(both, independent, rtol=1e-4, atol=1e-6)
+    assert_same(both, independent)
 
 
 def test_trap_04_two_responses_are_bradley_terry_and_order_does_not_matter(settings):
-    trainer = make_trainer(settings())
+    trainer = make_trainer(settings(dtype="float64"))
     pair = next(ex for ex in trainer.train_dataset if len(ex["responses"]) == 2)
     loss = trainer.compute_loss(trainer.model, trainer.collate([pair]))
     (first, second), ranks = reward.batch_scores(trainer.model, trainer.collate([pair])), pair["row"]["ranks"]
     gap = first - second if ranks[0] < ranks[1] else second - first
-    assert loss.item() == pytest.approx(-logsigmoid(gap).item(), abs=1e-6)
+    assert_same(loss, -logsigmoid(gap))
 
     nine = next(ex for ex in trainer.train_dataset if len(ex["responses"]) == 9)
     order = random.Random(1).sample(range(9), 9)
     row = {**nine["row"], "ranks": [nine["row"]["ranks"][i] for i in order]}
     shuffled = {**nine, "responses": [nine["responses"][i] for i in order], "row": row}
     losses = [trainer.compute_loss(trainer.model, trainer.collate([ex])).item() for ex in (nine, shuffled)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert_same(losses[0], losses[1])
 
 
 @pytest.mark.parametrize("loss_type", ["bradley_terry", "plackett_luce"])
@@ -78,6 +79,7 @@ def test_trap_10_accumulation_equals_one_batch(settings, tmp_path, loss_type):
             gradient_accumulation_steps=steps,
             max_steps=2,
             optim="sgd",
+            dtype="float64",
             loss_type=loss_type,
             output_dir=str(tmp_path / f"run-{batch}"),
             eval_strategy="no",
@@ -89,7 +91,7 @@ def test_trap_10_accumulation_equals_one_batch(settings, tmp_path, loss_type):
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         assert len(losses) == 2
         weights[-1] = torch.cat([weights[-1], torch.tensor(losses)])
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-5, atol=1e-6)
+    assert_same(weights[0], weights[1])
 
 
 @pytest.mark.parametrize("source", ["demonstrations", "best_ranked"])
@@ -287,7 +289,7 @@ import sys
 from rlhf.reward import RewardConfig, train_reward
 args = RewardConfig(model_name_or_path=sys.argv[1], dataset_name=sys.argv[2], output_dir=sys.argv[3], use_cpu=True,
     disable_tqdm=True, learning_rate=1e-2, per_device_train_batch_size=int(sys.argv[4]), max_steps=2, optim="sgd",
-    eval_fraction=0.0, save_steps=1, max_grad_norm=0.0)
+    eval_fraction=0.0, save_steps=1, max_grad_norm=0.0, dtype="float64")
 assert args.world_size == int(sys.argv[5]), args.world_size
 train_reward(args)
 """
@@ -317,7 +319,7 @@ def test_trap_10_two_processes_equal_one(settings, tmp_path):
     start = models.reward_model_from_policy(args.model_name_or_path, args.seed)
     assert any((a - b).abs().max() > 1e-4 for a, b in zip(found[0], start.parameters(), strict=True))
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert_same(a, b)
 
 
 def test_real_rankings(settings, shared_data, tmp_path, capsys):

@@ -10,6 +10,7 @@ import torch
 
 from rlhf import data, models, training
 from rlhf.sft import SFTConfig, SFTTrainer, train_sft, up_to_stop
+from tests.roundings import assert_same
 from tests.tiny import WORDS, language_model, model_folder, word_tokenizer, words, write_jsonl
 
 
@@ -64,18 +65,18 @@ def expected_nll(model, examples):
 def test_trap_24_loss_counts_the_responses_alone(settings, tmp_path, family, packing):
     """Packed = padded = rows alone in float64; the prompt adds nothing, EOS does."""
     path = model_folder(tmp_path / family, family=family)
-    trainer = make_trainer(settings(packing=packing, model_name_or_path=path))
+    trainer = make_trainer(settings(packing=packing, model_name_or_path=path, dtype="float64"))
     examples = trainer.train_dataset[:6]
     total, count = expected_nll(trainer.model, examples)
     batch = trainer.collate(examples)
     assert trainer.count_items(batch) == count == sum(len(example["responses"][0]) for example in examples)
-    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(total / count, rel=1e-5)
+    assert_same(trainer.compute_loss(trainer.model, batch).item(), total / count)
     ends = batch["labels"][batch["cu_responses"][1:] - 1]
     assert (ends == trainer.tokenizer.eos_token_id).all()
 
 
 def test_trap_24_packed_logits_equal_unpacked(settings):
-    trainer = make_trainer(settings())
+    trainer = make_trainer(settings(dtype="float64"))
     examples = trainer.train_dataset[:6]
     found = []
     for packed in (False, True):
@@ -84,7 +85,7 @@ def test_trap_24_packed_logits_equal_unpacked(settings):
         logits = trainer.model(**{name: batch[name] for name in names}).logits.flatten(0, 1)
         found.append(logits[batch["label_rows"]])
     assert batch["input_ids"].shape[0] < len(examples)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    assert_same(found[0], found[1])
 
 
 def constant_model(tokenizer, losses):
@@ -127,7 +128,7 @@ def test_trap_10_accumulation_equals_one_batch(settings, tmp_path):
     for batch, steps in ((8, 1), (1, 8)):
         args = settings(
             per_device_train_batch_size=batch, gradient_accumulation_steps=steps, max_steps=2, optim="sgd",
-            output_dir=str(tmp_path / f"run-{batch}"), eval_strategy="no", save_strategy="no",
+            dtype="float64", output_dir=str(tmp_path / f"run-{batch}"), eval_strategy="no", save_strategy="no",
         )  # fmt: skip
         trainer = make_trainer(args)
         before = torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])
@@ -136,7 +137,7 @@ def test_trap_10_accumulation_equals_one_batch(settings, tmp_path):
         assert (after - before).abs().max() > 1e-3
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         found.append(torch.cat([after, torch.tensor(losses)]))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    assert_same(found[0], found[1])
 
 
 def test_training_learns_to_end(settings, tmp_path):

@@ -27,7 +27,7 @@ def test_every_op_is_compiled():
     assert set(compile_triton.CALLS) == set(OPS)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.slow if op != "preference" else ()) for op in OPS])
 def test_every_kernel_compiles_for_every_target_without_spills(op):
     """In a process of its own: here the kernels belong to the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

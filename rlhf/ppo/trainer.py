@@ -182,7 +182,7 @@ class PPOTrainer(PPORun):
             ref_log_probs, _ = response_log_probs(self.reference, batch, temperature=self.args.temperature)
             packed = (log_probs, ref_log_probs, response_values(self.value, batch), entropy, torch.ones_like(entropy))
             for kind, numbers in enumerate(packed):
-                found[kind, chunk] = batch.unpack(numbers)
+                found[kind, chunk] = batch.unpack(numbers).float()
         return Experience(rollouts, found[4].bool(), *found[:4])
 
     def estimate_advantages(self, experience: Experience, scores: torch.Tensor, averages: Averages) -> None:

@@ -212,5 +212,5 @@ def packed_inputs(model, packed: PackedResponses, *, attention="auto") -> dict:
     else:
         mask = packed.attention_mask
     if implementation == "eager":
-        mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
     return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": mask}
