@@ -16,6 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 NATIVE := $(wildcard csrc/*/*)
+tests-of = $(wildcard $(foreach folder,tests tests/* tests/rlhf/*,$(folder)/test_$(1)*.py))
 
 .PHONY: demo test test-all test-versions gpu lint wheel sanitize fuzz
 demo: $(VENV)/ready $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2)
@@ -26,7 +27,7 @@ demo: $(VENV)/ready $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2)
 PYTEST := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
 test test-all: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/ready
-	$(PYTEST) --dist=worksteal $(if $(OP),tests/test_$(OP)*.py,-m "not slow" tests) $(ARGS)
+	$(PYTEST) --dist=worksteal $(if $(OP),$(call tests-of,$(OP)),-m "not slow" tests) $(ARGS)
 
 test-all: $(VENV)/ready
 	$(PYTEST) --dist=loadfile tests $(ARGS)
@@ -34,7 +35,7 @@ test-all: $(VENV)/ready
 # TORCH:PYTHON, each with an environment and a copy of the checkout of its own: native modules are made for one Python.
 VERSIONS ?= 2.8.0:3.12 2.13.0:3.13 2.14.1:3.11
 KERNEL_TESTS := $(filter-out %_models.py,$(foreach name,build dispatch install native math $(notdir $(basename \
-	$(wildcard rlhf_kernels/reference/[a-z]*.py))),$(wildcard tests/test_$(name)*.py)))
+	$(wildcard rlhf_kernels/reference/[a-z]*.py))),$(wildcard tests/test_$(name)*.py tests/kernels/test_$(name)*.py)))
 
 .PHONY: FORCE
 test-versions: export OMP_NUM_THREADS ?= 1
@@ -61,7 +62,7 @@ TRL_PPO := .venv-trl-1.12
 .PHONY: bench
 bench: export RLHF_KERNELS_TRL112_PYTHON ?= $(CURDIR)/$(TRL_PPO)/bin/python
 bench: $(BENCH)/ready $(if $(RLHF_KERNELS_TRL112_PYTHON),,$(if $(filter train_ppo,$(BENCH_OPS)),$(TRL_PPO)/ready))
-	$(BENCH)/bin/python -m pytest --quiet $(foreach op,$(BENCH_OPS),$(wildcard tests/test_$(op)*.py))
+	$(BENCH)/bin/python -m pytest --quiet $(foreach op,$(BENCH_OPS),$(call tests-of,$(op)))
 	$(BENCH)/bin/python -m pytest $(BENCH_OPS:%=benchmarks/test_%.py) --benchmark-columns=min,median,rounds \
 		--benchmark-sort=min $(if $(BASE),--base=$(BASE),--results --as-command='make bench$(OP:%= OP=%)') $(ARGS)
 	$(if $(BASE),,$(BENCH)/bin/python -m benchmarks.plot)
@@ -103,7 +104,7 @@ $(WHEEL)/ready:
 	touch $@
 
 SANITIZED := build/sanitize
-SANITIZED_TESTS = $(foreach name,native properties $(notdir $(basename $(wildcard csrc/cpu/*.cpp))),$(wildcard tests/test_$(name)*.py))
+SANITIZED_TESTS = $(foreach name,native properties $(notdir $(basename $(wildcard csrc/cpu/*.cpp))),$(wildcard tests/kernels/test_$(name)*.py))
 
 # The sanitizer and libstdc++, whose exceptions it watches, must be loaded before a Python that was built without them.
 # The GPU backends are left out: they are not sanitized.

@@ -1,4 +1,4 @@
-"""One rank of tests/test_train_stages_ranks.py: stages_ranks.py RUNS.json, a list of [stage, its settings].
+"""One rank of tests/rlhf/test_train_stages_ranks.py: stages_ranks.py RUNS.json, a list of [stage, its settings].
 
 Started by accelerate launch with a preset. On a CPU accelerate drops FSDP and DeepSpeed without a word. So, for these,
 the type that it gives to a GPU's process is put in; from there on its own code and torch's, or DeepSpeed's, shard.

@@ -37,7 +37,7 @@ def stems(folder, pattern):
 
 @pytest.mark.parametrize("op", dispatch.TABLE)
 def test_every_op_has_its_room(op):
-    files = [PACKAGE / f"{op}.py", PACKAGE / "reference" / f"{op}.py", ROOT / "tests" / f"test_{op}.py"]
+    files = [PACKAGE / f"{op}.py", PACKAGE / "reference" / f"{op}.py", ROOT / "tests" / "kernels" / f"test_{op}.py"]
     files.append(ROOT / "docs" / "ops" / f"{op}.md")
     if op in ops_with("cpu"):
         files.append(ROOT / "csrc" / "cpu" / f"{op}.cpp")

@@ -1,4 +1,4 @@
-"""One rank of tests/test_train_stages_ranks.py: wrapped_scores_ranks.py RANK RENDEZVOUS_FILE. Two rows a rank."""
+"""One rank of tests/rlhf/test_train_stages_ranks.py: wrapped_scores_ranks.py RANK RENDEZVOUS_FILE. Two rows a rank."""
 
 import sys
 

@@ -1,4 +1,4 @@
-// The vector maths that the ops share, element by element, for tests/test_math.py to hold against float64. No op calls
+// The vector maths that the ops share, element by element, for tests/kernels/test_math.py to hold against float64. No op calls
 // this.
 #include "bradley_terry.h"
 #include "kl.h"

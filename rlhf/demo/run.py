@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from .. import models, pipeline
+from ..checkpoint import write_json
 from ..data import encode_prompt, load_rows
 from ..pipeline import hold_out, read_sections
 from ..settings import PRESETS
@@ -310,7 +311,7 @@ def run_demo(
         chosen = prompts[: demo.ranked_prompts]
         rows, facts = rank_responses(stages.folder("sft"), chosen, demo, seed)
         write_rows(files / "rankings.jsonl", rows)
-        pipeline.write_json(files / "labeler.json", facts)
+        write_json(files / "labeler.json", facts)
         share = f"{100 * facts['measured_agreement']:.1f} %"
         return f"{len(rows)} prompts, {facts['pairs']} pairs, two labelers agree on {share}"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from rlhf import pipeline
+from rlhf import pipeline, stages
 from rlhf.data import load_rows
 from rlhf.demo import labeler, run
 from rlhf.reports.runs import read_report
@@ -181,7 +181,7 @@ def test_stages_are_remembered(tmp_path, capsys):
     ("seconds", "text"), [(8.2, "8 s"), (80, "1 min 20 s"), (59.7, "1 min 00 s"), (7500, "2 h 05 min")]
 )
 def test_duration(seconds, text):
-    assert pipeline.duration(seconds) == text
+    assert stages.duration(seconds) == text
 
 
 @pytest.mark.slow
@@ -218,7 +218,10 @@ PIPELINE_ERRORS = [
     ({"model_name_or_path": "/none"}, "ranked_dataset is missing"),
     ({"model_name_or_path": "/none", "ranked_dataset": "r.jsonl"}, "output_dir is missing"),
     ({"model_name_or_path": "/none", "ranked_dataset": "r.jsonl", "output_dir": "out"}, "'/none' does not exist"),
-    ({"preset": "instructgtp", "model_name_or_path": "/", "ranked_dataset": "r", "output_dir": "o"}, "known are: demo"),
+    (
+        {"preset": "instructgtp", "model_name_or_path": "/", "ranked_dataset": "r", "output_dir": "o"},
+        "did you mean instructgpt",
+    ),
     ({"ranked_data": "r.jsonl"}, "pipeline: there is no setting 'ranked_data'; did you mean ranked_dataset"),
 ]
 

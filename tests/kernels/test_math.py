@@ -12,7 +12,7 @@ import torch
 from rlhf_kernels import _native
 
 pytestmark = pytest.mark.skipif(_native.missing() is not None, reason=f"no native CPU backend: {_native.missing()}")
-INCLUDE = Path(__file__).resolve().parent.parent / "csrc" / "include"
+INCLUDE = Path(__file__).resolve().parents[2] / "csrc" / "include"
 LANES = 16  # of the widest instruction set; those of the narrower ones divide it
 INF = torch.inf
 MAX = torch.finfo(torch.float32).max

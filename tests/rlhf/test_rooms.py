@@ -13,7 +13,7 @@ import pytest
 import rlhf
 from rlhf import _moved
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ROOT / "rlhf"
 FLOORS = (  # a room or file imports from its own room and from floors before its own
     {"checkpoint", "environment", "extras", "metrics", "own_code", "processes", "settings"},

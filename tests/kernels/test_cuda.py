@@ -15,7 +15,7 @@ import torch
 from rlhf_kernels import _native, dispatch
 
 PACKAGE = Path(_native.__file__).parent
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OPS = [op for op, rows in dispatch.TABLE.items() if "cuda" in [name for name, _ in rows]]
 
 

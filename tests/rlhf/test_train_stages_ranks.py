@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from rlhf import models
 from rlhf.training import StageTrainer
+from tests.rlhf.test_train_preference import preferences
+from tests.rlhf.test_train_sft import demonstrations
 from tests.stages_ranks import STAGES
-from tests.test_train_preference import preferences
-from tests.test_train_sft import demonstrations
 from tests.tiny import model_folder, write_jsonl
 from tests.tiny_reward import rankings
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMMON = {
     "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2, "adam_epsilon": 1e-3, "logging_steps": 1,
     "per_device_train_batch_size": 8, "max_steps": 4, "save_steps": 2, "max_grad_norm": 0.5, "eval_fraction": 0.2,

@@ -18,7 +18,7 @@ from rlhf_kernels import dispatch
 pytest.importorskip("triton", reason="the package triton is not installed")
 from benchmarks import compile_triton
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OPS = [op for op, rows in dispatch.TABLE.items() if "triton" in [name for name, _ in rows]]
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so nothing is interpreted")
 

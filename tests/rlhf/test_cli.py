@@ -12,11 +12,11 @@ import torch
 import yaml
 
 from rlhf import cli, extras
-from tests.test_train_sft import demonstrations
+from tests.rlhf.test_train_sft import demonstrations
 from tests.tiny import model_folder, word_tokenizer, write_jsonl
 from tests.tiny_reward import rankings
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from tests.tiny_ppo import equal, weights
 
 V, STOP = 13, [2, 5]
 PROMPTS = [[1, 4, 6], [1], [1, 7, 8, 9, 10, 11], [3, 3], [1, 12]]
-SERVER = Path(__file__).with_name("server_engine.py")
+SERVER = Path(__file__).resolve().parents[2] / "server_engine.py"
 OURS = ("generate", "generate_batch")
 
 

@@ -20,7 +20,7 @@ from tests.roundings import assert_same
 from tests.tiny import model_folder, word_tokenizer, write_jsonl
 from tests.tiny_reward import config_maker, gradient, make_trainer, rankings
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
