@@ -454,6 +454,7 @@ def test_contract_fullgraph(backend_name):
     assert all(torch.equal(a, b) for a, b in zip(compiled, step(*arguments)))
 
 
+@pytest.mark.slow_interpreted
 def test_contract_deterministic_and_row_independent(backend_name):
     generator = torch.Generator().manual_seed(5)
     B, T = 12 if backend_name == "triton" else 120, 700  # the interpreter is slow

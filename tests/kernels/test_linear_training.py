@@ -39,6 +39,7 @@ def test_fp16_gradients_survive_a_loss_scale(backend_name):
     assert (head.grad != 0).float().mean() > 0.9
 
 
+@pytest.mark.slow_interpreted
 def test_trap_10_mean_of_means(backend_name):
     """10 tokens of 1 nat and 200 of 3: the mean of means is 2.0, the mean over tokens 2.90; gradients add up."""
     head = torch.zeros(2, 1)
@@ -66,6 +67,7 @@ def test_trap_25_bf16_hidden_states(backend_name):
     assert (naive - truth).abs().mean() > 0.01
 
 
+@pytest.mark.slow_interpreted
 def test_trap_26_chunk_products(backend_name):
     """The sum over chunks is in fp32: rounding each chunk's product to bf16 is 5 times worse, and ours has no bias."""
     hidden, head = normal(512, 16, dtype=torch.bfloat16), normal(64, 16, dtype=torch.bfloat16, seed=1)
@@ -85,6 +87,7 @@ def test_trap_26_chunk_products(backend_name):
     assert residual.mean().abs() < 3 * residual.std() / residual.numel() ** 0.5
 
 
+@pytest.mark.slow_interpreted
 def test_trap_26_fifty_steps(backend_name):
     """Fifty steps on chunks of 4 tokens follow full logits in float64: the entropy drifts by less than 1e-3 nats."""
     labels = torch.randint(0, 64, (128,), generator=torch.Generator().manual_seed(0))
@@ -105,7 +108,14 @@ def test_trap_26_fifty_steps(backend_name):
 
 @pytest.mark.parametrize(
     ("backend", "cuts"),
-    (("cpu", "6"), ("cpu", "5"), ("cpu", "4,8"), ("cpu", "5,6"), ("reference", "5,6"), ("triton", "5")),
+    [
+        ("cpu", "6"),
+        ("reference", "5,6"),
+        *(
+            pytest.param(*cuts, marks=pytest.mark.slow)
+            for cuts in (("cpu", "5"), ("cpu", "4,8"), ("cpu", "5,6"), ("triton", "5"))
+        ),
+    ],
 )
 def test_vocabulary_parallel(gloo_ranks, backend, cuts):
     """Two and three gloo ranks with equal and unequal shards agree with the head in one piece, forward and backward."""

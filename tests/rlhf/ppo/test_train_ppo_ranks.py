@@ -16,7 +16,6 @@ from tests.tiny_ppo import ROOT, assert_equal_runs, forked, same_config
 PRESETS = ROOT / "rlhf" / "presets" / "accelerate"
 
 
-@pytest.mark.slow
 def test_trap_30_two_processes_share_the_prompts_and_equal_one(home):
     plan = [{"options": vars(same_config(home, f"of{ranks}", ranks)), "ranks": ranks} for ranks in (1, 2)]
     forked(home, plan)

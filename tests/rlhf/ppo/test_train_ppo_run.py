@@ -121,6 +121,7 @@ BANANA_RUN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_banana(home):
     """Reward 1 for each "banana": without a tether only bananas are left, a huge beta does not move."""
     ends = {}
