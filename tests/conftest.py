@@ -200,7 +200,7 @@ def gloo_ranks(tmp_path: Path):
         ]
         try:
             for rank in ranks:
-                output, _ = rank.communicate(timeout=300)
+                output, _ = rank.communicate(timeout=900)
                 assert rank.returncode == 0, output
         finally:
             for rank in ranks:
