@@ -47,7 +47,7 @@ def settings(tmp_path):
 
 def make_trainer(args):
     tokenizer = training.load_stage_tokenizer(args)
-    model = models.load_policy(args.model_name_or_path)
+    model = models.load_policy(args.model_name_or_path, dtype=args.dtype)
     training.set_max_length(args, model)
     rows = data.load_rows(args.dataset_name, "preference")
     encoded = training.encode_rows(tokenizer, rows, ("chosen", "rejected"), args, what="training")
