@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from rlhf import checkpoint, models
 from rlhf.metrics import Averages
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.rollouts.sampling import Rollouts
+from tests.processes import run
 
 WORDS = ["<pad>", "<unk>", "</s>", ".", "banana", "the", "cat", "dog"]
 WORDS += ["sat", "ran", "on", "a", "mat", "and", "saw", "it"]
@@ -131,7 +131,7 @@ def forked(home, plan):
     (home.path / "plan.json").write_text(json.dumps(plan))
     command = [sys.executable, str(ROOT / "tests" / "ppo_forks.py"), "plan.json", "result.json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, cwd=home.path, capture_output=True, text=True, timeout=400, env=environment)
+    done = run(command, cwd=home.path, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((home.path / "result.json").read_text())
 

@@ -120,6 +120,7 @@ def test_spec_6_number_of_pairs(backend_name):
         assert bradley_terry_loss(torch.zeros(prompts, responses), ranks).metrics["pairs"].item() == pairs
 
 
+@pytest.mark.slow_interpreted
 def test_spec_7_linear_reward_model(backend_name):
     """SPEC section 2, number 7: 200 prompts, K = 4, five features; the direction is recovered, cosine > 0.99."""
     generator = torch.Generator().manual_seed(0)

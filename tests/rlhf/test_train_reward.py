@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch.nn.functional import logsigmoid
 from rlhf import checkpoint, data, models, reward, training
 from rlhf.models import sequences
 from rlhf.reward import RewardTrainer, train_reward
+from tests import processes
 from tests.roundings import assert_same
 from tests.tiny import model_folder, word_tokenizer, write_jsonl
 from tests.tiny_reward import config_maker, gradient, make_trainer, rankings
@@ -308,7 +308,7 @@ def test_trap_10_two_processes_equal_one(settings, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command += [str(script), args.model_name_or_path, args.dataset_name, str(out), str(8 // ranks), str(ranks)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        result = processes.run(command, env=environment)
         assert result.returncode == 0, result.stderr[-3000:]
         found.append(list(models.load_reward_model(out).parameters()))
         saved = checkpoint.last_checkpoint(out)

@@ -1,5 +1,6 @@
 """The SFT stage: only responses are learned, every token weighs the same, packed rows equal padded rows."""
 
+import copy
 import json
 import math
 import random
@@ -49,14 +50,13 @@ def make_trainer(args, model=None, rows=None):
 def expected_nll(model, examples):
     """Sum of -log p of the response tokens and their number, from whole logits in float64, one row at a time."""
     total, count = 0.0, 0
-    model = model.double()
+    model = copy.deepcopy(model).double()
     for example in examples:
         ids = example["prompt"] + example["responses"][0]
         log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         for position in range(len(example["prompt"]), len(ids)):
             total -= log_probs[position - 1, ids[position]].item()
             count += 1
-    model.float()
     return total, count
 
 

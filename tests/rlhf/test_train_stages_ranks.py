@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 
 from rlhf import models
 from rlhf.training import StageTrainer
+from tests.processes import run
 from tests.rlhf.test_train_preference import preferences
 from tests.rlhf.test_train_sft import demonstrations
 from tests.stages_ranks import STAGES
@@ -85,7 +85,7 @@ def parallel(request, home):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", preset, "--num_processes", "2"]
     command += [str(ROOT / "tests" / "stages_ranks.py"), str(out / "runs.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = run(command, env=environment)
     assert done.returncode == 0, done.stderr[-5000:]
     return out
 

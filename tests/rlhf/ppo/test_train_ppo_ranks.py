@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from accelerate.utils import DistributedType
 
 from rlhf.ppo import train_ppo
 from rlhf.processes import SHARDING, WORLD_SIZES, check_processes
+from tests.processes import run
 from tests.tiny_ppo import ROOT, assert_equal_runs, forked, same_config
 
 PRESETS = ROOT / "rlhf" / "presets" / "accelerate"
@@ -49,7 +49,7 @@ def commands(home, args):
 
 def start(home, command):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=home.path, capture_output=True, text=True, timeout=300, env=environment)
+    return run(command, cwd=home.path, env=environment)
 
 
 @pytest.mark.slow
