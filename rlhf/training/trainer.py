@@ -129,6 +129,7 @@ class StageTrainer(Trainer):
         if args.process_index == 0:
             checkpoint.prepare_output_dir(output, resume=bool(resume))
             step = (int(last.name.rpartition("-")[2]) if last else 0) if resume else None
+        self.remove_callback(MetricsFile)  # of an earlier call
         self.add_callback(MetricsFile(output, step))
         self.samples = checkpoint.JsonLines(output / "samples.jsonl", resume_step=step)
         self.before_training()

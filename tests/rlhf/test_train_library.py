@@ -93,6 +93,21 @@ def test_objects_give_the_run_of_paths(tmp_path, policy, options, stage):
         assert same(model, before)
 
 
+def test_a_second_call_goes_on(tmp_path, policy, options):
+    """To the bits of the one call, with one line a step in the log."""
+    changes = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    once = SFTTrainer(policy, SFTConfig(**options("once", **changes)), train_dataset=STORIES)
+    once.train()
+    twice = SFTTrainer(policy, SFTConfig(**options("twice", **changes)), train_dataset=STORIES)
+    twice.train()
+    with pytest.raises(ValueError, match="output_dir: .* already holds a run"):
+        twice.train()
+    twice.train(resume_from_checkpoint=str(tmp_path / "twice" / "checkpoint-2"))
+    assert same(once.model, twice.model)
+    once, twice = ([row for row in log_of(tmp_path / name) if "train/loss" not in row] for name in ("once", "twice"))
+    assert once == twice  # but for transformers' mean over the steps of a call
+
+
 def test_a_reward_model_that_is_given_is_trained(policy, options):
     model = models.reward_model_from_policy(policy, 3)
     model.config.reward_bias = 2.0
