@@ -143,7 +143,9 @@ def test_parquet(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the optional package pyarrow")
     import pyarrow
 
-    parquet.write_table(pyarrow.Table.from_pylist([RANKED, GOOD["preference"]]), tmp_path / "rows.parquet")
+    rows, columns = [RANKED, GOOD["preference"]], RANKED | GOOD["preference"]  # the table has those of its first row
+    table = pyarrow.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
+    parquet.write_table(table, tmp_path / "rows.parquet")
     assert [row["ranks"] for row in data.load_rows(tmp_path / "rows.parquet", "ranked")] == [[0, 1], [0, 1]]
     (tmp_path / "bad.parquet").write_bytes(b"no")
     with pytest.raises(data.DataError, match="is not a parquet file"):
