@@ -100,7 +100,7 @@ def test_a_second_call_goes_on(tmp_path, policy, options):
     once.train()
     twice = SFTTrainer(policy, SFTConfig(**options("twice", **changes)), train_dataset=STORIES)
     twice.train()
-    with pytest.raises(ValueError, match="output_dir: .* already holds a run"):
+    with pytest.raises(ValueError, match=r"output_dir: .* already holds a run"):
         twice.train()
     twice.train(resume_from_checkpoint=str(tmp_path / "twice" / "checkpoint-2"))
     assert same(once.model, twice.model)
