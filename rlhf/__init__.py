@@ -6,20 +6,24 @@ is `rlhf.cli`. Importing `rlhf` loads none of them, and no torch: a name is look
 """
 
 import importlib
+import importlib.metadata
 
 from . import _moved, extras
 
 _STAGES = {"sft": "SFT", "reward": "Reward", "preference": "DPO", "ppo": "PPO"}
 _PUBLIC = {f"{title}{kind}": stage for stage, title in _STAGES.items() for kind in ("Trainer", "Config")}
 _PUBLIC |= {f"train_{title.lower()}": stage for stage, title in _STAGES.items()}
+_PUBLIC |= dict.fromkeys(("Completion", "RolloutEngine"), "rollouts")
 
 __all__ = [
+    "Completion",
     "DPOConfig",
     "DPOTrainer",
     "PPOConfig",
     "PPOTrainer",
     "RewardConfig",
     "RewardTrainer",
+    "RolloutEngine",
     "SFTConfig",
     "SFTTrainer",
     "train_dpo",
@@ -32,6 +36,8 @@ _moved.install()
 
 
 def __getattr__(name):
+    if name == "__version__":
+        return importlib.metadata.version(extras.DISTRIBUTION)
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

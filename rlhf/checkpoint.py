@@ -40,8 +40,8 @@ def _fsync_tree(directory: Path) -> None:
     _fsync(directory)
 
 
-def _readable_tree(directory: Path) -> None:
-    """Give the files in a new directory the permissions that the umask gave it; safetensors writes for the owner only.
+def let_others_read(directory: Path) -> None:
+    """Give the files in a directory the permissions that the umask gave it; safetensors writes for the owner only.
 
     The umask itself cannot be read without setting it, for all threads.
     """
@@ -79,7 +79,7 @@ def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Pat
     temporary.mkdir()
     try:
         yield temporary
-        _readable_tree(temporary)
+        let_others_read(temporary)
         _fsync_tree(temporary)
         if not path.exists():
             os.rename(temporary, path)
@@ -173,7 +173,7 @@ def prepare_output_dir(output_dir: str | Path, *, resume: bool) -> Path:
         if markers:
             raise ValueError(
                 f"output_dir: {path} already holds a run ({', '.join(markers[:3])}); give another directory, remove "
-                "it, or continue that run with --resume_from_checkpoint true"
+                "it, or continue that run with --resume_from_checkpoint true (in Python: True)"
             )
     for entry in path.iterdir():
         if TEMPORARY_NAME.fullmatch(entry.name):

@@ -65,7 +65,7 @@ class DPOTrainer(StageTrainer):
         if isinstance(self.ref_model, (str, Path)):
             self.ref_model = models.load_policy(self.ref_model, **options)
         elif self.ref_model is not None:
-            self.ref_model = models.as_policy(self.ref_model)
+            self.ref_model = models.as_policy(self.ref_model, "ref_model")
         if model is not None and not isinstance(model, (str, Path)):
             return models.as_policy(model)
         return models.load_policy(args.model_name_or_path, **options)

@@ -169,15 +169,12 @@ def load_start(args, tokenizer, model=None):
     Args:
         model: either of them, or its path; None = args.model_name_or_path.
     """
-    options = training.model_options(args)
-    start = args.model_name_or_path if model is None or isinstance(model, (str, Path)) else model
-    if start is model:
-        is_classifier = hasattr(model.config, "num_labels") and models.has_score_head(model)
-    else:
-        is_classifier = models.is_reward_model(start, args.trust_remote_code)
+    options, given = training.model_options(args), isinstance(model, torch.nn.Module)
+    start = model if given else args.model_name_or_path
+    is_classifier = models.is_classifier(model) if given else models.is_reward_model(start, args.trust_remote_code)
     if not is_classifier:
         return models.reward_model_from_policy(start, args.seed, pad_token_id=tokenizer.pad_token_id, **options)
-    model = models.as_reward_model(model, "model") if start is model else models.load_reward_model(start, **options)
+    model = models.as_reward_model(model, "model") if given else models.load_reward_model(start, **options)
     model.config.reward_bias = 0.0
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -64,6 +64,8 @@ class SFTTrainer(StageTrainer):
         formatting_func=None,
     ):  # fmt: skip
         if formatting_func is not None:
+            if isinstance(train_dataset, (str, Path, type(None))) or isinstance(eval_dataset, (str, Path)):
+                raise ValueError("formatting_func: got one with a file, wants the rows in memory (train_dataset)")
             train_dataset, eval_dataset = (
                 rows and [{"text": formatting_func(row)} for row in rows] for rows in (train_dataset, eval_dataset)
             )

@@ -2,8 +2,8 @@
 
 from .dropout import disable_dropout, set_residual_dropout
 from .forward import (
-    has_score_head,
     hidden_states,
+    is_classifier,
     is_wrapped,
     last_index_from_mask,
     linear_head,
@@ -38,8 +38,8 @@ __all__ = [
     "as_policy",
     "as_reward_model",
     "disable_dropout",
-    "has_score_head",
     "hidden_states",
+    "is_classifier",
     "is_reward_model",
     "is_wrapped",
     "last_index_from_mask",

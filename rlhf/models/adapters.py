@@ -21,6 +21,8 @@ def add_adapters(args, model, task_type, peft_config=None):
         import peft
     except ImportError:
         raise ValueError("use_peft: the package peft is not installed (pip install peft)") from None
+    if not isinstance(peft_config, peft.PeftConfig | None):
+        raise ValueError(f"peft_config: got {type(peft_config).__name__}, wants a peft.LoraConfig")
     config = copy.deepcopy(peft_config) or peft.LoraConfig(  # peft writes into it
         task_type=task_type,
         r=args.lora_r,

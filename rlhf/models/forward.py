@@ -141,12 +141,10 @@ def score_head(model):
     raise ValueError(f"{type(model).__name__} has no linear scalar head named `score`, so it cannot be a reward model")
 
 
-def has_score_head(model):
-    """Whether a model reads a scalar off its trunk, as a reward or value model does."""
-    try:
-        return score_head(unwrapped(model)) is not None
-    except ValueError:
-        return False
+def is_classifier(model):
+    """Whether a model is a sequence classifier of transformers, as reward and value models are, of any labels."""
+    inner = unwrapped(model)
+    return type(inner).__name__.endswith("ForSequenceClassification") or hasattr(inner, "score")
 
 
 def token_scores(model, input_ids, attention_mask=None, position_ids=None):

@@ -21,7 +21,7 @@ from ..checkpoint import atomic_directory
 from ..data import end_of_turn_id
 from .adapters import merged
 from .dropout import disable_dropout, set_residual_dropout
-from .forward import score_head, unwrapped
+from .forward import is_classifier, score_head, unwrapped
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "base"
 
@@ -114,6 +114,8 @@ def load_tokenizer(path, *, pad_token=None, eos_token=None, trust_remote_code=Fa
 
 def with_tokens(tokenizer, owner="the tokenizer", *, pad_token=None, eos_token=None):
     """The tokenizer, its pad and EOS token set where they are given, and checked; errors as in `load_tokenizer`."""
+    if not hasattr(tokenizer, "get_vocab"):
+        raise ValueError(f"{owner}: got {type(tokenizer).__name__}, wants a tokenizer of transformers, or its path")
     for name, token in (("pad_token", pad_token), ("eos_token", eos_token)):
         if token is not None:
             if token not in tokenizer.get_vocab():
@@ -176,10 +178,17 @@ def load_policy(path, *, dtype=torch.float32, attn_implementation="sdpa", trust_
     return as_policy(model, dropout=dropout)
 
 
-def as_policy(model, *, dropout=0.0):
-    """A causal language model that is there already, in the state in which `load_policy` gives one; it is changed."""
-    if not hasattr(model, "get_output_embeddings") or unwrapped(model).get_output_embeddings() is None:
-        raise ValueError(f"model: got {type(model).__name__}, wants a causal language model of transformers")
+def as_policy(model, name="model", *, dropout=0.0):
+    """A causal language model that is there already, in the state in which `load_policy` gives one; it is changed.
+
+    Args:
+        name: what it is called in messages.
+    """
+    is_module = isinstance(model, nn.Module) and hasattr(model, "get_output_embeddings")
+    if not is_module or unwrapped(model).get_output_embeddings() is None:
+        raise ValueError(
+            f"{name}: got {type(model).__name__}, wants a causal language model of transformers, or its path"
+        )
     disable_dropout(model)
     if dropout:
         set_residual_dropout(model, dropout)
@@ -209,6 +218,8 @@ def as_reward_model(model, name="reward_model"):
     Args:
         name: what it is called in messages.
     """
+    if not isinstance(model, nn.Module) or not is_classifier(model):
+        raise ValueError(f"{name}: got {type(model).__name__}, wants a sequence classifier of transformers")
     if model.config.num_labels != 1:
         raise ValueError(f"{name} has {model.config.num_labels} labels, a reward model has 1")
     score_head(unwrapped(model))

@@ -2,8 +2,17 @@
 
 import inspect
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler
+
+
+class Flow(DefaultFlowCallback):
+    """Takes the place of transformers' own, which decides by a Trainer's settings when to log, save and stop."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        return control
+
+    on_epoch_end = on_step_end
 
 
 class Callbacks:
@@ -24,7 +33,9 @@ class Callbacks:
             raise ValueError(f"callbacks: got {wrong!r}, wants functions or transformers.TrainerCallback objects")
         self.state, self.control = TrainerState(), TrainerControl()
         self.handler = (
-            CallbackHandler(theirs, run.policy, run.tokenizer, run.optimizer, run.scheduler) if theirs else None
+            CallbackHandler([Flow, *theirs], run.policy, run.tokenizer, run.optimizer, run.scheduler)
+            if theirs
+            else None
         )
 
     def tell(self, event: str, **details) -> None:

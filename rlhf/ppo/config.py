@@ -155,6 +155,7 @@ class PPOConfig:
             raise ValueError(f"reward_weights: got {self.reward_weights}, want finite numbers")
         if self.reward_tokenizer not in ("same", "auto"):
             raise ValueError(f"reward_tokenizer: got {self.reward_tokenizer!r}, want same or auto")
+        self.packing = {True: "auto", False: "false"}.get(self.packing, self.packing)
         if self.packing not in ("auto", "false"):
             raise ValueError(f"packing: got {self.packing!r}, want auto or false")
         if self.save_updates < 0:

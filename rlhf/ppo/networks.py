@@ -32,6 +32,8 @@ class Given:
         Raises:
             ValueError: names the argument that cannot be used.
         """
+        if not isinstance(args, PPOConfig):
+            raise ValueError(f"args: got {type(args).__name__}, wants PPOConfig")
         changes = {}
         for name, setting in PATHS.items():
             if isinstance(getattr(self, name), (str, Path)):
@@ -69,7 +71,7 @@ class Given:
         tokens = {"pad_token": args.pad_token, "eos_token": args.eos_token}
         if self.processing_class is not None and not isinstance(self.processing_class, (str, Path)):
             return models.with_tokens(self.processing_class, "processing_class", **tokens)
-        path = self.processing_class or (self.model is not None and self.model.config._name_or_path)
+        path = self.processing_class or getattr(getattr(self.model, "config", None), "_name_or_path", None)
         return models.load_tokenizer(path or args.sft_model_path, trust_remote_code=args.trust_remote_code, **tokens)
 
 
@@ -134,7 +136,9 @@ def _reference(args, given, options):
         return models.load_policy(args.sft_model_path, **options)
     if isinstance(given.ref_model, (str, Path)):
         return models.load_policy(given.ref_model, **options)
-    return models.as_policy(copy.deepcopy(given.model) if given.ref_model is None else given.ref_model)
+    if given.ref_model is None:
+        return models.as_policy(copy.deepcopy(given.model))
+    return models.as_policy(given.ref_model, "ref_model")
 
 
 def _value(run, options, whole):

@@ -68,9 +68,12 @@ class PPORun:
             logger.warning("eval_dataset: not used; PPO measures on its rollouts, rlhf.evaluate on held-out prompts")
         self.reward_functions = reward_functions(reward_fn, args.reward_function)
         if args.reward_model_path is None and reward_model is None and not self.reward_functions:
-            raise ValueError("reward_model_path: got none, want a reward model's folder, or a reward_function, or both")
+            raise ValueError(
+                "reward_model_path: got none, want a reward model's folder, or a reward_function, or both (in Python "
+                "reward_model, reward_fn)"
+            )
         if args.dataset_name is None and train_dataset is None:
-            raise ValueError("dataset_name: got none, want a file of prompts")
+            raise ValueError("dataset_name: got none, want a file of prompts (in Python train_dataset)")
         self.args = args
         self.accelerator, self.sharding = sharding.start()  # 19
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -313,6 +316,10 @@ class PPORun:
         if self.accelerator.is_main_process:
             checkpoint.remove_old_checkpoints(self.output_dir, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir=None) -> None:
+        """Write the policy as it is now, adapters merged, with its tokenizer; None: into the run's directory."""
+        self._hand_on(self.policy, Path(output_dir or self.output_dir))
 
     def save(self, metrics: dict[str, float]) -> None:
         """Write the final policy (the average, where there is one), the value network, and the summary."""

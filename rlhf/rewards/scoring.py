@@ -1,6 +1,7 @@
 """From responses to scores: a reward model, Python reward functions, or both, weighted and summed.
 
-A reward function is `f(prompts, completions, completion_ids, **columns)` and returns one entry a response:
+A reward function is `f(prompts, completions, completion_ids, **columns)`, called by these names, or in this order if it
+has others, and returns one entry a response:
 
 - a number: the reward of the response, which stands at its last token;
 - None: no reward from this function for this response; another one must give it one;
@@ -11,6 +12,7 @@ A reward function is `f(prompts, completions, completion_ids, **columns)` and re
 """
 
 import functools
+import inspect
 import itertools
 import json
 import logging
@@ -28,6 +30,7 @@ from ..rollouts.sampling import Rollouts
 from .checkers import BUILT_IN
 
 logger = logging.getLogger(__name__)
+NAMES = ("prompts", "completions", "completion_ids")
 
 
 class Scorer:
@@ -167,7 +170,7 @@ def call(name: str, function, arguments, columns: dict, places: list[str]):
         ValueError: the function raised, or an entry is none of the kinds above; names function and row.
     """
     try:
-        entries = list(function(*arguments, **columns))
+        entries = list(apply(function, arguments, columns))
     except Exception as error:
         where = culprit(function, arguments, columns, places)
         raise ValueError(f"reward_fn: {name} raised {type(error).__name__}: {error}{where}") from error
@@ -183,11 +186,21 @@ def call(name: str, function, arguments, columns: dict, places: list[str]):
     return [list(part) for part in zip(*parsed)] if parsed else ([], [], [])
 
 
+def apply(function, arguments, columns: dict):
+    """Call a function with the three lists by their names, as TRL does; in that order where it has other names."""
+    named = {**dict(zip(NAMES, arguments, strict=True)), **columns}
+    try:
+        inspect.signature(function).bind(**named)
+    except (TypeError, ValueError):  # other names, or a callable without a signature
+        return function(*arguments, **columns)
+    return function(**named)
+
+
 def culprit(function, arguments, columns, places) -> str:
     """Where a function that raised on a batch raises on one row alone, too: that row."""
     for row, place in enumerate(places):
         try:
-            function(*([part[row]] for part in arguments), **{key: [part[row]] for key, part in columns.items()})
+            apply(function, [[part[row]] for part in arguments], {key: [part[row]] for key, part in columns.items()})
         except Exception:
             return f" (for the row {place})"
     return f" (for the rows {places[0]} to {places[-1]} together, not for any of them alone)"

@@ -94,6 +94,9 @@ class StageConfig(TrainingArguments):
     }
 
     def __post_init__(self):
+        self.packing = str(self.packing).lower()  # a bool too, as in TRL
+        if self.packing not in ("auto", "true", "false"):
+            raise ValueError(f"packing: got {self.packing!r}, wants auto, true or false")
         self.output_dir = self.output_dir or f"runs/{self.stage}"
         if str(self.resume_from_checkpoint).lower() in ("true", "false"):
             self.resume_from_checkpoint = True if str(self.resume_from_checkpoint).lower() == "true" else None

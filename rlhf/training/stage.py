@@ -26,7 +26,11 @@ def load_data(args, kind, train_dataset=None, eval_dataset=None):
         return rows, data.rows_of(eval_dataset, kind, name="eval_dataset")
     if args.eval_dataset_name:
         return rows, data.load_rows(args.eval_dataset_name, kind, split=args.dataset_test_split, **options)
-    return data.split_rows(rows, args.eval_fraction, args.seed)
+    try:
+        return data.split_rows(rows, args.eval_fraction, args.seed)
+    except ValueError as error:
+        hint = "; 0 holds none out, eval_dataset_name (in Python eval_dataset) brings others"
+        raise ValueError(f"eval_fraction: got {args.eval_fraction}, but {error}{hint}") from None
 
 
 def load_stage_tokenizer(args, processing_class=None):

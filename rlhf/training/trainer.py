@@ -67,8 +67,11 @@ class StageTrainer(Trainer):
         check_processes(args.world_size, args.distributed_state.distributed_type)
         if model is None or isinstance(model, (str, Path)):
             args.model_name_or_path = str(model or args.model_name_or_path)
-        else:
+        elif hasattr(model, "config"):
             args.model_name_or_path = model.config._name_or_path or type(model).__name__
+        else:
+            raise ValueError(f"model: got {type(model).__name__}, wants a model of transformers, or its path")
+        check_callbacks(callbacks)
         tokenizer = load_stage_tokenizer(args, processing_class)
         train, held_out = load_data(args, self.kind, train_dataset, eval_dataset)
         self.check_data(args, train, held_out)
@@ -219,8 +222,14 @@ class StageTrainer(Trainer):
         self.evaluated_step = self.state.global_step
         metrics = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
         self.log({f"eval/{name}": value for name, value in metrics.items()})
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return metrics
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            checkpoint.let_others_read(Path(output_dir or self.args.output_dir))
 
     def last_evaluation(self):
         """What `evaluate` says of the model as it is now, by its names in metrics.jsonl; {} without held-out rows."""
@@ -302,6 +311,15 @@ class MetricsFile(TrainerCallback):
                 state.global_step,
                 {self.renamed.get(name, name): value for name, value in logs.items() if name not in dropped},
             )
+
+
+def check_callbacks(callbacks):
+    """Raise ValueError unless they are None or a list of transformers' TrainerCallbacks, classes among them."""
+    if callbacks is not None and not isinstance(callbacks, (list, tuple)):
+        raise ValueError(f"callbacks: got {type(callbacks).__name__}, wants a list")
+    for callback in callbacks or ():
+        if not issubclass(callback if isinstance(callback, type) else type(callback), TrainerCallback):
+            raise ValueError(f"callbacks: got {callback!r}, wants transformers.TrainerCallback objects")
 
 
 def perplexity(loss):

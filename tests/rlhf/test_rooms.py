@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.metadata
 import subprocess
 import sys
 import warnings
@@ -25,6 +26,7 @@ FLOORS = (  # a room or file imports from its own room and from floors before it
     {"sft", "reward", "preference", "ppo", "evaluate"},
     {"pipeline"},
     {"cli", "demo"},
+    {"__main__"},
 )
 FRONT = {"__init__", "_moved"}
 
@@ -85,6 +87,7 @@ def test_files_are_short():
 
 def test_public_names_are_found():
     assert {name: getattr(rlhf, name).__name__ for name in rlhf.__all__} == {name: name for name in rlhf.__all__}
+    assert rlhf.__version__ == importlib.metadata.version("rlhf-kernels")
     with pytest.raises(AttributeError, match="no attribute 'SFTTrainerr'"):
         rlhf.SFTTrainerr  # noqa: B018
 
@@ -93,6 +96,13 @@ def test_importing_rlhf_is_light():
     script = "import sys, rlhf; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_command_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("rlhf COMMAND [flags]")
 
 
 OLD_PLACES = {

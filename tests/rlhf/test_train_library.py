@@ -2,10 +2,12 @@
 
 import inspect
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 
 import rlhf
 from rlhf import DPOConfig, DPOTrainer, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, data, models
@@ -91,6 +93,56 @@ def test_objects_give_the_run_of_paths(tmp_path, policy, options, stage):
         assert trainer.model is model
     else:  # the language model was only copied
         assert same(model, before)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_reward_models_start_from_paths(tmp_path, policy, options, kind):
+    """Of a language model, or of a reward model, as an argument and in the settings."""
+    models.save_model(models.reward_model_from_policy(policy, 3), word_tokenizer(), tmp_path / "rm")
+    for start in (policy, tmp_path / "rm"):
+        config = RewardConfig(model_name_or_path=str(start), **options("run"))
+        settings = RewardTrainer(None, config, train_dataset=RANKED)
+        argument = RewardTrainer(kind(start), RewardConfig(**options("run")), train_dataset=RANKED)
+        assert same(settings.model, argument.model)
+
+
+def test_early_stopping(policy, options):
+    """transformers' own callback finds the metrics that evaluate() returns."""
+    args = SFTConfig(**options(
+        "run", max_steps=6, eval_strategy="steps", eval_steps=1, learning_rate=0.0, metric_for_best_model="eval_loss"
+    ))  # fmt: skip
+    stop = EarlyStoppingCallback(early_stopping_patience=1)
+    trainer = SFTTrainer(policy, args, train_dataset=STORIES, eval_dataset=STORIES[:2], callbacks=[stop])
+    assert trainer.train().global_step == 2
+
+
+@pytest.mark.parametrize("trainer_class", [SFTTrainer, RewardTrainer])
+def test_what_save_model_writes_can_be_read(tmp_path, policy, options, trainer_class):
+    before = os.umask(0o022)
+    try:
+        rows = STORIES if trainer_class is SFTTrainer else RANKED
+        trainer = trainer_class(policy, trainer_class.config_class(**options("run")), train_dataset=rows)
+        trainer.save_model(str(tmp_path / "saved"))
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+    assert any(path.name == "model.safetensors" for path in files)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [(True, "true"), (False, "false"), ("auto", "auto"), ("True", "true"), ("maybe", None)]
+)
+def test_packing_may_be_a_bool(options, given, wanted):
+    if wanted is None:
+        with pytest.raises(ValueError, match="packing: got 'maybe', wants auto, true or false"):
+            SFTConfig(**options("run", packing=given))
+    else:
+        assert SFTConfig(**options("run", packing=given)).packing == wanted
+
+
+def test_ppo_packing_may_be_a_bool(home):
+    assert [home.config(packing=value).packing for value in (True, False)] == ["auto", "false"]
 
 
 def test_a_second_call_goes_on(tmp_path, policy, options):
@@ -282,11 +334,48 @@ def test_adapters_by_peft_config(home, policy, options):
         ({"compute_metrics": len}, "compute_metrics: got builtin_function_or_method, wants None"),
         ({"args": RewardConfig(use_cpu=True)}, "args: got RewardConfig, wants SFTConfig"),
         ({"train_dataset": None}, "dataset_name: got none, wants the data to train on"),
+        ({"processing_class": 7}, "processing_class: got int, wants a tokenizer of transformers"),
+        ({"peft_config": {"r": 4}}, "peft_config: got dict, wants a peft.LoraConfig"),
+        ({"callbacks": [5]}, "callbacks: got 5, wants transformers.TrainerCallback objects"),
+        ({"callbacks": TrainerCallback()}, "callbacks: got TrainerCallback, wants a list"),
+        ({"train_dataset": STORIES[:1]}, "eval_fraction: got 0.1, but rows: got 1 distinct prompt"),
+        ({"train_dataset": "x.jsonl", "formatting_func": len}, "formatting_func: got one with a file"),
     ],
 )
 def test_arguments_that_mean_nothing_here(policy, options, arguments, message):
     with pytest.raises(ValueError, match=message):
         SFTTrainer(policy, **{"args": SFTConfig(**options("run")), "train_dataset": STORIES, **arguments})
+
+
+def test_models_that_are_none(policy, options):
+    with pytest.raises(ValueError, match="model: got int, wants a model of transformers, or its path"):
+        SFTTrainer(5, SFTConfig(**options("run")), train_dataset=STORIES)
+    two = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=2)
+    with pytest.raises(ValueError, match="model has 2 labels, a reward model has 1"):
+        RewardTrainer(two, RewardConfig(**options("run")), train_dataset=RANKED)
+    classifier = models.reward_model_from_policy(policy, 0)
+    with pytest.raises(ValueError, match="model: got LlamaForSequenceClassification, wants a causal language model"):
+        SFTTrainer(classifier, SFTConfig(**options("run")), train_dataset=STORIES, processing_class=policy)
+
+
+def test_models_that_are_none_in_ppo(home):
+    objects, args = given(home), without_paths(home, "run")
+    policy = objects["model"]
+    for name in ("reward_model", "value_model"):
+        for wrong in (4, policy):
+            with pytest.raises(ValueError, match=f"{name}: got {type(wrong).__name__}, wants a sequence classifier"):
+                PPOTrainer(without_paths(home, f"{name}-{wrong is policy}"), **{**objects, name: wrong})
+    with pytest.raises(ValueError, match="args: got SFTConfig, wants PPOConfig"):
+        PPOTrainer(SFTConfig(use_cpu=True), **objects)
+    with pytest.raises(ValueError, match=r"reward_model_path: got none, .* \(in Python reward_model, reward_fn\)"):
+        PPOTrainer(args, **{**objects, "reward_model": None})
+
+
+def test_save_model_of_ppo(home, tmp_path):
+    trainer = PPOTrainer(without_paths(home, "run"), **given(home))
+    trainer.train()
+    trainer.save_model(tmp_path / "again")
+    assert same(models.load_policy(tmp_path / "again"), trainer.policy)
 
 
 def test_a_model_without_a_tokenizer(options):

@@ -533,3 +533,25 @@ def test_ppo_learns_to_give_the_right_answer(tmp_path, seed):
     means = [row["rewards/math_answer/mean"] for row in home.rows()]
     assert [row["objective/scores"] for row in home.rows()] == pytest.approx(means)
     assert sum(means[-3:]) / 3 > 0.7 > 0.4 > sum(means[:2]) / 2
+
+
+def test_reward_functions_get_what_their_parameters_name():
+    """In any order, or some of them, as TRL's; a function with other names gets them in the documented order."""
+    told = []
+
+    def swapped(completions, prompts, **columns):
+        told.append((prompts, completions))
+        return [1.0]
+
+    def only(completions, **columns):
+        told.append(completions)
+        return [2.0]
+
+    def others(a, b, c, **columns):
+        told.append((a, b, c))
+        return [3.0]
+
+    arguments = (["p"], ["c"], [[7]])
+    found = [scoring.apply(function, arguments, {"answer": ["x"]}) for function in (swapped, only, others)]
+    assert found == [[1.0], [2.0], [3.0]]
+    assert told == [(["p"], ["c"]), ["c"], (["p"], ["c"], [[7]])]
