@@ -1,5 +1,6 @@
 """One rank of test_sharded_models: python model_head_ranks.py RANK RENDEZVOUS_FILE. Two ranks, a row of tokens each."""
 
+import gc
 import sys
 
 import torch
@@ -52,6 +53,8 @@ def main():
         assert "weight is a DTensor with placements [Shard(dim=0)]" in str(error), error
     else:
         raise AssertionError("a sharded weight must be refused")
+    del wrapped, model  # before their group, see tests/kernels/test_packing_models.py
+    gc.collect()
     dist.destroy_process_group()
 
 

@@ -4,6 +4,7 @@ Started by accelerate launch with a preset. On a CPU accelerate drops FSDP and D
 the type that it gives to a GPU's process is put in; from there on its own code and torch's, or DeepSpeed's, shard.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -44,6 +45,7 @@ def main():
             PartialState().distributed_type = DistributedType.MULTI_GPU
         train(args)
     PartialState().wait_for_everyone()
+    gc.collect()  # the trainers' networks go before their group, see tests/kernels/test_packing_models.py
     PartialState().destroy_process_group()
 
 

@@ -1,5 +1,6 @@
 """Packed responses through the models of transformers: traps 2 and 3 for each architecture and each attention."""
 
+import gc
 import subprocess
 import sys
 
@@ -214,6 +215,9 @@ def test_gradients_under_ddp(tmp_path):
         read_log_probs(wrapped(**inputs).logits, packed).sum().backward()
         assert mask_for(wrapped, packed.layout) is packed.layout
     finally:
+        # DDP must not outlive its group: it would end gloo's threads while it holds the GIL that they may wait for.
+        wrapped = None
+        gc.collect()
         torch.distributed.destroy_process_group()
     for weight, wanted in zip(model.parameters(), expected, strict=True):
         assert torch.equal(weight.grad, wanted)
