@@ -39,6 +39,7 @@ KERNEL_TESTS := $(filter-out %_models.py,$(foreach name,build dispatch install n
 
 .PHONY: FORCE
 test-versions: export OMP_NUM_THREADS ?= 1
+test-versions: export PYENV_VERSION ?= $(shell pyenv versions --bare 2>/dev/null | paste -sd:)
 test-versions: $(foreach pair,$(VERSIONS),.venv-versions/torch-$(subst :,-python-,$(pair))/tested)
 .venv-versions/%/tested: .venv-versions/%/ready FORCE
 	rm -rf $(@D)/source
