@@ -50,8 +50,8 @@ class ModelHead(NamedTuple):
         return {"temperature": temperature / self.scale, "softcap": cap}
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    """The transformers model inside DDP and PEFT wrappers."""
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP and PEFT wrappers (adapters sit in its modules, so they still take part)."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -133,7 +133,7 @@ def find_head(model: nn.Module) -> ModelHead:
         >>> head.weight.shape, head.bias, head.scale, head.softcap
         (torch.Size([50, 8]), None, 0.25, None)
     """
-    inner = _inner(model)
+    inner = unwrapped(model)
     head = _head_of(inner)
     if inner not in _found:
         _found[inner] = _after_head(inner, head)

@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .._checks import check_in
 from .._packing_attention import longest_text
+from ..model_head import unwrapped
 from ..packing import PackedResponses, shared_prefix_attention
 from ..reference.packing import shared_prefix_mask
 
@@ -71,16 +72,59 @@ def packing_obstacle(model, longest=None) -> str | None:
     Told from the config and the class; nothing is computed. A model of one's own may still read the index in the row.
 
     Args:
-        model: a model of transformers.
+        model: a model of transformers, possibly wrapped by DDP or PEFT.
         longest: tokens of the longest prompt with its response; None = as many as the model takes.
     """
+    model = unwrapped(model)
     config = model.config.get_text_config(decoder=True)
+    longest = longest or getattr(config, "max_position_embeddings", None)
     return (
         _carries_state(model, config)
         or _reads_the_index(model, config)
+        or _rope(config, longest)
         or _window(config, longest)
         or _attention(model.config._attn_implementation, config)
     )
+
+
+def rope_limit(config) -> int | None:
+    """Tokens up to which rotary embeddings turn a text alike, whatever other texts the forward holds.
+
+    LongRoPE and dynamic NTK choose the frequencies for all texts of a forward by the longest of them, so a text's
+    log-probs depend on its neighbours as soon as one of them is longer than this.
+
+    Args:
+        config: of a model of transformers.
+    Returns:
+        The limit; None: the frequencies are always the same.
+    """
+    config = config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer = [entry for entry in parameters.values() if isinstance(entry, dict)]
+    limits = [_rope_limit(entry, config) for entry in by_layer or [parameters]]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _rope_limit(parameters, config):
+    kind = parameters.get("rope_type") or "default"
+    if kind == "longrope":
+        return parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    # Behind a longer text, one of exactly max_position_embeddings tokens still gets the longer one's frequencies.
+    return config.max_position_embeddings - 1 if "dynamic" in kind else None
+
+
+def first_position(model) -> int:
+    """The position of a text's first token: 0, but padding_idx + 1 in RoBERTa and its kin.
+
+    Positions given to a model must start there to be those that it finds by itself when none are given.
+
+    Args:
+        model: a model of transformers, possibly wrapped by DDP or PEFT.
+    """
+    for module in unwrapped(model).base_model.modules():
+        if hasattr(type(module), "create_position_ids_from_input_ids"):
+            return module.padding_idx + 1
+    return 0
 
 
 def check_packing(model, longest=None) -> None:
@@ -88,12 +132,12 @@ def check_packing(model, longest=None) -> None:
 
     Raises:
         ValueError: the model carries a state along the row (recurrent, state-space, convolution, linear attention);
-            finds positions by the index in the row (ALiBi, no position_ids); looks through windows shorter than
-            `longest`; or has an attention that takes no mask of this kind.
+            finds positions by the index in the row (ALiBi, no position_ids); has rotary embeddings or windows that
+            change below `longest`; or has an attention that takes no mask of this kind.
     """
     reason = packing_obstacle(model, longest)
     if reason:
-        raise ValueError(f"{type(model).__name__} cannot take packed responses: {reason}")
+        raise ValueError(f"{type(unwrapped(model)).__name__} cannot take packed responses: {reason}")
 
 
 def _reads_the_index(model, config):
@@ -117,12 +161,21 @@ def _carries_state(model, config):
     return None
 
 
+def _rope(config, longest):
+    limit = rope_limit(config)
+    if limit is None or (longest is not None and longest <= limit):
+        return None
+    return (
+        f"its rotary embeddings follow the longest text of a forward where that has more than {limit} tokens, and a "
+        f"prompt with its response may have {longest or 'any number'}"
+    )
+
+
 def _window(config, longest):
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         used = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         kinds = ["sliding_attention"] if used else []
-    longest = longest or getattr(config, "max_position_embeddings", None)
     for kind in WINDOWS.keys() & set(kinds):
         window = getattr(config, WINDOWS[kind], None)
         if window and (longest is None or window < longest):
@@ -145,26 +198,27 @@ def use_shared_prefix_attention(model, longest=None):
     """Switch `model` to "rlhf_shared_prefix" for good, and return it. Other masks than layouts go on through SDPA.
 
     Args:
-        model: a model of transformers with attn_implementation="sdpa".
+        model: a model of transformers with attn_implementation="sdpa", possibly wrapped by DDP or PEFT.
         longest: as in `check_packing`.
     Raises:
         ValueError: as `check_packing`; another attention than SDPA; a model whose attention cannot be changed.
     """
     check_packing(model, longest)
-    implementation = model.config._attn_implementation
+    inner = unwrapped(model)
+    implementation = inner.config._attn_implementation
     if implementation not in ("sdpa", ATTENTION):
         raise ValueError(
             f"model has the attention {implementation!r}, expected 'sdpa', in whose place {ATTENTION!r} comes"
         )
-    if not takes_shared_prefix(model):
-        raise ValueError(f"{type(model).__name__} has an attention of its own that transformers cannot change")
-    model.set_attn_implementation(ATTENTION)
+    if not takes_shared_prefix(inner):
+        raise ValueError(f"{type(inner).__name__} has an attention of its own that transformers cannot change")
+    inner.set_attn_implementation(ATTENTION)
     return model
 
 
 def takes_shared_prefix(model) -> bool:
     """Whether the attention of a model's class can be changed at all."""
-    return type(model)._can_set_attn_implementation()
+    return type(unwrapped(model))._can_set_attn_implementation()
 
 
 def mask_for(model, mask):
@@ -175,8 +229,7 @@ def mask_for(model, mask):
         mask: the layout [B, 1, 2, L] int64, of which the dense mask [B, 1, L, L] bool is made on its device if the
             model has another attention or the device is not a CPU; anything else is returned as it is.
     """
-    while isinstance(getattr(model, "module", None), torch.nn.Module):
-        model = model.module
+    model = unwrapped(model)
     if not is_layout(mask) or (model.config._attn_implementation == ATTENTION and mask.device.type == "cpu"):
         return mask
     return shared_prefix_mask(mask[:, 0, 0], mask[:, 0, 1])
@@ -189,7 +242,7 @@ def packed_inputs(model, packed: PackedResponses, *, attention="auto") -> dict:
     "sdpa" the dense mask, for "eager" an additive one, for "flex_attention" a BlockMask.
 
     Args:
-        model: a model of transformers.
+        model: a model of transformers, possibly wrapped by DDP or PEFT.
         packed: from `pack_responses`, on the model's device.
         attention: with "rlhf_shared_prefix": "two_part", "dense", or "auto", which takes two parts on a CPU where
             `packed.two_part_is_faster(hidden_size)`.
@@ -198,6 +251,7 @@ def packed_inputs(model, packed: PackedResponses, *, attention="auto") -> dict:
     """
     check_in("attention", attention, ("auto", "two_part", "dense"))
     check_packing(model, int(packed.position_ids.max()) + 1 if packed.position_ids.numel() else None)
+    first, model = first_position(model), unwrapped(model)
     implementation, width = model.config._attn_implementation, model.config.get_text_config(decoder=True).hidden_size
     possible = implementation == ATTENTION and packed.layout.device.type == "cpu"
     if attention == "two_part" and not possible:
@@ -213,4 +267,5 @@ def packed_inputs(model, packed: PackedResponses, *, attention="auto") -> dict:
         mask = packed.attention_mask
     if implementation == "eager":
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
-    return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": mask}
+    positions = packed.position_ids + first if first else packed.position_ids
+    return {"input_ids": packed.input_ids, "position_ids": positions, "attention_mask": mask}
