@@ -130,7 +130,8 @@ class DPOTrainer(StageTrainer):
         model.eval()
         with self.accelerator.split_between_processes(list(range(len(examples))), apply_padding=True) as own:
             batches = self.batches([examples[index] for index in own])
-            rows = [row for batch in batches for row in pair_log_probs(model, batch)[0].tolist()]
+            with self.accelerator.autocast():  # as the log-probs that they are held against
+                rows = [row for batch in batches for row in pair_log_probs(model, batch)[0].tolist()]
             found = dict(gather_object(list(zip(own, rows, strict=True))))
         for index, example in enumerate(examples):
             example["ref_log_probs"] = found[index]

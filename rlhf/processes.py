@@ -1,4 +1,4 @@
-"""Whether a run has the processes, and the way of sharing the work, that it was started for."""
+"""Whether a run has the processes, the way of sharing the work and the precision that it was started for."""
 
 import os
 
@@ -6,11 +6,48 @@ from accelerate.utils import DistributedType
 
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+NOT_DONE = {"Megatron-LM": "ACCELERATE_USE_MEGATRON_LM", "parallelism_config": "ACCELERATE_USE_PARALLELISM_CONFIG"}
 
 
 def asks_for(sharding: str) -> bool:
     """Whether the environment, as `accelerate launch` sets it, asks for FSDP or DeepSpeed."""
     return os.environ.get(SHARDING[sharding], "false").lower() == "true"
+
+
+def check_launch_settings(accumulation: int) -> None:
+    """Refuse what `accelerate launch` was asked for and a run would not do, or do twice.
+
+    Args:
+        accumulation: gradient_accumulation_steps of the run's own settings.
+    Raises:
+        ValueError: names the setting of accelerate, and the one of the run to use.
+    """
+    asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if asked not in ("1", str(accumulation)):
+        raise ValueError(
+            f"gradient_accumulation_steps: accelerate launch got {asked}, the run {accumulation}; give it to the run "
+            f"alone (--gradient_accumulation_steps {asked} behind the command's name)"
+        )
+    for name, variable in NOT_DONE.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ValueError(f"distributed_type: accelerate was asked for {name}, want one process, DDP or FSDP2")
+
+
+def mixed_precision(bf16: bool) -> str:
+    """The mixed precision of a run that makes its own optimizer steps: "bf16" or "no".
+
+    Args:
+        bf16: the run's own setting; where False, that of `accelerate launch` counts.
+    Raises:
+        ValueError: fp16 or fp8, or compilation, which are not done.
+    """
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        raise ValueError(f"dynamo_backend: accelerate was asked for {backend}, want no: the networks are not compiled")
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked not in ("no", "bf16"):
+        raise ValueError(f"mixed_precision: accelerate was asked for {asked}, want bf16 (or --bf16 true), or no")
+    return "bf16" if bf16 else asked
 
 
 def check_processes(running: int, distributed_type: DistributedType, *, sharded_by_caller: bool = False) -> None:

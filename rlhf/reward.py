@@ -156,7 +156,8 @@ def batch_scores(model, batch):
 
 def calibrate(trainer, demonstrations):
     """Shift the model's scores so that the demonstrations' mean is 0; returns the shift, which the config keeps."""
-    scores, _ = trainer.scores(demonstrations)
+    with trainer.accelerator.autocast():
+        scores, _ = trainer.scores(demonstrations)
     shift = torch.tensor([score for group in scores for score in group], dtype=torch.float64).mean().item()
     config = trainer.accelerator.unwrap_model(trainer.model).config
     config.reward_bias = getattr(config, "reward_bias", 0.0) + shift

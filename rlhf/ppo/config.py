@@ -24,6 +24,7 @@ class PPOConfig:
     dataset_train_split: str = _option("train", "Split of a named data set.")
     output_dir: str = _option("runs/ppo", "Folder of the run.")
     dtype: str = _option("float32", "Weights' type: float32, bfloat16 or float16.")
+    bf16: bool = _option(False, "Mixed precision: products in bfloat16 of weights that stay float32.")
     attn_implementation: str = _option("sdpa", "Attention of transformers: sdpa, eager, flash_attention_2, ...")
     trust_remote_code: bool = _option(False, "Run code that comes with a model.")
     pad_token: str | None = _option(None, "Pad token, for a tokenizer that has none.")
@@ -139,6 +140,10 @@ class PPOConfig:
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, want at least 1")
+        if self.bf16 and self.dtype != "float32":
+            raise ValueError(
+                f"bf16: got True with dtype {self.dtype}, want dtype float32: its weights are what is rounded"
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature: got {self.temperature}, want a number > 0")
         if self.ptx_coef < 0:

@@ -8,6 +8,7 @@ from ..models.sequences import join, response_log_probs, response_scores
 from ..rollouts.engines import gap_complaint, log_prob_gap
 from ..rollouts.sampling import sample
 from .sharding import local
+from .state import in_run_precision
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 """Largest difference by dtype; 2e-2 for half precision, where a batch of another shape rounds anew."""
@@ -17,6 +18,7 @@ class ContractError(RuntimeError):
     """Something that the algorithm takes for granted does not hold; the message says what, with its number."""
 
 
+@in_run_precision
 def check_contract(trainer) -> dict[str, float]:
     """Check that policy and reference agree, the value network is the reward model, and ids are ids everywhere.
 
@@ -26,7 +28,8 @@ def check_contract(trainer) -> dict[str, float]:
         ContractError: names each check that failed.
     """
     args, policy, reference = trainer.args, trainer.policy, trainer.reference
-    tolerance = TOLERANCE.get(policy.dtype, 2e-2)
+    mixed = trainer.accelerator.mixed_precision != "no"
+    tolerance = TOLERANCE.get(torch.bfloat16 if mixed else policy.dtype, 2e-2)
     prompts = [row["prompt_ids"] for row in trainer.prompts[:4]]
     with torch.random.fork_rng(), trainer.sharding.whole(policy):
         rollouts = sample(

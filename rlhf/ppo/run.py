@@ -75,7 +75,7 @@ class PPORun:
         if args.dataset_name is None and train_dataset is None:
             raise ValueError("dataset_name: got none, want a file of prompts (in Python train_dataset)")
         self.args = args
-        self.accelerator, self.sharding = sharding.start()  # 19
+        self.accelerator, self.sharding = sharding.start(args)  # 19
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.local_batch_size, self.mini_batch_size = args.batch_sizes(self.world)
         self.resumes = checkpoint.wants_resume(args.resume_from_checkpoint)
@@ -270,11 +270,8 @@ class PPORun:
         return gap
 
     def must_be_finite(self, metrics: dict) -> dict:
-        """Leave out the explained variance of returns that do not vary, and gradients that a GradScaler sees to: it
-        skips such a step by itself.
-        """
-        exempt = ("val/explained_variance", *(() if self.accelerator.scaler is None else ("grad_norm/",)))
-        return {name: value for name, value in metrics.items() if not name.startswith(exempt)}
+        """Leave out the explained variance, which returns that do not vary have not."""
+        return {name: value for name, value in metrics.items() if name != "val/explained_variance"}
 
     def _log(self, metrics: dict[str, float]) -> None:
         holding = self.guards.check(self.step, metrics)

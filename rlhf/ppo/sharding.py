@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
@@ -20,7 +21,7 @@ from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..models import reshard, unwrapped
-from ..processes import SHARDING, asks_for, check_processes
+from ..processes import SHARDING, asks_for, check_launch_settings, check_processes, mixed_precision
 
 DEEPSPEED_REFUSED = (
     "distributed_type: got DeepSpeed, want one process, DDP or FSDP2 (rlhf/presets/accelerate/fsdp2.yaml): DeepSpeed's "
@@ -29,19 +30,23 @@ DEEPSPEED_REFUSED = (
 )
 
 
-def start() -> tuple[Accelerator, "Sharding"]:
+def start(args) -> tuple[Accelerator, "Sharding"]:
     """Join the processes of the run; return accelerate's view of them, and how the networks are to be sharded.
 
     Raises:
-        ValueError: DeepSpeed, or something of FSDP that PPO does not do; the message names it.
+        ValueError: DeepSpeed, or something of FSDP or accelerate that PPO does not do; the message names it.
         RuntimeError: as `check_processes`.
     """
     if asks_for("DeepSpeed"):
         raise ValueError(DEEPSPEED_REFUSED)
+    check_launch_settings(args.gradient_accumulation_steps)
+    precision = mixed_precision(args.bf16)
     wanted = asks_for("FSDP")
     plugin = _plugin() if wanted else None
-    with _unseen(SHARDING["FSDP"]):
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # it is kept for the process, and an earlier run had another precision
+    with _unseen(SHARDING["FSDP"], "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
     check_processes(accelerator.num_processes, accelerator.distributed_type, sharded_by_caller=wanted)
     if plugin is None:
         return accelerator, Sharding()
@@ -57,14 +62,13 @@ def start() -> tuple[Accelerator, "Sharding"]:
 
 
 @contextlib.contextmanager
-def _unseen(variable: str):
-    """The environment without the variable, inside the block."""
-    value = os.environ.pop(variable, None)
+def _unseen(*variables: str):
+    """The environment without the variables, inside the block."""
+    values = {name: os.environ.pop(name) for name in variables if name in os.environ}
     try:
         yield
     finally:
-        if value is not None:
-            os.environ[variable] = value
+        os.environ.update(values)
 
 
 def _plugin() -> FullyShardedDataParallelPlugin:

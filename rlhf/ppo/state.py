@@ -25,6 +25,17 @@ def timed(phase: str):
     return wrap
 
 
+def in_run_precision(method):
+    """Make a method run in the run's mixed precision, as the training does; without one nothing changes."""
+
+    @functools.wraps(method)
+    def cast(self, *args, **kwargs):
+        with self.accelerator.autocast():
+            return method(self, *args, **kwargs)
+
+    return cast
+
+
 class Cursor:
     """Walks through `size` rows in a fresh permutation each epoch; the permutation depends on seed and epoch alone.
 

@@ -41,6 +41,8 @@ Departures and details (each number stands again at its line, here or in run.py)
     unhealthy are told, and end the run where that is asked for.
 19. Asked for FSDP2, each process holds a slice of every network, and of the optimizer. For sampling alone the policy is
     whole on each, since they sample unequally long; each micro-batch adds its gradient to the slices.
+20. With `bf16` (or accelerate's mixed precision) every forward, of all networks and in sampling too, makes its products
+    in bf16 of weights in fp32: the ratio of an unchanged policy stays 1, and small steps are not rounded away.
 """
 
 import contextlib
@@ -61,7 +63,7 @@ from .guards import finite_experience, prompts_kept, stop_if_not_finite
 from .iteration import Experience, Iteration
 from .run import PPORun
 from .sharding import trained_weights, whole_tensor
-from .state import timed
+from .state import in_run_precision, timed
 
 __all__ = ["PPOConfig", "PPOTrainer", "train_ppo"]
 
@@ -148,6 +150,7 @@ class PPOTrainer(PPORun):
         return begun
 
     @timed("rollout")
+    @in_run_precision  # 20
     def sample(self, rows: list[dict]) -> Rollouts:
         args, prompts = self.args, rows[:: self.args.num_responses]
         with prompts_kept(self, prompts), self.sharding.whole(self.policy):  # 18, 19
@@ -159,6 +162,7 @@ class PPOTrainer(PPORun):
             )  # fmt: skip
 
     @timed("score")
+    @in_run_precision  # 20
     @torch.no_grad()
     def score(self, rows: list[dict], rollouts: Rollouts, averages: Averages | None = None) -> torch.Tensor:
         """Return the reward of each response, [B] fp32; rewards of its steps go into `rollouts.step_rewards`."""
@@ -172,6 +176,7 @@ class PPOTrainer(PPORun):
         return torch.where(ended, scores, scores - (self.args.missing_eos_penalty or 0.0))  # 3
 
     @timed("evaluate")
+    @in_run_precision  # 20
     @torch.no_grad()
     def evaluate(self, rollouts: Rollouts) -> Experience:
         """Compute log-probs under policy and reference, entropies and values of all response tokens."""

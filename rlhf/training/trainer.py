@@ -14,7 +14,7 @@ from .. import checkpoint, models
 from ..data import rows_of
 from ..models.adapters import add_adapters, merged, merged_whole
 from ..models.sequences import packing_pays
-from ..processes import check_processes
+from ..processes import check_launch_settings, check_processes
 from ..settings import refuse
 from .batches import make_batch
 from .config import settings
@@ -65,6 +65,7 @@ class StageTrainer(Trainer):
         if not isinstance(args, self.config_class):
             raise ValueError(f"args: got {type(args).__name__}, wants {self.config_class.__name__}")
         check_processes(args.world_size, args.distributed_state.distributed_type)
+        check_launch_settings(args.gradient_accumulation_steps)
         if model is None or isinstance(model, (str, Path)):
             args.model_name_or_path = str(model or args.model_name_or_path)
         elif hasattr(model, "config"):
@@ -193,6 +194,10 @@ class StageTrainer(Trainer):
         """Undo the mean over processes that follows: the loss is divided by the items of all processes already."""
         return loss * self.accelerator.num_processes
 
+    def compute_loss_context_manager(self):
+        """Mixed precision for all that a loss computes; accelerate gives it to the model's own forward alone."""
+        return self.accelerator.autocast()
+
     def record(self, metrics, weight=1):
         """Add to the metrics of the next log line: weighted means over its batches, on the device until then."""
         for name, value in metrics.items():
@@ -215,7 +220,7 @@ class StageTrainer(Trainer):
         if not examples:
             raise ValueError("eval_dataset: got none, and the run holds no rows out (eval_fraction)")
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             metrics = self.evaluate_rows(examples)
         self.model.train()
         self.evaluation = {f"eval/{name}": value for name, value in metrics.items()}

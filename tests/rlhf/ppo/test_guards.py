@@ -95,7 +95,8 @@ TIGHT = {"health_clip_fraction": -1.0, "health_patience": 2, "max_steps": 6}
 def test_a_warning_is_in_the_log_the_metrics_the_summary_and_the_report(home, caplog):
     with caplog.at_level(logging.WARNING, "rlhf"):
         train_ppo(home.config(save_steps=1, **TIGHT))
-    assert [record.message[:25] for record in caplog.records] == ["iteration 2: ratio_blowup"]
+    told = [record.message[:25] for record in caplog.records if record.name == "rlhf"]
+    assert told == ["iteration 2: ratio_blowup"]
     assert [row.get("health") for row in home.rows()] == [None] + [["ratio_blowup"]] * 5
     told = json.loads((home.path / "run" / "run.json").read_text())["health"]
     assert len(told) == 1 and told[0]["step"] == 2 and "tokens is clipped" in told[0]["message"]
@@ -277,10 +278,6 @@ def test_tokens_a_second_of_each_phase(home, monkeypatch):
         assert rate * metrics[f"time/{phase}"] == pytest.approx(tokens)
 
 
-def test_a_gradient_scaler_sees_to_its_own_overflows(home):
-    trainer = home.trainer()
+def test_returns_that_do_not_vary_have_no_explained_variance(home):
     metrics = {"val/explained_variance": math.nan, "grad_norm/policy": math.inf, "loss/value_avg": 1.0}
-    assert trainer.must_be_finite(metrics).keys() == {"grad_norm/policy", "loss/value_avg"}
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
-    assert trainer.must_be_finite(metrics).keys() == {"loss/value_avg"}
-    guards.stop_if_not_finite(trainer, trainer.must_be_finite({"grad_norm/policy": math.inf}), None, None)
+    assert home.trainer().must_be_finite(metrics).keys() == {"grad_norm/policy", "loss/value_avg"}

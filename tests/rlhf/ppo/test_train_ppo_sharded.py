@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.ppo import sharding
+from rlhf.ppo import PPOConfig, sharding
 from tests.tiny_ppo import (
     ROOT,
     SAME_AVERAGE,
@@ -174,7 +174,7 @@ def test_another_type_than_that_of_the_weights_is_refused(monkeypatch):
     two = SimpleNamespace(num_processes=2, distributed_type=None, mixed_precision="bf16")
     monkeypatch.setattr(sharding, "Accelerator", lambda **options: two)
     with pytest.raises(ValueError, match=r"^mixed_precision: got bf16 under FSDP, want no"):
-        sharding.start()
+        sharding.start(PPOConfig(bf16=True))
 
 
 def test_blocks_that_a_network_does_not_have_are_refused(home):

@@ -1,0 +1,72 @@
+"""PPO in mixed precision: one precision for all forwards; what accelerate is asked for is done, or refused."""
+
+import pytest
+import torch
+
+from rlhf.ppo import PPOConfig
+from tests.tiny_ppo import experience_of
+
+ONE_STEP = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 8,
+}  # one optimizer step, before which the policy is as it was
+
+
+@pytest.mark.parametrize("how", ["the run's setting", "accelerate's environment"])
+def test_the_first_ratio_is_one_in_mixed_precision(home, monkeypatch, how):
+    if how == "accelerate's environment":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    trainer = home.trainer("mixed", bf16=how == "the run's setting", **ONE_STEP)
+    assert {weight.dtype for weight in trainer.policy.parameters()} == {torch.float32}
+    mixed, _ = experience_of(trainer)
+    trainer.prompt_cursor.load({"epoch": 0, "position": 0})
+    trainer.train()
+    row = home.rows("mixed")[0]
+    assert row["val/ratio_max"] == pytest.approx(1, abs=1e-6) and abs(row["policy/approxkl_avg"]) < 1e-9
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    whole = home.trainer("whole", **ONE_STEP)
+    assert whole.accelerator.mixed_precision == "no"  # accelerate keeps its state for the process
+    plain = whole.evaluate(mixed.rollouts)
+    for name in ("log_probs", "ref_log_probs", "values"):
+        gap = (getattr(plain, name) - getattr(mixed, name)).abs().max()
+        assert 1e-4 < gap < 0.3, name  # products of bf16, whose steps are 2**-8
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    for name in ("MIXED_PRECISION", "DYNAMO_BACKEND", "GRADIENT_ACCUMULATION_STEPS"):
+        monkeypatch.delenv(f"ACCELERATE_{name}", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MIXED_PRECISION", "fp16", "mixed_precision: accelerate was asked for fp16, want bf16"),
+        ("MIXED_PRECISION", "fp8", "mixed_precision: accelerate was asked for fp8, want bf16"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "dynamo_backend: accelerate was asked for inductor, want no"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "gradient_accumulation_steps: accelerate launch got 4, the run 1"),
+        ("USE_MEGATRON_LM", "true", "distributed_type: accelerate was asked for Megatron-LM"),
+        ("USE_PARALLELISM_CONFIG", "true", "distributed_type: accelerate was asked for parallelism_config"),
+    ],
+)
+def test_what_accelerate_is_asked_for_and_would_not_be_done_is_refused(home, monkeypatch, variable, value, message):
+    monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        home.trainer()
+    assert not (home.path / "run").exists()
+
+
+def test_gradients_are_not_divided_a_second_time(home, monkeypatch):
+    """The same accumulation, asked for by the run and by accelerate, is one accumulation."""
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 1}
+    home.trainer("alone", **options).train()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    home.trainer("both", **options).train()
+    first, second = home.rows("alone")[0], home.rows("both")[0]
+    assert first["grad_norm/policy"] == second["grad_norm/policy"]
+    assert first["grad_norm/value"] == second["grad_norm/value"]
+
+
+def test_rounded_weights_are_no_weights_of_mixed_precision():
+    with pytest.raises(ValueError, match=r"^bf16: got True with dtype bfloat16, want dtype float32"):
+        PPOConfig(bf16=True, dtype="bfloat16")
