@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from rlhf_kernels import find_head
 from rlhf_kernels.integrations.transformers import (
     ATTENTION,
+    first_position,
     mask_for,
     packing_obstacle,
     takes_shared_prefix,
@@ -50,15 +51,26 @@ def model_inputs(model, input_ids, attention_mask=None, position_ids=None):
         input_ids: [B, T] int64.
         attention_mask: [B, T] with 1 = token; packed (then position_ids are needed): [B, 1, T, T] bool, or the layout
             [B, 1, 2, T] of `pack_responses`. None = all.
-        position_ids: [B, T] int64; None counts the tokens of the mask.
+        position_ids: [B, T] int64, from 0, wherever the model's own begin; None counts the tokens of the mask.
     """
     if position_ids is None:
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("position_ids: got None with a packed attention_mask, wants [B, T] positions")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         position_ids = position_ids_from_mask(mask)
-    mask = mask_for(unwrapped(model), attention_mask)
-    return {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids, "use_cache": False}
+    first, mask = first_position(model), mask_for(unwrapped(model), attention_mask)
+    return {
+        "input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids + first if first else position_ids,
+        "use_cache": False, **without_router_loss(model),
+    }  # fmt: skip
+
+
+def without_router_loss(model):
+    """The argument that keeps a mixture of experts from its load-balancing loss: nothing here uses it, and it fails on
+    the masks of packed rows; {} where the model's config does not ask for it.
+    """
+    asked = getattr(unwrapped(model).config.get_text_config(), "output_router_logits", False)
+    return {"output_router_logits": False} if asked else {}
 
 
 def hidden_states(model, input_ids, attention_mask=None, position_ids=None):

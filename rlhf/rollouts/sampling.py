@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from ..models.sequences import per_token_log_probs
+from .decoding import Texts, chunks, way_of
 
 __all__ = ["Completion", "RolloutEngine", "RolloutError", "Rollouts", "collect", "per_token_log_probs", "sample"]
 
@@ -148,7 +149,7 @@ def sample(
     """Sample responses from the whole distribution `softmax(logits / temperature)`.
 
     Args:
-        model: a causal LM with a KV cache; put into eval mode while sampling.
+        model: a causal LM; put into eval mode while sampling.
         tokenizer: not read by the built-in engine; an engine may need it.
         prompt_ids: P lists of token ids, none empty.
         response_length: most tokens of a response, the stop token included.
@@ -178,7 +179,7 @@ def sample(
         raise ValueError(f"noise: got shape {tuple(noise.shape)}, want {shape} (prompts, samples, tokens)")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(map(len, prompt_ids), default=0)
-    if context and longest + response_length > context:
+    if context and 0 < context < longest + response_length:
         raise ValueError(
             f"prompt_ids: the longest prompt has {longest} tokens; with response_length {response_length} it does not "
             f"fit the model's context of {context}"
@@ -202,19 +203,21 @@ def transformers_engine(
     model, tokenizer, prompt_ids, *, response_length, temperature, stop_token_ids, samples_per_prompt, batch_size,
     noise=None,
 ) -> list[Completion]:  # fmt: skip
-    """The built-in engine: a plain loop over the model with its KV cache."""
+    """The built-in engine: a plain loop over the model, with its cache where it has one that can be used."""
     if noise is None:
         noise = torch.rand(len(prompt_ids), samples_per_prompt, response_length, dtype=torch.float64)
-    order = sorted(range(len(prompt_ids)), key=lambda prompt: len(prompt_ids[prompt]))
+    lengths, completions, training = list(map(len, prompt_ids)), [], model.training
+    order = sorted(range(len(prompt_ids)), key=lengths.__getitem__)
     step = max(1, (batch_size or len(order) * samples_per_prompt) // samples_per_prompt)
-    stop, completions, training = set(stop_token_ids), [], model.training
+    stop = set(stop_token_ids)
     model.eval()
     try:
-        for start in range(0, len(order), step):
-            chosen = order[start : start + step]
+        way = way_of(model)
+        for chosen in chunks(order, lengths, step, way):
+            texts = Texts(model, [prompt_ids[prompt] for prompt in chosen], samples_per_prompt, way)
             tokens = _decode_loop(
-                model, [prompt_ids[prompt] for prompt in chosen], noise[chosen].flatten(0, 1).to(model.device),
-                temperature, torch.tensor(sorted(stop), dtype=torch.long, device=model.device), samples_per_prompt,
+                texts, noise[chosen].flatten(0, 1).to(model.device), temperature,
+                torch.tensor(sorted(stop), dtype=torch.long, device=model.device),
             ).tolist()  # fmt: skip
             for row, ids in enumerate(tokens):
                 prompt, number = chosen[row // samples_per_prompt], row % samples_per_prompt
@@ -225,28 +228,19 @@ def transformers_engine(
     return completions
 
 
-def _decode_loop(model, prompts, noise, temperature, stop_ids, samples_per_prompt) -> torch.Tensor:
-    """Decode left-padded prompts in step; rows that have ended are dropped now and then. -> tokens [B, steps]."""
-    device, width, steps = model.device, max(map(len, prompts)), noise.shape[1]
-    padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    mask = (torch.arange(width + steps, device=device) >= width - lengths[:, None]).long()
-    positions = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
-    output = model(
-        input_ids=padded, attention_mask=mask[:, :width], position_ids=positions, use_cache=True, logits_to_keep=1
-    )
-    cache, logits = output.past_key_values, output.logits[:, -1].repeat_interleave(samples_per_prompt, dim=0)
-    cache.batch_repeat_interleave(samples_per_prompt)
-    mask, lengths = (x.repeat_interleave(samples_per_prompt, dim=0) for x in (mask, lengths))
-    rows = torch.arange(len(noise), device=device)  # which response each row of the shrinking batch is
+def _decode_loop(texts: Texts, noise, temperature, stop_ids) -> torch.Tensor:
+    """Sample in step behind each text; rows that have ended are dropped now and then. -> tokens [B, steps]."""
+    steps = noise.shape[1]
+    rows = torch.arange(len(noise), device=noise.device)  # which response each row of the shrinking batch is
     tokens = stop_ids.new_zeros(noise.shape) + (stop_ids[0] if len(stop_ids) else 0)
-    ended = torch.zeros(len(noise), dtype=torch.bool, device=device)
-    finite = torch.ones((), dtype=torch.bool, device=device)
+    ended = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
+    finite = torch.ones((), dtype=torch.bool, device=noise.device)
     for t in range(steps):
-        cumulative = torch.softmax(logits.float() / temperature, dim=-1).double().cumsum(-1)  # [B, V]
+        cumulative = torch.softmax(texts.logits.float() / temperature, dim=-1).double().cumsum(-1)  # [B, V]
         finite &= cumulative[:, -1].isfinite().all()
         target = torch.minimum(noise[rows, t] * cumulative[:, -1], cumulative[:, -1].nextafter(noise.new_zeros(())))
-        token = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        token = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(-1)
+        token = token.clamp(max=cumulative.shape[-1] - 1)
         tokens[rows, t] = token
         ended |= torch.isin(token, stop_ids)
         if t == steps - 1:
@@ -255,14 +249,10 @@ def _decode_loop(model, prompts, noise, temperature, stop_ids, samples_per_promp
             alive = (~ended).nonzero().squeeze(-1)
             if len(alive) == 0:
                 break
-            if len(alive) <= 0.9 * len(ended):
-                cache.batch_select_indices(alive)
-                mask, lengths, rows, ended, token = (x[alive] for x in (mask, lengths, rows, ended, token))
-        output = model(
-            input_ids=token[:, None], attention_mask=mask[:, : width + t + 1], position_ids=(lengths + t)[:, None],
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        cache, logits = output.past_key_values, output.logits[:, -1]
+            if len(alive) <= 0.9 * len(ended) and texts.way.movable:
+                texts.keep(alive)
+                rows, ended, token = (x[alive] for x in (rows, ended, token))
+        texts.append(token)
     if not finite:
         raise RolloutError("the policy's logits hold NaN or only -inf: the model has diverged")
     return tokens

@@ -1,0 +1,104 @@
+"""Texts that grow, in models that keep states, caches of their own or nothing, or that find positions by themselves."""
+
+import pytest
+import torch
+
+from rlhf.models.sequences import per_token_log_probs
+from rlhf.rollouts import decoding
+from rlhf.rollouts.decoding import WAYS, WHOLE, chunks, way_of
+from rlhf.rollouts.sampling import sample
+from tests.families import FAMILIES, family_model
+from tests.roundings import assert_same
+
+PADDED, ONE_LENGTH, STILL = WAYS
+PROMPTS = [[3, 4, 6], [7], [3, 7, 8, 9, 10, 11], [3, 3, 5], [4, 12]]
+WANTED = {
+    "llama": PADDED, "roberta": PADDED, "lfm2": ONE_LENGTH, "falcon_h1": ONE_LENGTH, "mamba": ONE_LENGTH,
+    "llama4_text": ONE_LENGTH, "bart": ONE_LENGTH, "mixtral": PADDED, "rwkv": WHOLE, "openai-gpt": WHOLE,
+}  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return family_model(request.param)
+
+
+def misses(model, rollouts, noise, temperature):
+    """How far each uniform number lies outside the span that its token has in the distribution of the text alone."""
+    rows = noise.flatten(0, 1)
+    for prompt, response, numbers in zip(rollouts.prompt_ids, rollouts.response_ids, rows, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0].double()
+        upper = (logits / temperature).softmax(-1).cumsum(-1)[len(prompt) - 1 : -1]
+        upper = torch.cat([torch.zeros(len(response), 1, dtype=torch.float64), upper], dim=1)
+        tokens = torch.tensor(response)[:, None]
+        low, high = (upper.gather(1, column)[:, 0] for column in (tokens, tokens + 1))
+        number = numbers[: len(response)]
+        yield torch.maximum(low - number, number - high).clamp(min=0).max().item()
+
+
+@pytest.mark.parametrize("stop", [[], [2, 5, 9]])
+def test_samples_come_from_the_distribution_of_each_text_alone(model, stop):
+    noise = torch.rand(len(PROMPTS), 3, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    options = {"response_length": 9, "temperature": 0.7, "stop_token_ids": stop, "samples_per_prompt": 3}
+    rollouts = sample(model, None, PROMPTS, **options, noise=noise, batch_size=9)
+    assert max(misses(model, rollouts, noise, 0.7)) < 1e-5  # fp32
+    if not stop:
+        assert {len(ids) for ids in rollouts.response_ids} == {9}
+
+
+def test_the_log_probs_of_samples_are_those_of_each_text_alone(model):
+    torch.manual_seed(0)
+    rollouts = sample(model, None, PROMPTS, response_length=6, temperature=0.7, stop_token_ids=[2, 5])
+    with torch.no_grad():
+        log_probs, _, _ = per_token_log_probs(model, rollouts.prompt_ids, rollouts.response_ids, temperature=0.7)
+        for row, (prompt, response) in enumerate(zip(PROMPTS, rollouts.response_ids, strict=True)):
+            logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            expected = (logits.double() / 0.7).log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+            assert_same(log_probs[row, : len(response)], expected, 2e-5)  # fp32
+
+
+def test_the_way_is_the_fastest_that_is_right(model):
+    assert way_of(model) == WANTED[model.config.model_type]
+
+
+def test_a_cache_that_goes_on_wrongly_is_not_used(monkeypatch, caplog):
+    model = family_model("llama")
+    forward = type(model).forward
+
+    def forgetful(self, input_ids=None, cache=None, past_key_values=None, use_cache=None, **inputs):
+        given = cache if cache is not None else past_key_values
+        output = forward(self, input_ids=input_ids, use_cache=use_cache, **inputs)
+        output.logits = output.logits if given is None else output.logits + torch.arange(output.logits.shape[-1])
+        return output
+
+    assert way_of(family_model("llama")) == PADDED
+    monkeypatch.setattr(type(model), "forward", forgetful)
+    assert way_of(model) == WHOLE and "LlamaForCausalLM keeps no cache" in caplog.text
+
+
+def test_chunks_of_one_length_where_the_way_wants_them():
+    lengths = [3, 1, 3, 3, 1]
+    order = sorted(range(5), key=lengths.__getitem__)
+    assert chunks(order, lengths, 2, PADDED) == [[1, 4], [0, 2], [3]]
+    assert chunks(order, lengths, 9, PADDED) == [[1, 4, 0, 2, 3]]
+    assert chunks(order, lengths, 9, ONE_LENGTH) == [[1, 4], [0, 2, 3]]
+    assert chunks(order, lengths, 2, WHOLE) == [[1, 4], [0, 2], [3]]
+
+
+def test_the_way_is_found_once(monkeypatch):
+    model, tried = family_model("lfm2"), []
+    holds = decoding._holds
+    monkeypatch.setattr(decoding, "_holds", lambda *args: tried.append(args) or holds(*args))
+    assert way_of(model) == way_of(model) == ONE_LENGTH and len(tried) == 1
+
+
+def test_a_router_loss_that_the_config_asks_for_is_not_computed():
+    model = family_model("mixtral", output_router_logits=True)
+    assert way_of(model) == PADDED
+    prompts, responses = [[3, 4, 6], [7]], [[8, 9], [10, 11, 12]]
+    with torch.no_grad():
+        asked, _, _ = per_token_log_probs(model, prompts, responses, temperature=1.0, share_width=16)
+        model.config.output_router_logits = False
+        plain, _, _ = per_token_log_probs(model, prompts, responses, temperature=1.0)
+    assert_same(asked, plain, 2e-5)  # fp32
