@@ -4,6 +4,7 @@ The mean is over all response tokens of an optimizer step, whatever the number o
 prompt and the end token: the prompt is read but not learned; the end token (EOS) is learned, or a model never ends.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +14,8 @@ import torch
 from . import data, models, training
 from .models.sequences import label_loss
 from .training import StageConfig, StageTrainer, option
+
+logger = logging.getLogger("rlhf")
 
 
 @dataclass
@@ -56,6 +59,7 @@ class SFTTrainer(StageTrainer):
     """
 
     config_class, kind, task_type = SFTConfig, "sft", "CAUSAL_LM"
+    is_over, sampled_step = False, None  # samples of the last step wait until the model is saved
 
     def __init__(
         self, model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None, processing_class=None,
@@ -105,37 +109,67 @@ class SFTTrainer(StageTrainer):
         for batch in self.batches(examples):
             total += float(token_losses(self.model, batch, reduction="sum"))
             tokens += len(batch["labels"])
-        self.write_samples(examples)
+        if self.state.global_step < self.state.max_steps and not self.is_over:
+            self.write_samples(examples)
         return {"loss": total / tokens, "perplexity": training.perplexity(total / tokens)}
 
+    def before_training(self):
+        """Try whether completions can be sampled; where the weights are sharded, they are not yet."""
+        self.is_over, self.sampled_step = False, None
+        if not self.is_sharded:
+            self.sample_completions(self.shown(self.held_out)[:1], most=2)
+
+    def finish(self):
+        self.is_over = True
+        return super().finish()
+
+    def after_saving(self):
+        if self.sampled_step != self.state.global_step:
+            self.write_samples(self.held_out)
+
     def write_samples(self, examples):
-        """Sample completions of some prompts into samples.jsonl, without touching the run's random numbers.
+        """Sample completions of some prompts into samples.jsonl."""
+        self.sampled_step = self.state.global_step
+        examples = self.shown(examples)
+        completions = self.sample_completions(examples)
+        if self.args.should_save and completions:
+            self.append_samples(examples, completions)
+
+    def shown(self, examples):
+        return [example for example in examples if "prompt" in example["row"]][: self.args.num_samples]
+
+    def sample_completions(self, examples, most=None):
+        """Completions of prompts, at most `most` tokens each, without touching the run's random numbers.
 
         A prompt that leaves no room in the model's context loses its left end, as in training. Where the weights are
-        sharded, all processes sample, and up to the full length, so that they make the same number of steps.
+        sharded, all processes sample, and up to the full length, so that they make the same number of steps. What goes
+        wrong is told, and then there are none: samples are not worth a trained model.
         """
         from .rollouts.sampling import sample
 
-        examples = [example for example in examples if "prompt" in example["row"]][: self.args.num_samples]
         if self.samples is None or not examples or not (self.args.should_save or self.is_sharded):
-            return
+            return []
         model = self.accelerator.unwrap_model(self.model)
-        context = training.context_length(model)
-        length = min(self.args.sample_length, context // 2) if context else self.args.sample_length
+        context, length = training.context_length(model), most or self.args.sample_length
+        length = min(length, context // 2) if context else length
         room = context - length if context else 0  # [-0:] keeps all
         stop = models.stop_token_ids(self.tokenizer, model)
-        with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed)
-            rollouts = sample(
-                model,
-                self.tokenizer,
-                [example["prompt"][-room:] for example in examples],
-                response_length=length,
-                temperature=1.0,
-                stop_token_ids=[] if self.is_sharded else stop,
-            )
-        if self.args.should_save:
-            self.append_samples(examples, [up_to_stop(ids, stop) for ids in rollouts.response_ids])
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.args.seed)
+                rollouts = sample(
+                    model,
+                    self.tokenizer,
+                    [example["prompt"][-room:] for example in examples],
+                    response_length=length,
+                    temperature=1.0,
+                    stop_token_ids=[] if self.is_sharded else stop,
+                )
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            logger.warning("num_samples: no completions in samples.jsonl, sampling failed (%s)", reason)
+            return []
+        return [up_to_stop(ids, stop) for ids in rollouts.response_ids]
 
     def append_samples(self, examples, responses):
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)

@@ -146,6 +146,7 @@ class StageTrainer(Trainer):
         if args.should_save:
             models.save_model(model, self.tokenizer, output, state)
             checkpoint.write_json(output / "run.json", run)
+        self.after_saving()
         return result
 
     def before_training(self):
@@ -154,6 +155,9 @@ class StageTrainer(Trainer):
     def finish(self):
         """The summary of the run for run.json, after training; it may still change the model's config."""
         return self.last_evaluation()
+
+    def after_saving(self):
+        """What a stage shows of the final model once that is safe."""
 
     def check_sharding(self):
         """Refuse what would fail in the middle, or at the end, of a run."""

@@ -5,11 +5,13 @@ import json
 import math
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf import data, models, training
+from rlhf.rollouts import sampling
 from rlhf.sft import SFTConfig, SFTTrainer, train_sft, up_to_stop
 from tests.roundings import assert_same
 from tests.tiny import WORDS, language_model, model_folder, word_tokenizer, words, write_jsonl
@@ -173,6 +175,32 @@ def test_samples_of_prompts_that_fill_the_context(settings, tmp_path):
     )
     samples = [json.loads(line) for line in (train_sft(args) / "samples.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in samples[:2]] == [row["prompt"] for row in rows]
+
+
+def test_the_last_samples_wait_until_the_model_is_saved(settings, monkeypatch):
+    """The first call is the try before training; the others are of steps 1, 2 and, behind the save, 3."""
+    args, seen, real = settings(max_steps=3, eval_strategy="steps", eval_steps=1), [], sampling.sample
+    saved = Path(args.output_dir) / "model.safetensors"
+    monkeypatch.setattr(
+        sampling,
+        "sample",
+        lambda *x, **options: seen.append((options["response_length"], saved.exists())) or real(*x, **options),
+    )
+    train_sft(args)
+    assert seen == [(2, False), (5, False), (5, False), (5, True)]
+    samples = [json.loads(line)["step"] for line in (Path(args.output_dir) / "samples.jsonl").read_text().splitlines()]
+    assert samples == [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_sampling_that_fails_costs_no_model(settings, monkeypatch, caplog):
+    def fail(*args, **options):
+        raise AttributeError("'StateCache' object has no attribute 'rows'")
+
+    monkeypatch.setattr(sampling, "sample", fail)
+    run = train_sft(settings(max_steps=1))
+    assert (run / "model.safetensors").exists() and "eval/loss" in json.loads((run / "run.json").read_text())["summary"]
+    told = [record.message for record in caplog.records if "num_samples" in record.message]
+    assert len(told) == 2 and "sampling failed (AttributeError: 'StateCache' object" in told[0]
 
 
 def test_held_out_loss_is_the_mean_over_tokens(settings):
