@@ -49,7 +49,7 @@ def way_of(model) -> Way:
     """
     inner = unwrapped(model)
     if inner not in _found:
-        ways = [way for way in WAYS if _cache_name(inner) and not (way.padded and _reads_padding(inner))]
+        ways = [way for way in WAYS if cache_name(inner) and not (way.padded and _reads_padding(inner))]
         _found[inner] = next((way for way in ways if _holds(model, way)), WHOLE)
         if _found[inner] == WHOLE:
             logger.warning("%s keeps no cache that its texts can go on from: sampling is slow", type(inner).__name__)
@@ -90,15 +90,11 @@ class Texts:
 
     def __init__(self, model, prompts, repeats: int, way: Way):
         self.model, self.way, self.cache = model, way, None
-        self.name = _cache_name(unwrapped(model)) if way.cached else None
-        self.taken = _parameters(unwrapped(model))
         inputs = left_padded(model, prompts)
         rows = torch.arange(len(prompts), device=model.device).repeat_interleave(repeats)
         if repeats > 1 and not way.movable:
             inputs = {name: tensor[rows] for name, tensor in inputs.items()}
         self.ids, self.mask, self.positions = inputs.values()
-        if not way.padded:
-            self.taken.discard("attention_mask")  # Mamba takes it for that of the newest token alone
         self._run()
         if repeats > 1 and way.movable:
             self.keep(rows)
@@ -120,23 +116,40 @@ class Texts:
         self._run()
 
     def _run(self) -> None:
-        inputs = {"attention_mask": self.mask, "position_ids": self.positions, "logits_to_keep": 1}
-        inputs["use_cache"] = self.way.cached
-        if self.cache is not None:
-            inputs[self.name] = self.cache
-        inputs = {name: value for name, value in inputs.items() if name in self.taken}
-        output = self.model(input_ids=self.ids, **inputs, **without_router_loss(self.model))
-        self.logits = output.logits[:, -1]
-        if self.way.cached:
-            self.cache = getattr(output, self.name)
+        inputs = {"attention_mask": self.mask, "position_ids": self.positions}
+        self.logits, self.cache = run(self.model, self.way, self.ids, inputs, self.cache)
+
+
+def run(model, way: Way, ids, inputs: dict, cache=None):
+    """One forward over `ids`, new ones behind the cache or whole texts. -> (logits [B, V] of the last tokens, cache).
+
+    Args:
+        inputs: attention_mask and position_ids, of which the model gets what it takes.
+    """
+    inner = unwrapped(model)
+    taken, name = _parameters(inner), cache_name(inner)
+    inputs = {**inputs, "use_cache": way.cached, "logits_to_keep": 1} | ({} if cache is None else {name: cache})
+    if not way.padded:
+        inputs.pop("attention_mask", None)  # Mamba takes it for that of the newest token alone
+    inputs = {name: value for name, value in inputs.items() if name in taken}
+    output = model(input_ids=ids, **inputs, **without_router_loss(model))
+    return output.logits[:, -1], getattr(output, name) if way.cached else None
 
 
 def _parameters(inner) -> set[str]:
     return set(inspect.signature(type(inner).forward).parameters)
 
 
-def _cache_name(inner) -> str | None:
+def cache_name(inner) -> str | None:
+    """The argument of a model that takes its cache, and the name under which it gives it back; None: it has none."""
     return next((name for name in CACHES if name in _parameters(inner)), None)
+
+
+def _has_alibi(config) -> bool:
+    of_attention = getattr(config, "attn_config", None)
+    return bool(
+        getattr(config, "alibi", False) or getattr(of_attention, "alibi", False) or config.model_type == "bloom"
+    )
 
 
 def _reads_padding(inner) -> bool:
@@ -146,10 +159,15 @@ def _reads_padding(inner) -> bool:
     """
     config = inner.config.get_text_config(decoder=True)
     carried = set(getattr(config, "layer_types", None) or []) - {"full_attention", *WINDOWS}
-    alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
-    has_positions = "position_ids" in _parameters(inner) or alibi or config.model_type == "bloom"
     by_index = getattr(config, "attn_temperature_tuning", False)  # Llama 4
+    has_positions = "position_ids" in _parameters(inner) or _has_alibi(config)
     return bool(carried or getattr(inner, "_is_stateful", False) or by_index or not has_positions)
+
+
+def reads_positions(model) -> bool:
+    """Whether texts may stand anywhere in a row, as in continuous batching: told apart by position_ids, from 0 on."""
+    config = unwrapped(model).config.get_text_config(decoder=True)
+    return way_of(model).padded and not _has_alibi(config) and first_position(model) == 0
 
 
 def _holds(model, way: Way) -> bool:

@@ -11,8 +11,11 @@ import re
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 
+from rlhf_kernels.integrations.transformers import first_position
+
 from ..models import unwrapped
 from ..own_code import load_named
+from .decoding import cache_name, chunks, left_padded, reads_positions, run, way_of
 from .sampling import Completion, RolloutEngine, RolloutError
 
 ENGINES = ("builtin", "generate", "generate_batch")
@@ -88,12 +91,16 @@ def generate(
     """transformers' `model.generate`, from the whole distribution; the prompt is computed once for its K responses."""
     inner, completions, stop = unwrapped(model), [], set(stop_token_ids)
     step = max(1, (batch_size or len(prompt_ids) * samples_per_prompt) // samples_per_prompt)
-    order = sorted(range(len(prompt_ids)), key=lambda prompt: len(prompt_ids[prompt]))
+    lengths = list(map(len, prompt_ids))
+    order = sorted(range(len(prompt_ids)), key=lengths.__getitem__)
     with _sampling(inner, seed) as settings:
+        way = way_of(inner)
+        if not way.cached:
+            raise _unfit("generate", inner, "it keeps no cache that generate can go on from", "builtin")
         config = GenerationConfig(**settings, temperature=1.0, max_new_tokens=response_length, **_ends(stop))
-        for start in range(0, len(order), step):
-            chosen, recorder = order[start : start + step], _Recorder(temperature)
-            inputs = _left_padded(inner, [prompt_ids[prompt] for prompt in chosen], samples_per_prompt)
+        for chosen in chunks(order, lengths, step, way):
+            recorder = _Recorder(temperature)
+            inputs = _inputs(inner, way, [prompt_ids[prompt] for prompt in chosen], samples_per_prompt)
             given, width = inputs["input_ids"], inputs["input_ids"].shape[1]
             sequences = inner.generate(**inputs, generation_config=config, logits_processor=[recorder])
             if not torch.equal(sequences[:, :width], given):
@@ -128,6 +135,13 @@ def generate_batch(
         longest = max(map(len, prompt_ids)) + response_length
         options |= {"page_size": 16, "num_blocks": rows * (longest // 16 + 2), "max_batch_tokens": max(longest, rows)}
     with _sampling(inner, seed) as settings, _plain_attention(inner):
+        if not reads_positions(inner):
+            reason = (
+                "continuous batching puts texts behind each other in a row, where its layers do not keep them apart"
+            )
+            raise _unfit(
+                "generate_batch", inner, reason, "builtin" if not way_of(inner).cached else "builtin or generate"
+            )
         config = GenerationConfig(
             **settings, temperature=temperature, max_new_tokens=response_length,
             num_return_sequences=samples_per_prompt, **_ends(stop_token_ids or [-1]),
@@ -149,6 +163,10 @@ def _completion(name: str, result) -> Completion:
     return Completion(
         int(found[1]), sample, list(result.prompt_ids), list(result.generated_tokens), error, list(result.logprobs)
     )
+
+
+def _unfit(engine: str, model, reason: str, others: str) -> ValueError:
+    return ValueError(f"rollout_engine: got {engine} for {type(model).__name__}, but {reason}; use {others}")
 
 
 def _ends(stop_token_ids) -> dict:
@@ -206,21 +224,19 @@ class _Recorder(LogitsProcessor):
         return torch.cat(self.steps, dim=-1)
 
 
-def _left_padded(model, prompts, samples_per_prompt) -> dict:
-    """Inputs of `generate`: each prompt K times, with the cache of all but its last token, which is made once."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    mask = (torch.arange(width, device=model.device) >= width - lengths[:, None]).long()
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if samples_per_prompt > 1:
-        inputs = {name: x.repeat_interleave(samples_per_prompt, dim=0) for name, x in inputs.items()}
-    if samples_per_prompt > 1 and width > 1:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = model(
-            input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[:, :-1], use_cache=True,
-            logits_to_keep=1,
-        ).past_key_values  # fmt: skip
-        cache.batch_repeat_interleave(samples_per_prompt)
-        inputs["past_key_values"] = cache
-    return inputs
+def _inputs(model, way, prompts, samples_per_prompt) -> dict:
+    """Inputs of `generate`: each prompt K times, with the keys and values of all but its last token, made once."""
+    inputs = left_padded(model, prompts)
+    ids, rows = (
+        inputs["input_ids"],
+        torch.arange(len(prompts), device=model.device).repeat_interleave(samples_per_prompt),
+    )
+    cache = {}
+    if samples_per_prompt > 1 and ids.shape[1] > 1 and way.padded:
+        before = {name: inputs[name][:, :-1] for name in ("attention_mask", "position_ids")}
+        _, made = run(model, way, ids[:, :-1], before)
+        made.reorder_cache(rows)
+        cache = {cache_name(unwrapped(model)): made}
+    if not first_position(model):
+        del inputs["position_ids"]  # generate makes the same
+    return {name: tensor[rows] for name, tensor in inputs.items()} | cache

@@ -6,6 +6,7 @@ import torch
 from rlhf.models.sequences import per_token_log_probs
 from rlhf.rollouts import decoding
 from rlhf.rollouts.decoding import WAYS, WHOLE, chunks, way_of
+from rlhf.rollouts.engines import load_engine
 from rlhf.rollouts.sampling import sample
 from tests.families import FAMILIES, family_model
 from tests.roundings import assert_same
@@ -102,3 +103,32 @@ def test_a_router_loss_that_the_config_asks_for_is_not_computed():
         model.config.output_router_logits = False
         plain, _, _ = per_token_log_probs(model, prompts, responses, temperature=1.0)
     assert_same(asked, plain, 2e-5)  # fp32
+
+
+def test_generate_gives_the_trainers_log_probs_or_is_refused(model):
+    engine = load_engine("generate", batch_size=9)
+    options = {"response_length": 8, "temperature": 0.7, "stop_token_ids": [2, 5], "samples_per_prompt": 3}
+    if not way_of(model).cached:
+        with pytest.raises(ValueError, match=r"rollout_engine: got generate for .*keeps no cache.*; use builtin$"):
+            sample(model, None, PROMPTS, **options, engine=engine)
+        return
+    rollouts = sample(model, None, PROMPTS, **options, engine=engine, seed=1)
+    with torch.no_grad():
+        expected, mask, _ = per_token_log_probs(model, rollouts.prompt_ids, rollouts.response_ids, temperature=0.7)
+    assert_same([x for row in rollouts.log_probs for x in row], expected[mask], 2e-5)  # fp32
+
+
+def test_generate_batch_is_refused_where_texts_in_a_row_are_not_kept_apart(model):
+    engine = load_engine("generate_batch")
+    options = {"response_length": 4, "temperature": 0.7, "stop_token_ids": [2, 5]}
+    if model.config.model_type in ("llama", "mixtral"):
+        rollouts = sample(model, None, PROMPTS, **options, engine=engine, seed=1)
+        with torch.no_grad():
+            expected, mask, _ = per_token_log_probs(model, rollouts.prompt_ids, rollouts.response_ids, temperature=0.7)
+        assert_same([x for row in rollouts.log_probs for x in row], expected[mask], 2e-5)  # fp32
+        return
+    others = "builtin or generate" if way_of(model).cached else "builtin"
+    with pytest.raises(
+        ValueError, match=f"rollout_engine: got generate_batch for .*continuous batching.*; use {others}$"
+    ):
+        sample(model, None, PROMPTS, **options, engine=engine)
