@@ -112,7 +112,7 @@ def _share_width(model, rollouts: Rollouts) -> int | None:
     if len(set(map(tuple, rollouts.prompt_ids))) == len(rollouts.prompt_ids):
         return None
     longest = max(len(p) + len(r) for p, r in zip(rollouts.prompt_ids, rollouts.response_ids))
-    return model.config.get_text_config().hidden_size if models.share_prompts([model], longest) else None
+    return models.text_config(model).hidden_size if models.share_prompts([model], longest) else None
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def reward_scores(model, rollouts: Rollouts, *, batch_size: int = 64) -> list[fl
     Raises:
         ValueError: a text is longer than the reward model's context. Nothing is cut: half a text has no score.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = models.context_length(model)
     longest = max((len(p) + len(r) for p, r in zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)), default=0)
     if context and longest > context:
         raise ValueError(f"the longest prompt + response has {longest} tokens, the reward model's context is {context}")
@@ -151,7 +151,7 @@ def response_log_probs(model, rollouts: Rollouts, *, batch_size: int = 64) -> li
 
 def held_out_loss(model, tokenizer, texts: Sequence[str], *, max_length: int = 256, batch_size: int = 16) -> float:
     """Mean -log p per token of `texts`, nats: each with its EOS, cut after `max_length` tokens, first token given."""
-    context = getattr(model.config, "max_position_embeddings", None) or max_length
+    context = models.context_length(model) or max_length
     rows = [[*encode_prompt(tokenizer, text), tokenizer.eos_token_id][: min(max_length, context)] for text in texts]
     rows = [row for row in rows if len(row) > 1]
     if not rows:

@@ -150,7 +150,7 @@ class SFTTrainer(StageTrainer):
         if self.samples is None or not examples or not (self.args.should_save or self.is_sharded):
             return []
         model = self.accelerator.unwrap_model(self.model)
-        context, length = training.context_length(model), most or self.args.sample_length
+        context, length = models.context_length(model), most or self.args.sample_length
         length = min(length, context // 2) if context else length
         room = context - length if context else 0  # [-0:] keeps all
         stop = models.stop_token_ids(self.tokenizer, model)

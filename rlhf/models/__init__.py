@@ -14,7 +14,6 @@ from .forward import (
     share_prompts,
     supports_packing,
     token_scores,
-    unwrapped,
 )
 from .loading import (
     DEMO_MODEL,
@@ -25,19 +24,22 @@ from .loading import (
     load_reward_model,
     load_tokenizer,
     loaded_whole,
-    quiet,
     resolve_model_path,
     reward_model_from_policy,
     save_model,
     stop_token_ids,
     with_tokens,
 )
+from .parts import check_token_ids, context_length, embedded_ids, quiet, text_config, unwrapped
 
 __all__ = [
     "DEMO_MODEL",
     "as_policy",
     "as_reward_model",
+    "check_token_ids",
+    "context_length",
     "disable_dropout",
+    "embedded_ids",
     "hidden_states",
     "is_classifier",
     "is_reward_model",
@@ -60,6 +62,7 @@ __all__ = [
     "share_prompts",
     "stop_token_ids",
     "supports_packing",
+    "text_config",
     "token_scores",
     "unwrapped",
     "with_tokens",

@@ -18,17 +18,12 @@ from rlhf_kernels.integrations.transformers import (
     use_shared_prefix_attention,
 )
 
+from .parts import text_config, trunk, unwrapped
+
 
 def position_ids_from_mask(attention_mask):
     """[B, T] mask, 1 = token -> [B, T] int64 positions that count the tokens from 0, wherever the padding stands."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_(min=0)
-
-
-def unwrapped(model):
-    """The transformers model inside DDP and PEFT wrappers (adapters sit in its modules, so they still take part)."""
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_wrapped(model):
@@ -88,7 +83,7 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
     if is_wrapped(model):
         raise ValueError(f"model: got one wrapped by {type(model).__name__}, which must run by its own forward")
     inputs = model_inputs(model, input_ids, attention_mask, position_ids)
-    return unwrapped(model).base_model(**inputs).last_hidden_state
+    return trunk(model)(**inputs).last_hidden_state
 
 
 @torch.no_grad()
@@ -105,7 +100,7 @@ def supports_packing(model, longest=None):
         return False
     was_training = model.training
     model.eval()
-    ids = torch.arange(1, 8, device=model.device)[None] % config.vocab_size
+    ids = torch.arange(1, 8, device=model.device)[None] % text_config(model).vocab_size
     positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4]], device=model.device)
     mask = torch.ones(7, 7, dtype=torch.bool, device=model.device).tril()
     mask[5:, 3:5] = False
@@ -151,6 +146,26 @@ def score_head(model):
         if hasattr(head, "modules_to_save"):  # PEFT's wrapper around a head that trains in full
             return head
     raise ValueError(f"{type(model).__name__} has no linear scalar head named `score`, so it cannot be a reward model")
+
+
+def check_score_head(model):
+    """Raise unless the scores of a sequence classifier are a linear map of its trunk's hidden states at each token."""
+    score_head(unwrapped(model))
+    if is_wrapped(model):
+        return
+    was_training, ids, read = model.training, torch.arange(1, 4, device=model.device)[None], []
+    model.eval()
+    handle = score_head(unwrapped(model)).register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    try:
+        with torch.no_grad():
+            model(**model_inputs(model, ids))
+            expected = hidden_states(model, ids)
+    finally:
+        handle.remove()
+        model.train(was_training)
+    if read[0].shape != expected.shape or not torch.allclose(read[0], expected, rtol=1e-2, atol=1e-2):
+        name = type(unwrapped(model)).__name__
+        raise ValueError(f"{name} pools, or has more layers, in front of its scalar head, so no token has a score")
 
 
 def is_classifier(model):

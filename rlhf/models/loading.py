@@ -6,6 +6,7 @@ its config, `reward_bias`, which scoring subtracts.
 
 import contextlib
 import copy
+import functools
 import json
 import math
 from pathlib import Path
@@ -14,14 +15,17 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.integrations import unset_hf_deepspeed_config
 
 from ..checkpoint import atomic_directory
 from ..data import end_of_turn_id
 from .adapters import merged
+from .classifiers import classifier_of, saved_class
 from .dropout import disable_dropout, set_residual_dropout
-from .forward import is_classifier, score_head, unwrapped
+from .forward import check_score_head, is_classifier, score_head
+from .image_text import freeze_other_parts, language_auto_class, text_model
+from .parts import quiet, text_config, trunk_name, unwrapped, without_weights
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "base"
 
@@ -77,21 +81,6 @@ def _cached(name):
         return None
 
 
-@contextlib.contextmanager
-def quiet():
-    """Keep back the table of missing weights and the progress bars of loading: what is missing is checked here."""
-    loading = transformers.utils.logging
-    level, bars = loading.get_verbosity(), loading.is_progress_bar_enabled()
-    loading.set_verbosity_error()
-    loading.disable_progress_bar()
-    try:
-        yield
-    finally:
-        loading.set_verbosity(level)
-        if bars:
-            loading.enable_progress_bar()
-
-
 def load_tokenizer(path, *, pad_token=None, eos_token=None, trust_remote_code=False):
     """The tokenizer of a model folder, with a pad token and an EOS token.
 
@@ -144,12 +133,21 @@ def loaded_whole(deepspeed_plugin):
         deepspeed_plugin.set_deepspeed_weakref()
 
 
-def _load(auto_class, path, *, dtype, attn_implementation, trust_remote_code, **extra):
+def _config_of(path, trust_remote_code):
+    folder = resolve_model_path(path, trust_remote_code=trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"model {str(path)!r} has a config.json that cannot be read: {error}") from None
+
+
+def _load(model_class, path, config, *, dtype, attn_implementation, trust_remote_code):
     """Load quietly, and return (model, names of the weights that the folder did not hold)."""
     folder = resolve_model_path(path, trust_remote_code=trust_remote_code)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if attn_implementation is None and getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        attn_implementation = "eager"  # the one that caps
     options = {
-        "dtype": dtype,
+        "dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype,
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
@@ -158,21 +156,57 @@ def _load(auto_class, path, *, dtype, attn_implementation, trust_remote_code, **
     }
     try:
         with quiet():
-            model, info = auto_class.from_pretrained(folder, **options, **extra)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"model {str(path)!r} cannot be loaded as {auto_class.__name__}: {error}") from None
+            model, info = model_class.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        _check_attention(model_class, config, attn_implementation)
+        raise ValueError(f"model {str(path)!r} cannot be loaded as {model_class.__name__}: {error}") from None
     return model, sorted(info["missing_keys"])
 
 
-def load_policy(path, *, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, dropout=0.0):
-    """A causal language model in train mode, with residual dropout `dropout` (0 in RL; paper: 0.2 in SFT), no other."""
-    model, missing = _load(
-        AutoModelForCausalLM,
-        path,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-    )
+def _check_attention(model_class, config, attention):
+    """Raise if it is its attention for which a model is refused, whatever its weights."""
+    make = getattr(model_class, "from_config", None) or model_class._from_config
+    try:
+        without_weights(functools.partial(make, attn_implementation=attention), copy.deepcopy(config))
+    except (ValueError, ImportError) as error:
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise ValueError(
+            f"attn_implementation: got {attention!r}, which this model does not take here ({reason}); leave it out "
+            "for the best that the model has, or use --attn_implementation eager"
+        ) from None
+
+
+def _load_language_model(path, **options):
+    """(language model, names of the weights that the folder did not hold); of an image-text model what text needs."""
+    config = _config_of(path, options["trust_remote_code"])
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    auto_class = AutoModelForCausalLM if own_code else language_auto_class(config)
+    if auto_class is None:
+        raise ValueError(
+            f"model {str(path)!r} has the type {config.model_type!r}, for which transformers has no causal language "
+            "model that loads again once it is saved"
+        )
+    model, missing = _load(auto_class, path, config, **options)
+    if auto_class is AutoModelForImageTextToText and not missing:
+        model = text_model(model, f"model {str(path)!r}")
+    freeze_other_parts(model)
+    return model, missing
+
+
+def load_policy(path, *, dtype=torch.float32, attn_implementation=None, trust_remote_code=False, dropout=0.0):
+    """A causal language model in train mode, with residual dropout `dropout` (0 in RL; paper: 0.2 in SFT), no other.
+
+    Of a model that takes images too, where AutoModelForCausalLM does not load it: its text model alone, or the whole.
+
+    Args:
+        path: as in `resolve_model_path`.
+        attn_implementation: of transformers; None = SDPA where the model supports it, else eager.
+    Raises:
+        ValueError: as `resolve_model_path`; the model cannot be loaded; it lacks weights; it does not support
+            `attn_implementation`.
+    """
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    model, missing = _load_language_model(path, **options)
     if missing:
         raise ValueError(f"model {str(path)!r} is not a complete language model: it lacks {', '.join(missing[:3])}")
     return as_policy(model, dropout=dropout)
@@ -195,11 +229,17 @@ def as_policy(model, name="model", *, dropout=0.0):
     return model.train()
 
 
-def load_reward_model(path, *, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False):
-    """A trained reward model, without dropout. Its calibration comes with it (`config.reward_bias`, 0 when absent)."""
+def load_reward_model(path, *, dtype=torch.float32, attn_implementation=None, trust_remote_code=False):
+    """A trained reward model, without dropout. Its calibration comes with it (`config.reward_bias`, 0 when absent).
+
+    Args:
+        path, attn_implementation: as in `load_policy`.
+    """
+    config = _config_of(path, trust_remote_code)
     model, missing = _load(
-        AutoModelForSequenceClassification,
+        saved_class(config, config.architectures or ()),
         path,
+        config,
         dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
@@ -222,7 +262,7 @@ def as_reward_model(model, name="reward_model"):
         raise ValueError(f"{name}: got {type(model).__name__}, wants a sequence classifier of transformers")
     if model.config.num_labels != 1:
         raise ValueError(f"{name} has {model.config.num_labels} labels, a reward model has 1")
-    score_head(unwrapped(model))
+    check_score_head(model)
     disable_dropout(model)
     if not hasattr(model.config, "reward_bias"):
         model.config.reward_bias = 0.0
@@ -230,7 +270,7 @@ def as_reward_model(model, name="reward_model"):
 
 
 def reward_model_from_policy(
-    policy, seed, *, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, pad_token_id=None
+    policy, seed, *, dtype=torch.float32, attn_implementation=None, trust_remote_code=False, pad_token_id=None
 ):
     """A reward model to train: the policy's trunk under a new scalar head, drawn from N(0, 1/sqrt(d + 1)) with `seed`.
 
@@ -238,18 +278,18 @@ def reward_model_from_policy(
 
     Args:
         policy: path of a language model, or the model itself, whose weights are copied in its own dtype (adapters of
-            PEFT merged into them).
+            PEFT merged into them). Any architecture: see `rlhf.models.classifiers`.
     """
     if isinstance(policy, nn.Module):
-        model, missing, name = *_classifier_of(policy), type(policy).__name__
+        language_model = _copy_of(policy)
     else:
-        name = repr(str(policy))
         options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-        model, missing = _load(AutoModelForSequenceClassification, policy, **options, num_labels=1)
+        language_model, missing = _load_language_model(policy, **options)
+        missing = [weight for weight in missing if weight.startswith(f"{trunk_name(language_model)}.")]
+        if missing:
+            raise ValueError(f"model {str(policy)!r} is not a complete language model: it lacks {missing[0]}")
+    model = classifier_of(language_model)
     head = score_head(model)
-    head_name = next(name for name, module in model.named_modules() if module is head)
-    if not set(missing) <= {f"{head_name}.weight", f"{head_name}.bias"}:
-        raise ValueError(f"model {name} is not a complete language model: it lacks {missing[0]}")
     draw = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         head.weight.copy_(draw / math.sqrt(head.weight.shape[1] + 1))
@@ -257,26 +297,19 @@ def reward_model_from_policy(
             head.bias.zero_()
     model.config.reward_bias = 0.0
     if pad_token_id is not None:
-        model.config.pad_token_id = pad_token_id
+        model.config.pad_token_id = text_config(model).pad_token_id = pad_token_id
     disable_dropout(model)
     return model.train()
 
 
-def _classifier_of(policy):
-    """(sequence classifier of one label with the trunk of a language model, names of the weights it did not get)."""
+def _copy_of(policy):
+    """A language model of the same weights, those of its adapters merged into them."""
     base, state = merged(policy)
-    state = base.state_dict() if state is None else state
-    config = copy.deepcopy(base.config)
-    config.num_labels = 1
     options = {"dtype": base.dtype, "attn_implementation": base.config._attn_implementation}
-    try:
-        with torch.random.fork_rng(), quiet():
-            model = AutoModelForSequenceClassification.from_config(config, **options).to(base.device)
-    except ValueError as error:
-        raise ValueError(f"model: {type(base).__name__} has no sequence classifier in transformers ({error})") from None
-    ours, theirs = f"{model.base_model_prefix}.", f"{base.base_model_prefix}."
-    trunk = {ours + name.removeprefix(theirs): x for name, x in state.items() if name.startswith(theirs)}
-    return model, sorted(model.load_state_dict(trunk, strict=False).missing_keys)
+    with torch.random.fork_rng(), quiet():
+        copied = type(base)._from_config(copy.deepcopy(base.config), **options).to(base.device)
+    copied.load_state_dict(base.state_dict() if state is None else state)
+    return copied
 
 
 def stop_token_ids(tokenizer, model, extra=None):

@@ -25,7 +25,9 @@ class PPOConfig:
     output_dir: str = _option("runs/ppo", "Folder of the run.")
     dtype: str = _option("float32", "Weights' type: float32, bfloat16 or float16.")
     bf16: bool = _option(False, "Mixed precision: products in bfloat16 of weights that stay float32.")
-    attn_implementation: str = _option("sdpa", "Attention of transformers: sdpa, eager, flash_attention_2, ...")
+    attn_implementation: str | None = _option(
+        None, "Attention of transformers: sdpa, eager, flash_attention_2, ... None: sdpa where the model has it."
+    )
     trust_remote_code: bool = _option(False, "Run code that comes with a model.")
     pad_token: str | None = _option(None, "Pad token, for a tokenizer that has none.")
     eos_token: str | None = _option(None, "EOS token, for a tokenizer that has none.")

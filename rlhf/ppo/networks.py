@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from pathlib import Path
 
 import torch
@@ -105,6 +106,7 @@ def load_networks(run, resume: Path | None) -> None:
     extra = [token for token in (args.stop_token, args.stop_token_id) if token not in (None, "eos")]
     run.stop_ids = models.stop_token_ids(run.tokenizer, run.policy, extra)  # 3
     _check_context(run)
+    _check_token_ids(run)
     for model in (run.reference, run.reward_model) if run.sharding.mesh is None else ():
         if model is not None:
             model.to(run.accelerator.device)
@@ -113,7 +115,7 @@ def load_networks(run, resume: Path | None) -> None:
     wanted = args.packing != "false" and args.num_responses > 1
     run.share_width = None  # 12
     if wanted and models.share_prompts(networks, longest):
-        run.share_width = run.policy.config.get_text_config().hidden_size
+        run.share_width = models.text_config(run.policy).hidden_size
     if args.use_peft:  # 17
         _put_adapters(run, resume)
     own = (run.policy, None if args.use_peft else run.reference, run.value, run.reward_model)
@@ -169,11 +171,25 @@ def _put_adapters(run, resume: Path | None) -> None:
     run.reference = AdaptersOff(run.policy)
 
 
-def _check_context(run) -> None:
-    networks = {"policy": run.policy, "value network": run.value}
+def _readers(run):
+    """The networks that read the policy's tokens, by name."""
+    networks = {"policy": run.policy, "reference": run.reference, "value network": run.value}
     networks |= {} if run.own_tokens else {"reward model": run.reward_model}
-    for name, model in networks.items():
-        context = model and getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return {name: model for name, model in networks.items() if model is not None}
+
+
+def _check_token_ids(run) -> None:
+    """Each network embeds the prompts, and what the policy can say."""
+    own = models.embedded_ids(run.policy)
+    said = [token for token in run.tokenizer.get_vocab().values() if token < own]
+    for name, model in _readers(run).items():
+        ids = itertools.chain(said, *(row["prompt_ids"] for row in run.prompts))
+        models.check_token_ids(model, run.tokenizer, ids, name)
+
+
+def _check_context(run) -> None:
+    for name, model in _readers(run).items():
+        context = models.context_length(model)
         for row in run.prompts if context else ():
             if len(row["prompt_ids"]) + run.args.response_length > context:
                 raise ValueError(

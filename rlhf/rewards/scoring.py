@@ -111,7 +111,7 @@ class Scorer:
         return scores
 
     def _check_context(self, rows, rollouts: Rollouts) -> None:
-        context = context_of(self.trainer.reward_model)
+        context = models.context_length(self.trainer.reward_model)
         for row, prompt, response in zip(rows, rollouts.prompt_ids, rollouts.response_ids):
             if context and len(prompt) + len(response) > context:
                 raise ValueError(
@@ -293,7 +293,7 @@ def own_tokens(trainer) -> OwnTokens | None:
             f"give {args.sft_model_path} to start from the policy, with a new head, or a value network of its tokenizer"
         )
     logger.warning("the reward model has another tokenizer: responses are decoded, and encoded again for it")
-    context = context_of(trainer.reward_model)
+    context = models.context_length(trainer.reward_model)
     for row in trainer.prompts if context else ():
         length = len(encode_prompt(tokenizer, row["prompt"]))
         if length + args.response_length > context:
@@ -302,10 +302,6 @@ def own_tokens(trainer) -> OwnTokens | None:
                 f"{args.response_length} it does not fit its context of {context}"
             )
     return OwnTokens(trainer.tokenizer, tokenizer)
-
-
-def context_of(model) -> int | None:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def same_tokenizer(first, second) -> bool:

@@ -2,7 +2,7 @@
 
 from .batches import batch_inputs, encode_rows, make_batch, response_log_probs
 from .config import StageConfig, option, settings
-from .stage import context_length, load_data, load_stage_tokenizer, model_options, set_max_length
+from .stage import load_data, load_stage_tokenizer, model_options, set_max_length
 from .trainer import MetricsFile, StageProgress, StageTrainer, logger, may_pack, perplexity
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "StageProgress",
     "StageTrainer",
     "batch_inputs",
-    "context_length",
     "encode_rows",
     "load_data",
     "load_stage_tokenizer",

@@ -32,7 +32,9 @@ class StageConfig(TrainingArguments):
         "auto", "Prompts and responses share rows instead of padding; auto: where the model can and it saves time."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Type of the weights.")
-    attn_implementation: str = option("sdpa", "Attention of transformers: sdpa, eager, flash_attention_2, ...")
+    attn_implementation: str | None = option(
+        None, "Attention of transformers: sdpa, eager, flash_attention_2, ...; default: sdpa where the model has it."
+    )
     trust_remote_code: bool = option(False, "Let the model's folder run code of its own.")
     pad_token: str | None = option(None, "Token to pad with, if the tokenizer names none; it may be the EOS token.")
     eos_token: str | None = option(None, "Token that ends a response, if the tokenizer names none.")

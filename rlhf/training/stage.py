@@ -47,14 +47,9 @@ def model_options(args):
     return {name: getattr(args, name) for name in names}
 
 
-def context_length(model):
-    """Tokens that the model can read at once, or None if its config does not say."""
-    return next((getattr(model.config, name, None) for name in ("max_position_embeddings", "n_positions")), None)
-
-
 def set_max_length(args, model):
     """Fill in max_length from the model's context, or check that it fits there."""
-    context = context_length(model)
+    context = models.context_length(model)
     if args.max_length is None:
         args.max_length = min(context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     elif args.max_length < 2 or (context and args.max_length > context):

@@ -1,5 +1,6 @@
 """transformers' Trainer with what the SFT, reward and preference stages have in common."""
 
+import itertools
 import logging
 import math
 from contextlib import nullcontext
@@ -81,6 +82,8 @@ class StageTrainer(Trainer):
         set_max_length(args, model)
         self.args, self.tokenizer = args, tokenizer
         train, self.held_out = self.encode(train, "training"), self.encode(held_out, "held-out")
+        read = (ids for row in (*train, *self.held_out) for ids in (row["prompt"], *row["responses"]))
+        models.check_token_ids(model, tokenizer, itertools.chain.from_iterable(read))
         self.can_pack = may_pack(args, model)
         self.evaluation, self.evaluated_step = {}, None
         self.samples = self._aside = None
@@ -180,7 +183,7 @@ class StageTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def collate(self, examples):
-        width = self.model.config.hidden_size
+        width = models.text_config(self.model).hidden_size
         groups = [(len(example["prompt"]), list(map(len, example["responses"]))) for example in examples]
         packed = self.can_pack and (self.args.packing == "true" or packing_pays(groups, width))
         return make_batch(examples, self.tokenizer.pad_token_id, packed=packed, hidden_size=width)

@@ -1,0 +1,93 @@
+"""What a model is made of, wherever its class keeps it: its text config, its trunk, and what ids it reads."""
+
+import contextlib
+import itertools
+
+import torch
+import transformers
+from torch import nn
+
+from rlhf_kernels.integrations.transformers import first_position
+
+CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+
+
+def unwrapped(model):
+    """The transformers model inside DDP and PEFT wrappers (adapters sit in its modules, so they still take part)."""
+    while hasattr(model, "module") and isinstance(model.module, nn.Module):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keep back the table of missing weights and the progress bars of loading: what is missing is checked here."""
+    loading = transformers.utils.logging
+    level, bars = loading.get_verbosity(), loading.is_progress_bar_enabled()
+    loading.set_verbosity_error()
+    loading.disable_progress_bar()
+    try:
+        yield
+    finally:
+        loading.set_verbosity(level)
+        if bars:
+            loading.enable_progress_bar()
+
+
+def without_weights(model_class, config):
+    """A model on the meta device: its modules and their names, no numbers."""
+    with torch.device("meta"), torch.random.fork_rng(), quiet():
+        return model_class(config)
+
+
+def text_config(model):
+    """The config of a model's text decoder: the model's own, or the part for text of one that takes images too."""
+    return unwrapped(model).config.get_text_config(decoder=True)
+
+
+def context_length(model):
+    """Tokens that the model can read at once, or None if its config does not say."""
+    config = text_config(model)
+    context = next((value for name in CONTEXTS if (value := getattr(config, name, None))), None)
+    return context and context - first_position(model)
+
+
+def trunk_name(model):
+    """The name of the child whose last hidden states the head of a transformers model reads."""
+    name = model.base_model_prefix
+    if isinstance(getattr(model, name, None), nn.Module):
+        return name
+    embeddings = model.get_input_embeddings()
+    return next(name for name, child in model.named_children() if embeddings in child.modules())
+
+
+def trunk(model):
+    """The transformers model under the head of `model`, which has no wrapper but PEFT's."""
+    inner = unwrapped(model)
+    return getattr(inner, trunk_name(inner))
+
+
+def embedded_ids(model):
+    """How many token ids the model embeds, from 0 on: the rows of its table, which a tokenizer may not fill."""
+    return unwrapped(model).get_input_embeddings().weight.shape[0]
+
+
+def check_token_ids(model, tokenizer, ids, name="model"):
+    """Raise where the model has no embedding for the largest of these token ids, or for the pad token.
+
+    A tokenizer may have more tokens than that, as that of the small Gemma 3 for images, if nothing uses them.
+
+    Args:
+        ids: token ids that the model is to read.
+        name: what the model is called in messages.
+    Raises:
+        ValueError: names the token, and says what to do.
+    """
+    rows, largest = embedded_ids(model), max(itertools.chain([tokenizer.pad_token_id], ids))
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ValueError(
+            f"{name}: the token {token!r} has the id {largest}, but the model embeds ids 0 to {rows - 1}: the "
+            "tokenizer is another model's, or tokens were added to it, for which "
+            "model.resize_token_embeddings(len(tokenizer)) makes room"
+        )
