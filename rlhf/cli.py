@@ -4,19 +4,24 @@ torch is imported only after the sub-command is known, and after THP_MEM_ALLOC_E
 kernel for huge pages, which saves about a third of the time on a CPU.
 """
 
-import contextlib
+import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import logging
 import os
+import re
 import shutil
+import signal
 import sys
 import textwrap
+import typing
 from pathlib import Path
 
 from . import extras
-from .settings import PRESETS, UsageError, nearest, preset_file, preset_names
+from .ranges import alternatives, is_numeric
+from .settings import PRESETS, UsageError, nearest, preset_file, preset_names, read_yaml
 
 STAGES = {
     "sft": ("rlhf.sft", "SFTConfig", "train_sft", "stage 1: fine-tune a language model on demonstrations"),
@@ -31,8 +36,16 @@ TOOLS = {
     "env": ("rlhf.environment", "versions, backends, threads and GPUs of this machine, for a bug report"),
     "demo": ("rlhf.demo.run", "all stages on the embedded story model, in minutes"),
 }
+GOES_ON = {
+    **dict.fromkeys(STAGES, "; the same command with --resume_from_checkpoint true goes on from the last checkpoint"),
+    **dict.fromkeys(("pipeline", "demo"), "; the same command goes on where it was"),
+}
+"""What to do about a command that was stopped; of the others there is nothing to tell."""
 SECTIONS = (*STAGES, "ppo_ptx", "pipeline", "demo")
 INDENT = 34
+NULL = "\0null"  # what no command line can hold
+NEGATIVE_NUMBER = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|^-(inf|infinity|nan)$", re.IGNORECASE)
+"""Words that argparse takes for values, not for flags: all that float() reads."""
 
 
 def main(argv=None):
@@ -40,10 +53,15 @@ def main(argv=None):
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return run_command(argv) or 0
+        status = run_command(argv) or 0
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
-        print("\nrlhf: stopped; the same command with --resume_from_checkpoint true goes on", file=sys.stderr)
-        return 130
+        print(f"\nrlhf: stopped{GOES_ON.get(argv[0] if argv else '', '')}", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `rlhf ... | head` has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in the buffer goes nowhere, now and at the exit
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         if os.environ.get("RLHF_DEBUG") == "1":
             raise
@@ -104,7 +122,31 @@ def make_parser(command, config_class):
         raise UsageError(f"{command}: {message}")
 
     parser.error = fail
+    parser._negative_number_matcher = NEGATIVE_NUMBER
+    kinds = {name: alternatives(hint) for name, hint in typing.get_type_hints(config_class).items()}
+    for action in parser._actions:
+        if action.dest in kinds:
+            action.type = or_null(action.type, kinds[action.dest])
     return parser
+
+
+def or_null(kind, kinds):
+    """The type of an argument, made to read also YAML's null and, of numbers, `none` and `null`.
+
+    Raises:
+        UsageError: the option takes no None.
+    """
+    text_too = not is_numeric(kinds) or str in kinds
+
+    @functools.wraps(kind)
+    def read(text):
+        if text == NULL or (not text_too and text.lower() in ("none", "null") and type(None) in kinds):
+            if type(None) not in kinds:
+                raise argparse.ArgumentTypeError("got null, but takes no None")
+            return None
+        return kind(text)
+
+    return read
 
 
 def parse_stage(command, config_class, argv, parser=None):
@@ -128,14 +170,16 @@ def parse_stage(command, config_class, argv, parser=None):
         files.append(preset_file(value) if name == "--preset" else Path(value))
     files.sort(key=lambda file: file.parent != PRESETS)  # --config overrides --preset, in whatever order they came
     flags = [token for file in files for token in settings_as_flags(command, file, known)] + flags
-    _, unknown = parser.parse_known_args(flags)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # what is not given is left to the dataclass
+    given, unknown = parser.parse_known_args(flags)
     if unknown:
         name = unknown[0].partition("=")[0]
         if not name.startswith("-"):
             raise UsageError(f"{command}: does not know what to do with {name!r}")
         hint = nearest(name.strip("-").replace("-", "_"), ["config", "preset", "help", "help_all", *known], "--")
         raise UsageError(f"{command}: there is no flag {name}{hint}")
-    return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)[0]
+    return config_class(**{name: None if value == [None] else value for name, value in vars(given).items()})
 
 
 def settings_as_flags(command, file, known):
@@ -143,17 +187,7 @@ def settings_as_flags(command, file, known):
 
     The file maps names to values, or holds such a mapping under the stage's name; sections of other stages are skipped.
     """
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config: cannot read {file} ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: is not YAML ({' '.join(str(error).split())})") from None
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise UsageError(f"{file}: holds a {type(content).__name__}, wants a mapping of names to values")
+    content = read_yaml(file)
     own = content.get(command)
     if own is not None and not isinstance(own, dict):
         raise UsageError(f"{file}: the section {command} holds a {type(own).__name__}, wants names and values")
@@ -162,12 +196,8 @@ def settings_as_flags(command, file, known):
     for key, value in {**flat, **(own or {})}.items():
         if key not in known:
             raise UsageError(f"{file}: there is no setting {key!r} in rlhf {command}{nearest(str(key), known)}")
-        if value is None:
-            continue
         if isinstance(value, list):
             flags += [f"--{key}", *map(as_argument, value)]
-        elif value is False and key.endswith("_strategy"):
-            flags.append(f"--{key}=no")  # YAML reads a bare no as false
         else:
             flags.append(f"--{key}={as_argument(value)}")
     return flags
@@ -175,6 +205,8 @@ def settings_as_flags(command, file, known):
 
 def as_argument(value):
     """A YAML value as one command-line word."""
+    if value is None:
+        return NULL
     if isinstance(value, bool):
         return str(value).lower()
     return json.dumps(value) if isinstance(value, dict) else str(value)
@@ -200,7 +232,7 @@ def stage_help(command, config_class, parser, *, everything=False):
     names = ", ".join(preset_names())
     lines += flag_lines("--preset NAME", f"Named settings; known: {names}. Flags override them.")
     lines += flag_lines("--config FILE", f"YAML file of settings, flat or under `{command}:`. Flags override it.")
-    others = tuple(name for name in fields if name not in shown)
+    others = tuple(name for name in fields if name not in {*shown, *getattr(config_class, "refused", ())})
     if others:
         lines += flag_lines("--help-all", "Every flag, also those of transformers.TrainingArguments.")
     if others and everything:
@@ -219,8 +251,9 @@ def stage_help(command, config_class, parser, *, everything=False):
 
 def placeholder(action):
     """What stands for a flag's value in the help."""
-    if action.choices and len(action.choices) <= 6:
-        return "{" + ",".join(map(str, action.choices)) + "}"
+    choices = "{" + ",".join(map(str, action.choices or ())) + "}"
+    if action.choices and len(choices) <= 50:
+        return choices
     if action.default is True:
         return "{true,false}"
     names = {"int": "N", "float": "X", "str": "TEXT", "string_to_bool": ""}
@@ -245,5 +278,4 @@ def flag_lines(flag, text):
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        sys.exit(main())
+    sys.exit(main())

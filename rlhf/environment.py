@@ -1,12 +1,13 @@
 """`rlhf env`: what a bug report needs to say of the machine: versions, backends, instruction sets, threads, GPUs."""
 
-import argparse
 import importlib
 import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from .settings import ToolParser
 
 PACKAGES = (
     "rlhf-kernels", "torch", "triton", "numpy", "transformers", "accelerate", "tokenizers", "safetensors", "datasets",
@@ -72,7 +73,7 @@ def variables() -> dict[str, str]:
 
 def main(argv=None) -> int:
     """Print what `describe` finds, one line each."""
-    argparse.ArgumentParser(prog="rlhf env", description=__doc__.partition(": ")[2]).parse_args(argv)
+    ToolParser(prog="rlhf env", description=__doc__.partition(": ")[2]).parse_args(argv)
     found = describe()
     width = max(map(len, found))
     print("\n".join(f"{name:<{width}}  {text}" for name, text in found.items()))

@@ -4,7 +4,6 @@ One rollout per policy serves every number: true (gold) score where there is a j
 over SFT, KL from SFT, share of responses that end properly, length. The loss on held-out text shows the alignment tax.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +18,15 @@ from .checkpoint import write_json
 from .data import encode_prompt, load_rows
 from .metrics import wilson_interval
 from .models.sequences import by_length, join, per_token_log_probs, response_scores
+from .ranges import SEED, above, at_least, check_arguments
 from .rollouts.sampling import Rollouts, sample
+from .settings import ToolParser
+
+SAMPLING = {
+    "response_length": (int, at_least(1)), "temperature": (float, above(0)), "samples_per_prompt": (int, at_least(1)),
+    "seed": (int, SEED), "batch_size": (int, at_least(1)),
+}  # fmt: skip
+"""What the numbers of a sampling are, and their ranges."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,7 @@ def evaluate_policies(
     Raises:
         ValueError: `reference` is not among the policies, or no prompts.
     """
+    check_arguments(SAMPLING, locals())
     if reference not in policies:
         raise ValueError(f"reference must be one of the policies {list(policies)}, got {reference!r}")
     if not prompts:
@@ -289,8 +297,8 @@ def best_of_n(
         (table, choices): per n a row {n, kl (nats, upper bound), reward, gold or None, clipped_ratio, mean_length}; and
         per prompt the choice at the largest n {prompt, completion, score, ended}.
     """
-    if not n_values or min(n_values) < 1:
-        raise ValueError(f"n must hold integers >= 1, got {list(n_values)}")
+    check_arguments(SAMPLING, locals())
+    check_arguments({"n": (list[int], at_least(1))}, {"n": list(n_values)})
     tokenizer = models.load_tokenizer(model_path)
     model, scorer = models.load_policy(model_path), models.load_reward_model(reward_model_path)
     stop, most = models.stop_token_ids(tokenizer, model), max(n_values)
@@ -330,7 +338,7 @@ def best_of_n(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`rlhf best-of-n`: prints the table and, with --output_file, writes the chosen completions."""
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         prog="rlhf best-of-n",
         description="Sample n responses a prompt and keep the one that the reward model scores highest.",
     )
@@ -346,6 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_file", default=None, help="jsonl file for the choices at the largest n")
     args = parser.parse_args(argv)
     try:
+        check_arguments({"max_prompts": (int | None, at_least(1))}, vars(args))
         prompts = [row["prompt"] for row in load_rows(args.dataset_name, "prompts")][: args.max_prompts]
         table, choices = best_of_n(
             args.model_name_or_path,

@@ -5,17 +5,15 @@ stages are finished. Started again with the same settings it goes on where it st
 stage that was interrupted resumes from its newest checkpoint. With other settings it refuses.
 """
 
-import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from . import models
 from .data import load_rows, split_rows
-from .settings import preset_file
+from .ranges import SEED, at_least, check, check_arguments, option
+from .settings import ToolParser, preset_file, read_yaml
 from .stages import Stage, Stages, check_names, fresh_or_resumed, make_config, settings_of, write_rows
 
 SECTIONS = ("pipeline", "sft", "reward", "ppo", "ppo_ptx", "evaluate")
@@ -26,11 +24,8 @@ OTHER_SECTIONS = ("dpo", "demo")
 
 def read_sections(path: str | Path, known: Sequence[str] = SECTIONS) -> dict[str, dict]:
     """Settings by section from a YAML file; a section that is missing is empty, other commands' are skipped."""
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"config: {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict) or not all(isinstance(value, (dict, type(None))) for value in found.values()):
+    found = read_yaml(path)
+    if not all(isinstance(value, (dict, type(None))) for value in found.values()):
         raise ValueError(f"config: {path} must hold sections ({', '.join(known)}), each with `setting: value` lines")
     unknown = sorted(set(found) - set(known) - set(OTHER_SECTIONS))
     if unknown:
@@ -105,10 +100,13 @@ class PipelineConfig:
     ptx_dataset: str | None = None
     config: str | None = None
     preset: str | None = None
-    held_out_prompts: int = 100
-    seed: int = 0
+    held_out_prompts: int = option(100, "Prompts kept for the evaluation.", at_least(1))
+    seed: int = option(0, "Seed of all stages.", SEED)
     overwrite: bool = False
     quiet: bool = False
+
+    def __post_init__(self):
+        check(self)
 
 
 def hold_out(rows: Sequence[dict], count: int, seed: int, what: str) -> tuple[list[dict], list[dict]]:
@@ -213,22 +211,25 @@ def stage_settings(args: PipelineConfig) -> dict[str, dict]:
 
 
 def check_sections(sections: dict[str, dict], with_ptx: bool) -> None:
-    """Find unknown settings of every stage before the first one starts."""
+    """Find unknown settings of every stage, and wrong values, before the first one starts."""
+    from .evaluate import SAMPLING
     from .ppo.trainer import PPOConfig
     from .reward import RewardConfig
     from .sft import SFTConfig
 
-    classes = {"sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig, "ppo_ptx": PPOConfig}
-    for name, config_class in classes.items():
-        check_names(name, sections[name], settings_of(config_class))
+    make_config(SFTConfig, "sft", sections["sft"])
+    make_config(RewardConfig, "reward", sections["reward"])
+    for name in ("ppo", "ppo_ptx"):
+        ppo = {} if name == "ppo" else sections["ppo"]
+        make_config(PPOConfig, name, {"ptx_dataset_name": "of the pipeline"}, ppo, sections[name])
     if sections["ppo_ptx"] and not with_ptx:
         raise ValueError("ppo_ptx: the section has settings, but no --ptx_dataset is given")
-    known = ("response_length", "temperature", "samples_per_prompt", "seed", "batch_size", "dtype")
-    check_names("evaluate", sections.get("evaluate", {}), known)
+    check_names("evaluate", sections.get("evaluate", {}), [*SAMPLING, "dtype"])
+    check_arguments(SAMPLING, sections.get("evaluate", {}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         prog="rlhf pipeline",
         description="SFT -> reward model -> PPO (and PPO-ptx) on your model and data, then an evaluation and "
         "report.html. Started again with the same settings, it goes on where it stopped.",
@@ -257,6 +258,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_pipeline(PipelineConfig(**vars(args)))
     except ValueError as error:
         parser.exit(2, f"rlhf pipeline: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nrlhf pipeline: stopped; the same command goes on where it was\n")
     return 0

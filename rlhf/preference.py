@@ -14,7 +14,8 @@ from accelerate.utils import gather_object
 from rlhf_kernels import preference_loss
 
 from . import models, training
-from .training import StageConfig, StageTrainer, option
+from .ranges import above, at_least, option, within
+from .training import StageConfig, StageTrainer
 
 WITHOUT_REFERENCE = ("orpo", "simpo")
 
@@ -26,9 +27,11 @@ class DPOConfig(StageConfig):
     loss_type: Literal["sigmoid", "ipo", "hinge", "orpo", "simpo"] = option(
         "sigmoid", "The loss: sigmoid is DPO; orpo and simpo need no reference."
     )
-    beta: float = option(0.1, "Weight of the tether to the reference (DPO paper: 0.1 to 0.5).")
-    label_smoothing: float = option(0.0, "Assumed share of wrong labels, in [0, 0.5); sigmoid and simpo.")
-    learning_rate: float = option(1e-6, "Peak learning rate.")
+    beta: float = option(0.1, "Weight of the tether to the reference (DPO paper: 0.1 to 0.5).", above(0))
+    label_smoothing: float = option(
+        0.0, "Assumed share of wrong labels, in [0, 0.5); sigmoid and simpo.", within(0, 0.5, open_high=True)
+    )
+    learning_rate: float = option(1e-6, "Peak learning rate.", at_least(0))
 
     stage: ClassVar[str] = "dpo"
     groups: ClassVar[dict] = {**StageConfig.groups, "the method": ("loss_type", "beta", "label_smoothing")}

@@ -16,8 +16,9 @@ from rlhf_kernels import bradley_terry_loss, plackett_luce_loss
 
 from . import data, models, training
 from .data import rankings
+from .ranges import at_least, option
 from .reports.reward_model import labeler_agreement, ranking_report, report_table
-from .training import StageConfig, StageTrainer, logger, option
+from .training import StageConfig, StageTrainer, logger
 
 
 @dataclass
@@ -38,12 +39,19 @@ class RewardConfig(StageConfig):
     demonstrations: str | None = option(
         None, "File of demonstrations that shall score 0 on average; without it: the best-ranked responses."
     )
-    learning_rate: float = option(1e-4, "Peak learning rate.")
+    learning_rate: float = option(1e-4, "Peak learning rate.", at_least(0))
 
     stage: ClassVar[str] = "reward"
     groups: ClassVar[dict] = {
         **StageConfig.groups,
         "the method": ("loss_type", "ties", "comparisons", "demonstrations"),
+    }
+    refused: ClassVar[dict[str, str]] = {
+        **StageConfig.refused,
+        **dict.fromkeys(
+            ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
+            "scores are read from inside the model, past its compiled forward",
+        ),
     }
     paper: ClassVar[dict] = {
         "learning_rate": "9e-6",

@@ -1,6 +1,10 @@
-"""Settings and arguments by name: presets, hints for a name that is not known, and what other trainers take."""
+"""Settings and arguments by name: presets and YAML files, hints for a name that is not known, and what other trainers
+take.
+"""
 
+import argparse
 import difflib
+import re
 from pathlib import Path
 
 PRESETS = Path(__file__).parent / "presets"
@@ -30,6 +34,50 @@ def preset_file(name):
 
 def preset_names():
     return sorted(file.stem for file in PRESETS.glob("*.yaml"))
+
+
+class ToolParser(argparse.ArgumentParser):
+    """The arguments of a tool; what is wrong with them is told in one line, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class Written(float):
+    """A number such as 1e-6, which YAML 1.1 takes for text; as text it is what was written."""
+
+    def __new__(cls, text):
+        number = super().__new__(cls, text)
+        number.text = str(text)
+        return number
+
+    def __str__(self):
+        return self.text
+
+
+def read_yaml(path) -> dict:
+    """The mapping that a YAML file holds; {} of an empty one. Every way to write a number is one, also 1e-6.
+
+    Raises:
+        UsageError: there is no such file, it is not YAML, or holds no mapping.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """The safe loader, and numbers."""
+
+    Loader.add_implicit_resolver("!number", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+    Loader.add_constructor("!number", lambda loader, node: Written(loader.construct_scalar(node)))
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+    except OSError as error:
+        raise UsageError(f"--config: cannot read {path} ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: is not YAML ({' '.join(str(error).split())})") from None
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: holds a {type(content).__name__}, wants a mapping of names to values")
+    return content
 
 
 def nearest(name, known, dashes=""):

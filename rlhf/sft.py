@@ -13,7 +13,8 @@ import torch
 
 from . import data, models, training
 from .models.sequences import label_loss
-from .training import StageConfig, StageTrainer, option
+from .ranges import at_least, option, within
+from .training import StageConfig, StageTrainer
 
 logger = logging.getLogger("rlhf")
 
@@ -22,9 +23,11 @@ logger = logging.getLogger("rlhf")
 class SFTConfig(StageConfig):
     """Settings of `rlhf sft`."""
 
-    dropout: float = option(0.0, "Dropout on the residual blocks' outputs, a probability (paper: 0.2).")
-    num_samples: int = option(4, "Held-out prompts to write sample completions for, at each evaluation.")
-    sample_length: int = option(64, "Most tokens of a sample completion.")
+    dropout: float = option(
+        0.0, "Dropout on the residual blocks' outputs, a probability (paper: 0.2).", within(0, 1, open_high=True)
+    )
+    num_samples: int = option(4, "Held-out prompts to write sample completions for, at each evaluation.", at_least(0))
+    sample_length: int = option(64, "Most tokens of a sample completion.", at_least(1))
 
     stage: ClassVar[str] = "sft"
     groups: ClassVar[dict] = {**StageConfig.groups, "the method": ("dropout", "num_samples", "sample_length")}
@@ -34,11 +37,6 @@ class SFTConfig(StageConfig):
         "num_train_epochs": "16",
         "lr_scheduler_type": "cosine to 10 % of the peak",
     }
-
-    def __post_init__(self):
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: got {self.dropout}, wants a probability in [0, 1)")
-        super().__post_init__()
 
 
 def token_losses(model, batch, **options):

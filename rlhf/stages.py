@@ -171,11 +171,14 @@ def make_config(config_class, section: str, *layers: dict):
     """An instance of a stage's config from layers of settings, later ones winning.
 
     Raises:
-        ValueError: a setting that the stage does not know.
+        ValueError: a setting that the stage does not know, or a value that it does not take.
     """
     merged = {key: value for layer in layers for key, value in layer.items()}
     check_names(section, merged, settings_of(config_class))
-    return config_class(**merged)
+    try:
+        return config_class(**merged)
+    except ValueError as error:
+        raise ValueError(f"{section}: {error}") from None
 
 
 def fresh_or_resumed(folder: Path) -> dict:

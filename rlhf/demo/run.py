@@ -6,7 +6,6 @@ evaluation on held-out prompts by the labeler's true (gold) score, which no stag
 All numbers stand in `presets/demo.yaml` (small models) and `presets/demo_llm.yaml` (more than 20 million parameters).
 """
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -25,7 +24,8 @@ from .. import models, pipeline
 from ..checkpoint import write_json
 from ..data import encode_prompt, load_rows
 from ..pipeline import hold_out, read_sections
-from ..settings import PRESETS
+from ..ranges import SEED, above, at_least, check, check_value, option, within
+from ..settings import PRESETS, ToolParser
 from ..stages import Stage, Stages, duration, make_config, write_rows
 from . import labeler
 
@@ -47,21 +47,24 @@ PLAN = (
 class DemoConfig:
     """Section `demo` of the preset: what is not a setting of one stage."""
 
-    response_length: int = 40
-    held_out_prompts: int = 100
-    samples_per_prompt: int = 2
-    ranked_prompts: int | None = None
-    k_min: int = 4
-    k_max: int = 9
-    labeler_agreement: float = labeler.PAPER_AGREEMENT
-    pretraining_texts: int = 400
-    held_out_texts: int = 100
-    text_length: int = 96
-    kl_budget: float = 10.0
-    batch_size: int = 128
+    response_length: int = option(40, "Most tokens of a response.", at_least(1))
+    held_out_prompts: int = option(100, "Prompts kept for the evaluation.", at_least(1))
+    samples_per_prompt: int = option(2, "Responses to each of them.", at_least(1))
+    ranked_prompts: int | None = option(None, "Prompts that the labeler ranks responses to. None: all.", at_least(1))
+    k_min: int = option(4, "Fewest responses to rank.", at_least(2))
+    k_max: int = option(9, "Most responses to rank.", at_least(2))
+    labeler_agreement: float = option(
+        labeler.PAPER_AGREEMENT, "How often two labelers agree on a pair.", within(0.5, 1, open_low=True)
+    )
+    pretraining_texts: int = option(400, "Texts of the base model that PPO-ptx reads.", at_least(1))
+    held_out_texts: int = option(100, "Texts that tell the tax.", at_least(1))
+    text_length: int = option(96, "Tokens of such a text.", at_least(2))
+    kl_budget: float = option(10.0, "KL at which the report compares, nats.", above(0))
+    batch_size: int = option(128, "Rows sampled and scored at once.", at_least(1))
     expected_seconds: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        check(self)
         if not 2 <= self.k_min <= self.k_max:
             raise ValueError(f"k_min and k_max must satisfy 2 <= k_min <= k_max, got {self.k_min} and {self.k_max}")
 
@@ -257,6 +260,7 @@ def run_demo(
     from ..evaluate import evaluate_policies, write_evaluation
     from ..reports.report import text_table, write_report
 
+    check_value("seed", seed, int, SEED)
     begun = time.perf_counter()
     gguf = smollm2_gguf() if model == "smollm2" else None
     size = 135_000_000 if gguf else count_parameters(model or "demo")
@@ -361,7 +365,7 @@ def run_demo(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ToolParser(
         prog="rlhf demo",
         description="SFT -> reward model -> PPO and PPO-ptx on a small story model, judged by a simulated labeler; "
         "ends with a table and report.html. Started again with the same settings, it goes on where it stopped.",
@@ -385,8 +389,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except (ValueError, ModuleNotFoundError) as error:
         parser.exit(2, f"rlhf demo: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nrlhf demo: stopped; the same command goes on where it was\n")
     return 0
 
 

@@ -130,7 +130,7 @@ class PPORun:
             {"params": [x for x in network.parameters() if x.requires_grad], "lr": rate}
             for network, rate in (
                 (self.policy, args.learning_rate),
-                (self.value, args.value_learning_rate or args.learning_rate),
+                (self.value, args.learning_rate if args.value_learning_rate is None else args.value_learning_rate),
             )
         ]
         betas = (args.adam_beta1, args.adam_beta2)

@@ -6,10 +6,10 @@ verdict), sample completions side by side, and the plots. It reads only the file
 time, also while a stage runs.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..settings import ToolParser
 from .page import render
 from .runs import COLUMNS, cell, read_report
 
@@ -52,7 +52,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="rlhf report", description="Write report.html for a run.")
+    parser = ToolParser(prog="rlhf report", description="Write report.html for a run.")
     parser.add_argument("run_dir", help="output directory of a stage, of `rlhf pipeline` or of `rlhf demo`")
     args = parser.parse_args(argv)
     try:

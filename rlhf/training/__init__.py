@@ -1,7 +1,8 @@
 """What the SFT, reward and preference stages share: settings, batches, a Trainer around transformers', and the run."""
 
+from ..ranges import option
 from .batches import batch_inputs, encode_rows, make_batch, response_log_probs
-from .config import StageConfig, option, settings
+from .config import StageConfig, settings
 from .stage import load_data, load_stage_tokenizer, model_options, set_max_length
 from .trainer import MetricsFile, StageProgress, StageTrainer, logger, may_pack, perplexity
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,39 @@ def test_yaml_is_overridden_by_flags(tmp_path):
     assert parse("reward", "--config", str(config)).ties == "half"
 
 
+def test_null_in_yaml_is_none_and_overrides(tmp_path):
+    config = tmp_path / "x.yaml"
+    config.write_text("max_grad_norm: null\nsave_total_limit: null\nema_decay: ~\nptx_coef: 0\nstop_token:\n")
+    args = parse("ppo", "--preset", "instructgpt", "--config", str(config), "--stop_token", "null")
+    assert (args.max_grad_norm, args.save_total_limit, args.ema_decay) == (None, None, None)
+    assert args.stop_token == "null"  # a word like any other on the command line
+    lists = tmp_path / "lists.yaml"
+    lists.write_text("reward_clip_range: [-1, 1]\nlora_target_modules: [a]")
+    config.write_text("reward_clip_range: null\nlora_target_modules: null")
+    args = parse("ppo", "--config", str(lists), "--config", str(config))
+    assert args.reward_clip_range is None and args.lora_target_modules is None
+    assert parse("ppo", "--max_grad_norm", "None", "--kl_target=null").max_grad_norm is None
+
+
+def test_null_where_no_none_is_taken(fails, files):
+    config = files["tmp"] / "x.yaml"
+    config.write_text("learning_rate: null")
+    assert "learning-rate: got null, but takes no None" in fails(*sft_flags(files), "--config", str(config))
+
+
+def test_numbers_in_yaml_and_behind_flags(tmp_path):
+    config = tmp_path / "x.yaml"
+    config.write_text("lr_scheduler_kwargs: {min_lr: 1e-6, text: '1e-6', n: [2E3, -1.e-2]}\nrun_name: 1e3\n")
+    args = parse("sft", "--config", str(config), "--dataset_name", "x")
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6, "text": "1e-6", "n": [2000.0, -0.01]} and args.run_name == "1e3"
+    for words in (["-1e-05", "-inf"], ["-.5", "-2.E+3"]):
+        config.write_text(f"reward_weights: [{words[0]}, 3]")
+        assert parse("ppo", "--config", str(config)).reward_weights == [float(words[0]), 3]
+        assert parse("ppo", "--reward_clip_range", words[1], "5").reward_clip_range == [float(words[1]), 5]
+    config.write_text("reward_clip_range: [-.inf, 5]")
+    assert parse("ppo", "--config", str(config)).reward_clip_range == [float("-inf"), 5]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -300,3 +334,29 @@ def test_without_what_the_trainers_need_one_line_says_so(installed, told, monkey
     assert cli.main(["sft", "--dataset_name", "x.jsonl"]) == 2
     assert capsys.readouterr().err.startswith(f"rlhf: error: rlhf sft {told}")
     assert cli.main(["--help"]) == 0
+
+
+@pytest.mark.parametrize("command", ["sft", "report", "pipeline"])
+def test_ctrl_c_advises_what_the_command_has(command, monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run_command", interrupted)
+    assert cli.main([command]) == 130
+    said = capsys.readouterr().err.strip()
+    advice = {"sft": "--resume_from_checkpoint true goes on", "pipeline": "the same command goes on where it was"}
+    assert said.startswith("rlhf: stopped") and advice.get(command, "") in said
+    assert ("resume_from_checkpoint" in said) == (command == "sft")
+
+
+@pytest.mark.parametrize("argv", [["sft", "--help-all"], ["--help"], ["env"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_the_command_quietly(argv, unbuffered):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "rlhf", *argv]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGPIPE

@@ -109,8 +109,8 @@ def test_presets_hold_only_known_settings():
         ("demo: {temprature: 1}", "demo: there is no setting 'temprature'; see --help"),
         ("ppo: {kl_coeff: 1}", "ppo: there is no setting 'kl_coeff'; did you mean kl_coef"),
         ("rlhf: {}", "unknown section rlhf; known are: demo, sft, reward, ppo, ppo_ptx"),
-        ("- 1", "must hold sections"),
-        ("ppo: [", "cannot be read as YAML"),
+        ("- 1", "wants a mapping of names to values"),
+        ("ppo: [", "is not YAML"),
     ],
 )
 def test_bad_presets_are_errors(tmp_path, text, message):

@@ -17,8 +17,8 @@ from rlhf import _moved
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ROOT / "rlhf"
 FLOORS = (  # a room or file imports from its own room and from floors before its own
-    {"checkpoint", "environment", "extras", "metrics", "own_code", "processes", "settings"},
-    {"data", "stages"},
+    {"checkpoint", "extras", "metrics", "own_code", "processes", "ranges", "settings"},
+    {"data", "environment", "stages"},
     {"models"},
     {"rollouts"},
     {"rewards", "reports"},

@@ -314,6 +314,25 @@ def test_trap_27_gradients_are_clipped_before_the_step_and_epsilon_counts(home):
     assert 0 < moved < 5e-4  # two steps of at most 1e-4; without the clip, or with a small epsilon, 1e-3 and more
 
 
+def test_a_gradient_limit_of_0_is_no_limit(home):
+    """As in the other stages, and as in transformers: 0 does not mean that nothing is trained."""
+    moved = {}
+    for limit in (0, None, 1e9, 1e-3):
+        trainer = home.trainer(f"run-{limit}", max_grad_norm=limit, max_steps=1, seed=3)
+        trainer.iteration()
+        moved[limit] = weights(trainer.model)
+    assert equal(moved[0], moved[None]) and equal(moved[0], moved[1e9]) and not equal(moved[0], moved[1e-3])
+    assert not equal(moved[0], weights(home.trainer("start", max_steps=1, seed=3).model))
+
+
+def test_a_value_learning_rate_of_0_holds_the_values(home):
+    trainer = home.trainer(value_learning_rate=0, max_steps=1)
+    before = weights(trainer.model)
+    trainer.iteration()
+    changed = {name for name, weight in weights(trainer.model).items() if not torch.equal(weight, before[name])}
+    assert changed and all(name.startswith("policy.") for name in changed)
+
+
 def test_trap_29_the_reference_does_not_move(home):
     trainer = home.trainer(max_steps=2)
     before = weights(trainer.reference)

@@ -204,10 +204,10 @@ def test_nan_stops_the_run(home):
         ({"kl_target": 0.0}, "kl_target: got 0.0"),
         ({"ema_decay": 1.0}, "ema_decay: got 1.0"),
         ({"report_to": "wandb"}, "report_to: got 'wandb'"),
-        ({"on_health": "panic"}, "on_health: got 'panic', want stop, warn or ignore"),
+        ({"on_health": "panic"}, "on_health: got 'panic', wants warn, stop or ignore"),
         ({"health_patience": 0}, "health_patience: got 0"),
         ({"rollout_engine": "vllm"}, "rollout_engine: got 'vllm', want builtin, generate, generate_batch or path"),
-        ({"lora_dropout": 0.1}, "lora_dropout: got 0.1, want 0: with dropout the ratio"),
+        ({"lora_dropout": 0.1}, "lora_dropout: got 0.1, wants 0: with dropout an unchanged"),
         ({"sft_model_path": "/no/such/model"}, "/no/such/model"),
     ],
 )
