@@ -10,6 +10,7 @@ whole, the hooks of every wrapper have run, and the hidden states are exactly th
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,8 +21,16 @@ from torch import Tensor, nn
 from ._checks import check_dtype, check_shape, check_tensor
 from .linear import linear_logprobs
 
-_PROBE = (0.0, 1e-3, -1e-3, 0.5, -0.5, 2.0, -3.0, 10.0, 40.0, -100.0, 1e3, 1e6)
-_found: weakref.WeakKeyDictionary[nn.Module, tuple[float, float | None]] = weakref.WeakKeyDictionary()
+# What stands in the columns of the probe, over and over; the first two give the factor and the soft cap.
+_PROBE = (1e-3, 1e6, 0.0, -1e-3, 0.5, -0.5, 2.0, -3.0, 10.0, 40.0, -100.0, 1e3)
+
+
+class _Found(NamedTuple):
+    numbers: list  # of the config and the model, when the probe was made
+    after: tuple[float, float | None] | str  # scale and soft cap; or why there are none
+
+
+_found: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
 
 
 class ModelHead(NamedTuple):
@@ -65,46 +74,112 @@ def _head_of(model: nn.Module) -> nn.Linear:
         raise ValueError(f"model is a {name}, an encoder and a decoder, expected a causal language model")
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise ValueError(f"the LM head of {name} is a {type(head).__name__}, expected a torch.nn.Linear")
+        kind = type(head).__module__.removeprefix("builtins") + "." + type(head).__qualname__
+        why = ", which adapters put in its place" if kind.startswith("peft.") else ""
+        raise ValueError(f"the LM head of {name} is a {kind.lstrip('.')}{why}, expected a torch.nn.Linear")
     return head
 
 
 @contextlib.contextmanager
 def _replaced(head: nn.Linear, forward: Callable[[Tensor], Tensor]):
-    """head(x) computes forward(x) inside the block, between the hooks that others have put on it."""
-    before = head.__dict__.get("forward")
-    head.forward = forward
+    """head(x) computes forward(x) inside the block, between the hooks that others have put on it.
+
+    accelerate keeps the forward that it has wrapped as _old_forward, and has the weights at hand while that runs.
+    Through the instance's dict, torch.compile sees that in the end nothing has changed.
+    """
+    own = vars(head)
+    name = "_old_forward" if "_old_forward" in own and "_hf_hook" in own else "forward"
+    before = own.get(name)
+    own[name] = forward
     try:
         yield
     finally:
         if before is None:
-            del head.forward
+            del own[name]
         else:
-            head.forward = before
+            own[name] = before
 
 
-def _after_head(model: nn.Module, head: nn.Linear) -> tuple[float, float | None]:
-    """(scale, softcap) that the model applies to what its head returns, from known numbers put in the head's place."""
-    probe = torch.tensor(_PROBE, dtype=torch.float32)
+def text_config(model: nn.Module):
+    """The config of the language model in a model of transformers, which may be a part of its config."""
+    config = model.config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def without_router_logits(model: nn.Module) -> dict:
+    """Keyword arguments of a forward whose router losses nobody reads: output_router_logits=False where it is on.
+
+    Mixture-of-experts models with `output_router_logits: true` in their config compute a loss of their routers in each
+    forward, and fail in it with the 4-D masks of packed rows.
+    """
+    inner = unwrapped(model)
+    if not getattr(text_config(inner), "output_router_logits", False):
+        return {}
+    parameters = inspect.signature(inner.forward).parameters
+    takes = "output_router_logits" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {"output_router_logits": False} if takes else {}
+
+
+def _token_device(model: nn.Module) -> torch.device:
+    """Where a model's input_ids may lie: accelerate's offload leaves the weights on no device at all."""
+    embeddings = model.get_input_embeddings()
+    offloaded = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return embeddings.weight.device if offloaded is None else torch.device(offloaded)
+
+
+def _probed(model: nn.Module, head: nn.Linear) -> tuple[Tensor, Tensor, list]:
+    """(probe [V], what the model makes of it, the shapes of hidden states that its head read), from one token."""
+    probes, shapes = [], []
 
     def forward(hidden):
-        return probe.to(hidden.device).expand(*hidden.shape[:-1], -1)
+        columns = torch.arange(head.weight.shape[0])
+        # Each column has a number of its own, so that columns which change places are seen too.
+        probe = torch.tensor(_PROBE)[columns % len(_PROBE)] * (1 + columns / len(columns))
+        probes.append(probe)
+        shapes.append(list(hidden.shape))
+        torch.set_grad_enabled(True)  # from here on to the end of no_grad below: a factor that is trained shows itself
+        return probe.to(hidden.device).expand(*hidden.shape[:-1], -1).clone()
 
     with torch.no_grad(), torch.random.fork_rng(), _replaced(head, forward):
-        token = torch.zeros(1, 1, dtype=torch.int64, device=head.weight.device)
-        logits = model(input_ids=token, use_cache=False).logits
-    values, exact = logits.flatten().double().cpu(), probe.double()
-    if values.shape == exact.shape:
-        scale = float(values[1] / exact[1])
-        cap = float(values[-1])
-        tolerance = 1e-2 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-5
-        for softcap in (None, cap):
-            guess = exact * scale if softcap is None else softcap * torch.tanh(exact * scale / softcap)
-            if scale > 0 and cap > 0 and torch.allclose(values, guess, rtol=tolerance, atol=0.0):
-                return _plain(scale), softcap
-    raise ValueError(
-        f"{type(model).__name__} does something else to its logits than a factor and a soft cap: it turns "
-        f"{[round(x, 3) for x in _PROBE]} into {[round(x, 3) for x in values.tolist()[: len(_PROBE)]]}; use its logits"
+        token = torch.zeros(1, 1, dtype=torch.int64, device=_token_device(model))
+        logits = model(input_ids=token, use_cache=False, **without_router_logits(model)).logits
+    return probes[0], logits, shapes
+
+
+def _after_head(model: nn.Module, head: nn.Linear) -> tuple[float, float | None] | str:
+    """(scale, softcap) that the model applies to what its head returns; or why it is not just these."""
+    name = type(model).__name__
+    try:
+        probe, logits, shapes = _probed(model, head)
+        values, exact = logits.detach().flatten().double().cpu(), probe.double()
+    except Exception as error:  # whatever a model's own code may raise at numbers that are not its own
+        raise ValueError(
+            f"{name} fails on one token with numbers in the place of its logits ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}); use its logits"
+        ) from error
+    if [shape[:-1] for shape in shapes] != [[1, 1]]:
+        read = " and ".join(map(str, shapes))
+        return f"the head of {name} reads hidden states of shape {read} for one token, not [1, 1, H]; use its logits"
+    strange = f"{name} does something else to its logits than a factor and a soft cap: it"
+    if logits.requires_grad:
+        return f"{strange} changes them by weights that are trained; use its logits"
+    if values.shape != exact.shape:
+        return f"{strange} returns {len(values)} for the {len(exact)} columns of its head; use its logits"
+    kinds = torch.arange(len(exact)) % len(_PROBE)
+    scale = float((values[kinds == 0] / exact[kinds == 0]).median())
+    cap = float(values[kinds == 1].median())
+    tolerance = 1e-2 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-5
+    fits = []
+    for softcap in (None, cap):
+        guess = exact * scale if softcap is None else softcap * torch.tanh(exact * scale / softcap)
+        fits.append(torch.isclose(values, guess, rtol=tolerance, atol=0.0))
+        if scale > 0 and cap > 0 and bool(fits[-1].all()):
+            return _plain(scale), softcap
+    wrong = (~max(fits, key=torch.sum)).nonzero().flatten().tolist() or [0]
+    column = wrong[0]
+    return (
+        f"{strange} turns {exact[column]:.4g} into {values[column]:.4g} in column {column}, the first of {len(wrong)} "
+        f"such columns among {len(exact)}; use its logits"
     )
 
 
@@ -113,18 +188,39 @@ def _plain(scale: float) -> float:
     return 1.0 if abs(scale - 1.0) < 1e-6 else scale
 
 
+def _numbers(model: nn.Module) -> list:
+    """The numbers of the config and the factors of the model itself, by which what follows its head may change."""
+    places = ((model.config, (int, float)), (text_config(model), (int, float)), (model, (float,)))
+    return [[(name, x) for name, x in vars(place).items() if type(x) in types] for place, types in places]
+
+
+def _known(model: nn.Module) -> _Found:
+    """What `_after_head` says, measured once for the numbers that there are now."""
+    known, numbers = _found.get(model), _numbers(model)
+    if known is None or known.numbers != numbers:
+        known = _found[model] = _Found(numbers, _after_head(model, _head_of(model)))
+    return known
+
+
+# torch.compile calls it while it traces. The decorator that says so would import the compiler with this file.
+_known._dynamo_marked_constant = True
+
+
 def find_head(model: nn.Module) -> ModelHead:
     """Find the LM head of a causal language model, and what the model does to the logits that it returns.
 
     Args:
         model: a causal language model of transformers, possibly wrapped by DistributedDataParallel or PEFT, or sharded
-            by FSDP2; then all ranks must call. It runs once, on one token, the first time that it is asked about.
+            by FSDP2; then all ranks must call. It runs once, on one token, the first time that it is asked about, and
+            again when a number of its config has changed.
     Returns:
         ModelHead(module, scale, softcap), whose weight, bias and options(temperature) suit the `linear_*` functions.
     Raises:
         ValueError: not a causal language model; the head is not a torch.nn.Linear (it is quantised or has adapters);
-            the model does something else to its logits than a factor and a soft cap.
-    Cost: one forward on one token at the first call, kept as long as the model lives.
+            the model does something else to its logits than a factor and a soft cap: masks or cuts columns, adds a
+            bias, multiplies by a weight that is trained; it fails on the token.
+        RuntimeError: torch.compile traces the call, and the model was not asked about before.
+    Cost: one forward on one token at the first call, kept as long as the model lives and its config stays.
     Example:
         >>> from transformers import GraniteConfig, GraniteForCausalLM
         >>> size = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
@@ -135,9 +231,17 @@ def find_head(model: nn.Module) -> ModelHead:
     """
     inner = unwrapped(model)
     head = _head_of(inner)
-    if inner not in _found:
-        _found[inner] = _after_head(inner, head)
-    return ModelHead(head, *_found[inner])
+    known = _known(inner)
+    if torch.compiler.is_compiling() and known.numbers != _numbers(inner):  # never; but read here, they are guarded
+        raise RuntimeError(f"the config of {type(inner).__name__} changes while torch.compile reads it")
+    if isinstance(known.after, str):
+        raise ValueError(known.after)
+    return ModelHead(head, *known.after)
+
+
+def _hung_on(value: Tensor, other: Tensor) -> Tensor:
+    """value, in the graph also of `other`, whose numbers reach neither the result nor any gradient."""
+    return torch.where(torch.ones((), dtype=torch.bool, device=other.device), value, other)
 
 
 def call_with_head(model: nn.Module, function: Callable[[Tensor, ModelHead], Tensor | tuple], **inputs):
@@ -151,11 +255,12 @@ def call_with_head(model: nn.Module, function: Callable[[Tensor, ModelHead], Ten
         function: called as function(hidden_states [B, T, H], head: ModelHead); returns a floating tensor, or a tuple of
             them.
         inputs: keyword arguments of the model's forward: input_ids, attention_mask, position_ids, ...; without
-            use_cache=True no cache is kept.
+            use_cache=True no cache is kept, without output_router_logits=True no loss of routers computed.
     Returns:
         What the function returned.
     Raises:
-        ValueError: as `find_head`; inputs hold labels or logits_to_keep.
+        ValueError: as `find_head`; inputs hold labels or logits_to_keep; the head reads other positions than those of
+            input_ids, as under prompt tuning.
     Cost: the model's layers and the function; no logits.
     Example:
         >>> import torch, transformers
@@ -169,20 +274,28 @@ def call_with_head(model: nn.Module, function: Callable[[Tensor, ModelHead], Ten
     for name in ("labels", "logits_to_keep"):
         if inputs.get(name) is not None:
             raise ValueError(f"{name} cannot be given: the model makes no logits here")
-    head, made = find_head(model), []
+    head, ids, made = find_head(model), inputs.get("input_ids"), []
 
     def forward(hidden):
+        if ids is not None and hidden.shape[:-1] != ids.shape:
+            raise ValueError(
+                f"the head of {type(unwrapped(model)).__name__} reads hidden states of shape {list(hidden.shape)} for "
+                f"input_ids of shape {list(ids.shape)}, expected one for each token; adapters that put tokens of their "
+                "own before the text, as prompt tuning does, cannot be used here"
+            )
         made.append(function(hidden, head))
         tensors = made[0] if isinstance(made[0], tuple) else (made[0],)
         # The model returns zeros that hang on every result, so that hooks on its output see the backward begin.
-        return torch.cat([0.0 * x.clamp(-1.0, 1.0).reshape(1, 1, -1).float() for x in tensors], dim=-1)
+        zeros = [_hung_on(x.new_zeros(()), x) for x in tensors]
+        return torch.cat([zero.reshape(1, 1, -1).float() for zero in zeros], dim=-1)
 
+    options = {"use_cache": False, **without_router_logits(model), **inputs}
     with _replaced(head.module, forward):
-        zeros = model(**{"use_cache": False, **inputs}).logits.flatten()
-    if not isinstance(made[0], tuple):
-        return made[0] + zeros.to(made[0].dtype).view(made[0].shape)
-    parts = zeros.split([x.numel() for x in made[0]])
-    return tuple(x + zero.to(x.dtype).view(x.shape) for x, zero in zip(made[0], parts, strict=True))
+        zeros = model(**options).logits.flatten()
+    results = made[0] if isinstance(made[0], tuple) else (made[0],)
+    parts = zeros.split([x.numel() for x in results])
+    hung = [_hung_on(x, zero.to(x.dtype).view(x.shape)) for x, zero in zip(results, parts, strict=True)]
+    return tuple(hung) if isinstance(made[0], tuple) else hung[0]
 
 
 def linear_logprobs_from_model(

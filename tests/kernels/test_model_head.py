@@ -166,6 +166,31 @@ def test_compiled_model():
     )
 
 
+@pytest.mark.parametrize(("family", "known"), [("GPT2", False), pytest.param("Gemma2", True, marks=pytest.mark.slow)])
+def test_compiled_caller(family, known):
+    """torch.compile around the call is one graph, whether the head was found before or not; a changed cap is seen."""
+    model, ids = make(family), tokens()
+    # As a new process compiles: other tests have compiled other models' forwards.
+    torch.compiler.reset()
+
+    def log_probs(ids):
+        return rk.linear_logprobs_from_model(model, ids)
+
+    whole = torch.compile(log_probs, backend="eager", fullgraph=True)
+    wanted = log_probs(ids) if known else from_logits(model, ids[:, :-1], ids[:, 1:])[0].float()
+    torch.testing.assert_close(whole(ids), wanted, atol=1e-6, rtol=1e-5)
+    ours, theirs = (torch.autograd.grad(x.sum(), list(model.parameters())) for x in (whole(ids), log_probs(ids)))
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6 * want.abs().max().item(), rtol=1e-5)
+    assert "forward" not in vars(model.get_output_embeddings())
+    if family == "Gemma2":
+        for cap in (0.5, 0.7, None):
+            model.config.final_logit_softcapping = cap
+            changed = log_probs(ids)
+            assert (changed - wanted).abs().max() > 0.1
+            torch.testing.assert_close(whole(ids), changed, atol=1e-6, rtol=1e-5)
+
+
 class Squared(transformers.LlamaForCausalLM):
     """A model that does to its logits what no factor and no soft cap does."""
 
@@ -189,7 +214,7 @@ def test_bad_input():
         (lambda: rk.find_head(headless), "the LM head of LlamaModel is a NoneType, expected a torch.nn.Linear"),
         (
             lambda: rk.find_head(quantised),
-            "the LM head of LlamaForCausalLM is a Sequential, expected a torch.nn.Linear",
+            "the LM head of LlamaForCausalLM is a torch.nn.modules.container.Sequential, expected a torch.nn.Linear",
         ),
         (lambda: rk.find_head(seq2seq), "an encoder and a decoder"),
         (lambda: rk.linear_logprobs_from_model(model, ids.float()), "input_ids has dtype float32"),
