@@ -92,7 +92,7 @@ def as_text(text):
 def encode_text(tokenizer, text):
     """Token ids of a whole text: as a prompt, and EOS once at the end."""
     ids = encode_prompt(tokenizer, text)
-    return ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
 
 
 def fit_prompt(tokenizer, prompt_ids, room, long_prompts="truncate", at=""):

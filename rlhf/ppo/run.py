@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import checkpoint, models
-from ..data import encode_prompt, load_rows, rows_of
+from ..data import DataError, encode_prompt, load_rows, rows_of
 from ..models.adapters import merged, merged_whole
 from ..models.sequences import Batch, by_length, cheapest_cut, join, policy_loss, response_values, text_loss
 from ..rewards.scoring import Scorer, reward_functions
@@ -114,6 +114,8 @@ class PPORun:
             self.prompts = rows_of(train_dataset, "prompts", name="train_dataset", columns=columns)
         for number, row in enumerate(self.prompts):
             row["prompt_ids"], row["row_number"] = encode_prompt(self.tokenizer, row["prompt"]), number
+            if not row["prompt_ids"]:
+                raise DataError(f"{row['at']}: the prompt gives no tokens")
         self.texts = []
         if args.ptx_coef:  # 7
             for row in load_rows(args.ptx_dataset_name, "text"):

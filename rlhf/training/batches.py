@@ -34,7 +34,7 @@ def encode_rows(tokenizer, rows, names, args, *, what):
     for row in rows:
         prompt, responses = _encode_row(tokenizer, row, names)
         if not prompt:
-            raise data.DataError(f"{row['at']}: the prompt gives no tokens")
+            raise data.DataError(f"{row['at']}: the {'text' if 'text' in row else 'prompt'} gives no tokens")
         if names == ("completions",) and max(map(len, responses)) >= args.max_length:
             kept = [index for index, ids in enumerate(responses) if len(ids) < args.max_length]
             row = rankings.keep(row, kept)
@@ -59,7 +59,7 @@ def encode_rows(tokenizer, rows, names, args, *, what):
 def _encode_row(tokenizer, row, names):
     if "text" in row:
         ids = data.encode_text(tokenizer, row["text"])
-        return ids[:1], [ids[1:]]
+        return (ids[:1], [ids[1:]]) if len(ids) > 1 else ([], [[]])  # the end alone
     texts = row["completions"] if names == ("completions",) else [row[name] for name in names]
     return data.encode_prompt(tokenizer, row["prompt"]), [data.encode_completion(tokenizer, text) for text in texts]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from rlhf import data, models, training
 from rlhf.rollouts import sampling
@@ -201,6 +202,16 @@ def test_sampling_that_fails_costs_no_model(settings, monkeypatch, caplog):
     assert (run / "model.safetensors").exists() and "eval/loss" in json.loads((run / "run.json").read_text())["summary"]
     told = [record.message for record in caplog.records if "num_samples" in record.message]
     assert len(told) == 2 and "sampling failed (AttributeError: 'StateCache' object" in told[0]
+
+
+def test_a_text_that_gives_no_tokens_is_named(settings, tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    args = settings(
+        dataset_name=write_jsonl(tmp_path / "odd.jsonl", [{"text": "a b"}, {"text": "~"}]), eval_fraction=0.0
+    )
+    with pytest.raises(data.DataError, match=r"odd\.jsonl:2: the text gives no tokens$"):
+        SFTTrainer(args=args, processing_class=tokenizer)
 
 
 def test_held_out_loss_is_the_mean_over_tokens(settings):

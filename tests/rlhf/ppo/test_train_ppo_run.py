@@ -6,10 +6,11 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import normalizers
 
 from rlhf import models
 from rlhf.ppo import PPOTrainer, train_ppo
-from tests.tiny_ppo import EOS, PAD, WORDS, bananas, equal, weights
+from tests.tiny_ppo import EOS, PAD, WORDS, bananas, equal, make_tokenizer, weights
 
 FULL = {
     "temperature": 0.7, "num_ppo_epochs": 2, "ptx_coef": 0.5, "ema_decay": 0.9, "kl_target": 0.3, "kl_horizon": 50,
@@ -214,6 +215,14 @@ def test_nan_stops_the_run(home):
 def test_bad_input(home, options, message):
     with pytest.raises(ValueError, match=message):
         home.trainer(**options)
+
+
+def test_a_prompt_that_gives_no_tokens_is_named_before_the_run(home):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    (home.path / "odd.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "~"}\n')
+    with pytest.raises(ValueError, match=r"odd\.jsonl:2: the prompt gives no tokens$"):
+        PPOTrainer(home.config(dataset_name=str(home.path / "odd.jsonl")), processing_class=tokenizer)
 
 
 def test_an_output_dir_that_holds_a_run_is_refused(home):
