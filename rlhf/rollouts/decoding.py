@@ -3,14 +3,19 @@
 What a model keeps from step to step differs: keys and values, where padding can be masked; states of convolutions and
 recurrences, which may read it; a cache of the model's own make, whose rows cannot be told apart; or nothing. So the
 ways are tried, fastest first, on texts of a few tokens, against the logits of whole texts that stand alone.
+
+States have no columns: once read, texts of several lengths go on together, their keys and values behind padding.
 """
 
 import inspect
+import itertools
 import logging
 from dataclasses import dataclass
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 
 from rlhf_kernels.integrations.transformers import WINDOWS, first_position
 
@@ -20,23 +25,30 @@ from ..models.forward import without_router_loss
 CACHES = ("cache", "past_key_values", "cache_params", "state")
 """Names under which models of transformers, by their age and kind, take the cache and give it back."""
 
-logger = logging.getLogger("rlhf")
+WITH_KEYS = {"DynamicLayer", "LinearAttentionAndFullAttentionLayer"}
+WITH_STATES = {"LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer"}
+JOINABLE = WITH_KEYS | WITH_STATES | {"DummyLayer"}
+"""Layers of transformers' caches that can be joined: what they hold is known, and a subclass may hold more."""
+
+STATES = ("conv_states", "recurrent_states")
 
 REFUSALS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError)
 """What models raise that are run in a way that they do not know."""
+
+logger = logging.getLogger("rlhf")
 
 
 @dataclass(frozen=True)
 class Way:
     """How a model is run on texts that grow."""
 
-    padded: bool  # texts of several lengths together, padded on the left; else texts of one length
+    lengths: Literal["padded", "joined", "one"]  # texts of several together, from the first token on or once read
     movable: bool  # rows of the cache can be repeated and dropped; else the rows stay from the first step to the last
     cached: bool  # a step reads the newest token; else the whole text
 
 
-WAYS = (Way(True, True, True), Way(False, True, True), Way(False, False, True))
-WHOLE = Way(False, True, False)
+PADDED, JOINED, ONE_LENGTH = (Way(lengths, True, True) for lengths in ("padded", "joined", "one"))
+STILL, WHOLE = Way("one", False, True), Way("one", True, False)
 _found = WeakKeyDictionary()
 
 
@@ -49,18 +61,18 @@ def way_of(model) -> Way:
     """
     inner = unwrapped(model)
     if inner not in _found:
-        ways = [way for way in WAYS if cache_name(inner) and not (way.padded and _reads_padding(inner))]
-        _found[inner] = next((way for way in ways if _holds(model, way)), WHOLE)
+        ways = [JOINED, ONE_LENGTH, STILL] if _reads_padding(inner) else [PADDED, ONE_LENGTH, STILL]
+        _found[inner] = next((way for way in ways if cache_name(inner) and _holds(model, way)), WHOLE)
         if _found[inner] == WHOLE:
             logger.warning("%s keeps no cache that its texts can go on from: sampling is slow", type(inner).__name__)
     return _found[inner]
 
 
-def chunks(order: list[int], lengths: list[int], size: int, way: Way) -> list[list[int]]:
-    """Cut texts, sorted by length, into chunks of at most `size`; of one length each, where the way wants that."""
-    cut = []
-    for text in order:
-        if not cut or len(cut[-1]) == size or (not way.padded and lengths[cut[-1][0]] != lengths[text]):
+def chunks(prompts: list[list[int]], size: int, *, one_length: bool) -> list[list[int]]:
+    """Which prompts go together, shortest first: at most `size`, of one length if so wanted."""
+    cut, lengths = [], list(map(len, prompts))
+    for text in sorted(range(len(prompts)), key=lengths.__getitem__):
+        if not cut or len(cut[-1]) == size or (one_length and lengths[cut[-1][0]] != lengths[text]):
             cut.append([])
         cut[-1].append(text)
     return cut
@@ -83,7 +95,7 @@ class Texts:
         model: a causal LM in eval mode.
         prompts: P lists of token ids.
         repeats: K; each prompt begins K texts, which stand behind each other.
-        way: that of the model; unless it is padded, the prompts are of one length.
+        way: that of the model; if it is of one length, so are the prompts, if it is joined, they are sorted by length.
     """
 
     logits = None  # [B, V] behind the texts; B = P * K until some are dropped
@@ -95,7 +107,10 @@ class Texts:
         if repeats > 1 and not way.movable:
             inputs = {name: tensor[rows] for name, tensor in inputs.items()}
         self.ids, self.mask, self.positions = inputs.values()
-        self._run()
+        if way.lengths == "joined":
+            self._read_apart([len(list(group)) for _, group in itertools.groupby(prompts, key=len)])
+        else:
+            self._run()
         if repeats > 1 and way.movable:
             self.keep(rows)
 
@@ -115,6 +130,16 @@ class Texts:
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         self._run()
 
+    def _read_apart(self, counts: list[int]) -> None:
+        """Read the prompts of each length, so many of each, and join their caches."""
+        pieces = []
+        for ids, mask, positions in zip(*(x.split(counts) for x in (self.ids, self.mask, self.positions)), strict=True):
+            start = ids.shape[1] - int(mask[0].sum())
+            pieces.append(run(self.model, self.way, ids[:, start:], {"position_ids": positions[:, start:]}))
+        logits, caches = zip(*pieces, strict=True)
+        self.logits = torch.cat(logits)
+        self.cache = _join(caches, behind_padding=_follows_positions(unwrapped(self.model)))
+
     def _run(self) -> None:
         inputs = {"attention_mask": self.mask, "position_ids": self.positions}
         self.logits, self.cache = run(self.model, self.way, self.ids, inputs, self.cache)
@@ -129,11 +154,33 @@ def run(model, way: Way, ids, inputs: dict, cache=None):
     inner = unwrapped(model)
     taken, name = _parameters(inner), cache_name(inner)
     inputs = {**inputs, "use_cache": way.cached, "logits_to_keep": 1} | ({} if cache is None else {name: cache})
-    if not way.padded:
+    if way.lengths != "padded" and "position_ids" not in taken:
         inputs.pop("attention_mask", None)  # Mamba takes it for that of the newest token alone
     inputs = {name: value for name, value in inputs.items() if name in taken}
     output = model(input_ids=ids, **inputs, **without_router_loss(model))
     return output.logits[:, -1], getattr(output, name) if way.cached else None
+
+
+def _join(caches, *, behind_padding: bool):
+    """One cache of the rows of several, whose keys and values move to the right end; all layers must be known.
+
+    Args:
+        behind_padding: whether keys and values may stand behind padding, as where positions are given.
+    """
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        first, name = layers[0], type(layers[0]).__name__
+        if name not in JOINABLE or (name in WITH_KEYS and not behind_padding):
+            raise TypeError(f"{name}: not known to be joined")
+        if name in WITH_KEYS:
+            width = max(layer.keys.shape[-2] for layer in layers)
+            for part in ("keys", "values"):
+                padded = [F.pad(x, (0, 0, width - x.shape[-2], 0)) for x in (getattr(layer, part) for layer in layers)]
+                setattr(first, part, torch.cat(padded))
+        for part in STATES if name in WITH_STATES else ():
+            states = getattr(first, part)
+            for index in [index for index, state in states.items() if state is not None]:
+                states[index] = torch.cat([getattr(layer, part)[index] for layer in layers])
+    return caches[0]
 
 
 def _parameters(inner) -> set[str]:
@@ -152,6 +199,12 @@ def _has_alibi(config) -> bool:
     )
 
 
+def _follows_positions(inner) -> bool:
+    """Whether attention finds a token by its position_ids, wherever it stands; Llama 4 scales it by the index."""
+    by_index = getattr(inner.config.get_text_config(decoder=True), "attn_temperature_tuning", False)
+    return "position_ids" in _parameters(inner) and not by_index
+
+
 def _reads_padding(inner) -> bool:
     """Whether padding on the left may change a text: what the layers carry along the row, or the index in it, counts.
 
@@ -159,34 +212,33 @@ def _reads_padding(inner) -> bool:
     """
     config = inner.config.get_text_config(decoder=True)
     carried = set(getattr(config, "layer_types", None) or []) - {"full_attention", *WINDOWS}
-    by_index = getattr(config, "attn_temperature_tuning", False)  # Llama 4
-    has_positions = "position_ids" in _parameters(inner) or _has_alibi(config)
-    return bool(carried or getattr(inner, "_is_stateful", False) or by_index or not has_positions)
+    stateful = bool(carried) or getattr(inner, "_is_stateful", False)
+    return stateful or not (_follows_positions(inner) or _has_alibi(config))
 
 
 def reads_positions(model) -> bool:
     """Whether texts may stand anywhere in a row, as in continuous batching: told apart by position_ids, from 0 on."""
     config = unwrapped(model).config.get_text_config(decoder=True)
-    return way_of(model).padded and not _has_alibi(config) and first_position(model) == 0
+    return way_of(model) == PADDED and not _has_alibi(config) and first_position(model) == 0
 
 
 def _holds(model, way: Way) -> bool:
     """Whether two texts of a few tokens, of which one is dropped on the way, have the logits that they have alone."""
     size = model.config.get_text_config(decoder=True).vocab_size
-    first, second = [[(7 * i + 3) % size for i in range(start, start + 5)] for start in (0, 11)]
-    prompts = [first, second[: 2 if way.padded else 5]]
+    short, long = [[(7 * i + 3) % size for i in range(start, start + 5)] for start in (0, 11)]
+    prompts = [short[: 5 if way.lengths == "one" else 2], long]
     following = torch.tensor([(5 * i + 2) % size for i in range(2)], device=model.device)
     try:
         texts = Texts(model, prompts, 2, way)
         found = [texts.logits[1], texts.logits[2]]
         if way.movable:
-            texts.keep(torch.tensor([2], device=model.device))
+            texts.keep(torch.tensor([1], device=model.device))
         for token in following:
             texts.append(token.expand(len(texts.logits)))
-            found.append(texts.logits[2 % len(texts.logits)])
+            found.append(texts.logits[0])
     except REFUSALS:
         return False
-    wholes = [*prompts, [*prompts[1], int(following[0])], [*prompts[1], *following.tolist()]]
+    wholes = [*prompts, [*prompts[0], int(following[0])], [*prompts[0], *following.tolist()]]
     wanted = torch.stack([Texts(model, [ids], 1, WHOLE).logits[0] for ids in wholes])
     finite = wanted[wanted.isfinite()]
     bound = 8 * torch.finfo(wanted.dtype).eps ** 0.5 * finite.abs().max() if finite.numel() else 0.0

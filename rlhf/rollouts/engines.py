@@ -15,7 +15,7 @@ from rlhf_kernels.integrations.transformers import first_position
 
 from ..models import unwrapped
 from ..own_code import load_named
-from .decoding import cache_name, chunks, left_padded, reads_positions, run, way_of
+from .decoding import PADDED, cache_name, chunks, left_padded, reads_positions, run, way_of
 from .sampling import Completion, RolloutEngine, RolloutError
 
 ENGINES = ("builtin", "generate", "generate_batch")
@@ -91,14 +91,12 @@ def generate(
     """transformers' `model.generate`, from the whole distribution; the prompt is computed once for its K responses."""
     inner, completions, stop = unwrapped(model), [], set(stop_token_ids)
     step = max(1, (batch_size or len(prompt_ids) * samples_per_prompt) // samples_per_prompt)
-    lengths = list(map(len, prompt_ids))
-    order = sorted(range(len(prompt_ids)), key=lengths.__getitem__)
     with _sampling(inner, seed) as settings:
         way = way_of(inner)
         if not way.cached:
             raise _unfit("generate", inner, "it keeps no cache that generate can go on from", "builtin")
         config = GenerationConfig(**settings, temperature=1.0, max_new_tokens=response_length, **_ends(stop))
-        for chosen in chunks(order, lengths, step, way):
+        for chosen in chunks(prompt_ids, step, one_length=way != PADDED):
             recorder = _Recorder(temperature)
             inputs = _inputs(inner, way, [prompt_ids[prompt] for prompt in chosen], samples_per_prompt)
             given, width = inputs["input_ids"], inputs["input_ids"].shape[1]
@@ -232,7 +230,7 @@ def _inputs(model, way, prompts, samples_per_prompt) -> dict:
         torch.arange(len(prompts), device=model.device).repeat_interleave(samples_per_prompt),
     )
     cache = {}
-    if samples_per_prompt > 1 and ids.shape[1] > 1 and way.padded:
+    if samples_per_prompt > 1 and ids.shape[1] > 1 and way == PADDED:
         before = {name: inputs[name][:, :-1] for name in ("attention_mask", "position_ids")}
         _, made = run(model, way, ids[:, :-1], before)
         made.reorder_cache(rows)

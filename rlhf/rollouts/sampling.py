@@ -206,14 +206,12 @@ def transformers_engine(
     """The built-in engine: a plain loop over the model, with its cache where it has one that can be used."""
     if noise is None:
         noise = torch.rand(len(prompt_ids), samples_per_prompt, response_length, dtype=torch.float64)
-    lengths, completions, training = list(map(len, prompt_ids)), [], model.training
-    order = sorted(range(len(prompt_ids)), key=lengths.__getitem__)
-    step = max(1, (batch_size or len(order) * samples_per_prompt) // samples_per_prompt)
-    stop = set(stop_token_ids)
+    step = max(1, (batch_size or len(prompt_ids) * samples_per_prompt) // samples_per_prompt)
+    stop, completions, training = set(stop_token_ids), [], model.training
     model.eval()
     try:
         way = way_of(model)
-        for chosen in chunks(order, lengths, step, way):
+        for chosen in chunks(prompt_ids, step, one_length=way.lengths == "one"):
             texts = Texts(model, [prompt_ids[prompt] for prompt in chosen], samples_per_prompt, way)
             tokens = _decode_loop(
                 texts, noise[chosen].flatten(0, 1).to(model.device), temperature,

@@ -5,16 +5,15 @@ import torch
 
 from rlhf.models.sequences import per_token_log_probs
 from rlhf.rollouts import decoding
-from rlhf.rollouts.decoding import WAYS, WHOLE, chunks, way_of
+from rlhf.rollouts.decoding import JOINED, ONE_LENGTH, PADDED, WHOLE, chunks, way_of
 from rlhf.rollouts.engines import load_engine
 from rlhf.rollouts.sampling import sample
 from tests.families import FAMILIES, family_model
 from tests.roundings import assert_same
 
-PADDED, ONE_LENGTH, STILL = WAYS
 PROMPTS = [[3, 4, 6], [7], [3, 7, 8, 9, 10, 11], [3, 3, 5], [4, 12]]
 WANTED = {
-    "llama": PADDED, "roberta": PADDED, "lfm2": ONE_LENGTH, "falcon_h1": ONE_LENGTH, "mamba": ONE_LENGTH,
+    "llama": PADDED, "roberta": PADDED, "lfm2": JOINED, "falcon_h1": JOINED, "mamba": JOINED,
     "llama4_text": ONE_LENGTH, "bart": ONE_LENGTH, "mixtral": PADDED, "rwkv": WHOLE, "openai-gpt": WHOLE,
 }  # fmt: skip
 
@@ -78,20 +77,29 @@ def test_a_cache_that_goes_on_wrongly_is_not_used(monkeypatch, caplog):
     assert way_of(model) == WHOLE and "LlamaForCausalLM keeps no cache" in caplog.text
 
 
-def test_chunks_of_one_length_where_the_way_wants_them():
-    lengths = [3, 1, 3, 3, 1]
-    order = sorted(range(5), key=lengths.__getitem__)
-    assert chunks(order, lengths, 2, PADDED) == [[1, 4], [0, 2], [3]]
-    assert chunks(order, lengths, 9, PADDED) == [[1, 4, 0, 2, 3]]
-    assert chunks(order, lengths, 9, ONE_LENGTH) == [[1, 4], [0, 2, 3]]
-    assert chunks(order, lengths, 2, WHOLE) == [[1, 4], [0, 2], [3]]
+def test_chunks_of_prompts():
+    prompts = [[0] * length for length in (3, 1, 3, 3, 1)]
+    assert chunks(prompts, 2, one_length=False) == [[1, 4], [0, 2], [3]]
+    assert chunks(prompts, 9, one_length=False) == [[1, 4, 0, 2, 3]]
+    assert chunks(prompts, 9, one_length=True) == [[1, 4], [0, 2, 3]]
+    assert chunks(prompts, 2, one_length=True) == [[1, 4], [0, 2], [3]]
+
+
+@pytest.mark.parametrize("family, forwards", [("llama", 1 + 5), ("falcon_h1", 4 + 5), ("bart", 4 * 6)])
+def test_texts_with_states_go_on_together(family, forwards):
+    """Five prompts of four lengths, six tokens: read at once, or length by length; then step by step together, or not."""
+    model, seen = family_model(family), []
+    way_of(model)
+    model.register_forward_hook(lambda *args: seen.append(1))
+    sample(model, None, PROMPTS, response_length=6, temperature=1.0, stop_token_ids=[], samples_per_prompt=2)
+    assert len(seen) == forwards
 
 
 def test_the_way_is_found_once(monkeypatch):
     model, tried = family_model("lfm2"), []
     holds = decoding._holds
     monkeypatch.setattr(decoding, "_holds", lambda *args: tried.append(args) or holds(*args))
-    assert way_of(model) == way_of(model) == ONE_LENGTH and len(tried) == 1
+    assert way_of(model) == way_of(model) == JOINED and len(tried) == 1
 
 
 def test_a_router_loss_that_the_config_asks_for_is_not_computed():
