@@ -45,7 +45,7 @@ class StageConfig(TrainingArguments):
     lora_alpha: int = option(32, "LoRA scale.", at_least(1))
     lora_dropout: float = option(0.0, "Dropout in front of the LoRA adapters.", within(0, 1, open_high=True))
     lora_target_modules: list[str] | None = option(
-        None, "Modules to adapt; default: peft's choice for the architecture."
+        None, "Layers to adapt, or all-linear; default: peft's choice, else all linear ones."
     )
     output_dir: str | None = option(None, "Where the run is written; default: runs/ and the stage's name.")
     learning_rate: float = option(2e-5, "Peak learning rate.", at_least(0))

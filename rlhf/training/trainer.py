@@ -13,7 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from .. import checkpoint, models
 from ..data import rows_of
-from ..models.adapters import add_adapters, merged, merged_whole
+from ..models.adapters import add_adapters, check_merge, merged, merged_whole
 from ..models.sequences import packing_pays
 from ..processes import check_launch_settings, check_processes
 from ..settings import refuse
@@ -99,6 +99,8 @@ class StageTrainer(Trainer):
             model = add_adapters(args, model, self.task_type, peft_config)
         elif peft_config is not None:
             raise ValueError("peft_config: got one with a model that has adapters already")
+        else:
+            check_merge(model, "model")
         if self.task_type == "CAUSAL_LM":
             models.linear_head(model)  # found now, while the weights are whole
         super().__init__(
