@@ -8,7 +8,6 @@ so that a run killed while saving never leaves something that looks like a check
 
 import contextlib
 import json
-import math
 import os
 import random
 import re
@@ -21,23 +20,16 @@ from pathlib import Path
 import numpy
 import torch
 
+from .disk import TEMPORARY_NAME, append_bytes, fsync, json_bytes, lines_of, temporary_name, write_bytes, writing
+
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?")
-TEMPORARY_NAME = re.compile(r"\..+\.tmp-\d+(-old)?")
 RUN_MARKERS = ("metrics.jsonl", "run.json", "samples.jsonl", "trainer_state.json", "config.json", "model.safetensors")
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fsync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
-        _fsync(path)
-    _fsync(directory)
+        fsync(path)
+    fsync(directory)
 
 
 def let_others_read(directory: Path) -> None:
@@ -72,28 +64,57 @@ def atomic_directory(path: str | Path, *, replace: bool = False) -> Iterator[Pat
         >>> last_checkpoint(home).name
         'checkpoint-1'
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    path = Path(os.path.realpath(path))  # of a link, what it points to: a rename cannot leave the file system
+    with writing(path):
+        merge = path.is_dir() and not replace
+        home = path if merge else path.parent
+        home.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(home, path.name)
+        temporary = home / temporary_name(path.name)
+        temporary.mkdir()
+        try:
+            yield temporary
+            let_others_read(temporary)
+            _fsync_tree(temporary)
+            if merge:
+                _merge(temporary, path)
+            else:
+                _put_in_place(temporary, path)
+            fsync(home)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        os.rename(temporary, path)
+        return
+    old = temporary.with_name(temporary.name + "-old")
+    os.rename(path, old)
+    os.rename(temporary, path)
+    shutil.rmtree(old)
+
+
+def _remove_leftovers(home: Path, name: str) -> None:
+    """Remove what processes left that were killed while they wrote `name`."""
+    start = temporary_name(name).removesuffix(str(os.getpid()))
+    for entry in home.iterdir():
+        process, _, old = entry.name.removeprefix(start).partition("-")
+        if entry.name.startswith(start) and process.isdigit() and old in ("", "old") and not _is_alive(int(process)):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process other than this one goes by that number."""
+    if process == os.getpid():
+        return False
     try:
-        yield temporary
-        let_others_read(temporary)
-        _fsync_tree(temporary)
-        if not path.exists():
-            os.rename(temporary, path)
-        elif replace:
-            old = path.with_name(temporary.name + "-old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(path, old)
-            os.rename(temporary, path)
-            shutil.rmtree(old)
-        else:
-            _merge(temporary, path)
-        _fsync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def _merge(source: Path, target: Path) -> None:
@@ -103,22 +124,16 @@ def _merge(source: Path, target: Path) -> None:
             _merge(entry, target / entry.name)
         else:
             os.replace(entry, target / entry.name)
-    _fsync(target)
+    fsync(target)
 
 
 def write_json(path: str | Path, value) -> None:
-    """Write `value` as JSON to `path` through a temporary file, so that a reader sees the old or the new content."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write `value` as JSON to `path`; a reader sees the old or the new content. NaN and infinite numbers become null.
+
+    Raises:
+        WriteError: names the path and the cause.
+    """
+    write_bytes(path, json_bytes(value, indent=2))
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -149,10 +164,13 @@ def remove_old_checkpoints(output_dir: str | Path, keep: int | None) -> None:
 
 def remove_directory(path: Path) -> None:
     """Remove a directory so that a kill on the way leaves no half of it under its name."""
-    aside = path.with_name(f".{path.name}.tmp-{os.getpid()}-old")
+    aside = path.with_name(temporary_name(path.name) + "-old")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(path, aside)
-    shutil.rmtree(aside)
+    if aside.is_symlink():
+        aside.unlink()  # a checkpoint that was moved to another disk stays there
+    else:
+        shutil.rmtree(aside)
 
 
 def prepare_output_dir(output_dir: str | Path, *, resume: bool) -> Path:
@@ -209,19 +227,19 @@ class JsonLines:
         self.path = Path(path)
         if resume_step is not None and self.path.exists():
             kept = []
-            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            for line in lines_of(self.path):
                 with contextlib.suppress(json.JSONDecodeError):
                     if line.endswith("\n") and json.loads(line)["step"] <= resume_step:
                         kept.append(line)
-            temporary = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+            write_bytes(self.path, "".join(kept).encode("utf-8"))
 
     def append(self, rows: list[dict]) -> None:
-        """Append rows with one write, so that a kill leaves at most one torn last line."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with open(self.path, "ab", buffering=0) as file:
-            file.write(text.encode("utf-8"))
+        """Append rows at once: a kill leaves at most one torn last line, a full disk none.
+
+        Raises:
+            WriteError: names the file and the cause.
+        """
+        append_bytes(self.path, b"".join(map(json_bytes, rows)))
 
 
 class MetricsLog:
@@ -239,14 +257,12 @@ class MetricsLog:
     def log(self, step: int, metrics: dict) -> None:
         """Append the metrics of a step; numbers that are not finite are written as null (JSON has no NaN)."""
         row = {"step": int(step), "time": round(time.perf_counter() - self.start, 3)}
-        for name, value in metrics.items():
-            value = value.item() if hasattr(value, "item") else value
-            row[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        row |= {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
         self.lines.append([row])
 
     def last(self) -> dict:
         """Return the metrics of the newest line, {} without one."""
-        lines = self.lines.path.read_text(encoding="utf-8").splitlines() if self.lines.path.exists() else []
+        lines = lines_of(self.lines.path) if self.lines.path.exists() else []
         row = json.loads(lines[-1]) if lines else {}
         return {name: value for name, value in row.items() if name not in ("step", "time")}
 

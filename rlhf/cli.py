@@ -21,7 +21,7 @@ from pathlib import Path
 
 from . import extras
 from .ranges import alternatives, is_numeric
-from .settings import PRESETS, UsageError, nearest, preset_file, preset_names, read_yaml
+from .settings import PRESETS, RunError, UsageError, nearest, preset_file, preset_names, read_yaml
 
 STAGES = {
     "sft": ("rlhf.sft", "SFTConfig", "train_sft", "stage 1: fine-tune a language model on demonstrations"),
@@ -62,7 +62,7 @@ def main(argv=None):
     except BrokenPipeError:  # `rlhf ... | head` has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in the buffer goes nowhere, now and at the exit
         return 128 + signal.SIGPIPE
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError, RunError) as error:
         if os.environ.get("RLHF_DEBUG") == "1":
             raise
         print(f"rlhf: error: {error}", file=sys.stderr)

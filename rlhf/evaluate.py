@@ -4,7 +4,6 @@ One rollout per policy serves every number: true (gold) score where there is a j
 over SFT, KL from SFT, share of responses that end properly, length. The loss on held-out text shows the alignment tax.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import torch
 from . import models
 from .checkpoint import write_json
 from .data import encode_prompt, load_rows
+from .disk import json_bytes, prepare_output_file, write_bytes
 from .metrics import wilson_interval
 from .models.sequences import by_length, join, per_token_log_probs, response_scores
 from .ranges import SEED, above, at_least, check_arguments
@@ -355,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         check_arguments({"max_prompts": (int | None, at_least(1))}, vars(args))
+        output = args.output_file and prepare_output_file(args.output_file)
         prompts = [row["prompt"] for row in load_rows(args.dataset_name, "prompts")][: args.max_prompts]
         table, choices = best_of_n(
             args.model_name_or_path,
@@ -374,10 +375,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{row['n']:>4}  {row['kl']:>14.3f}  {row['reward']:>8.3f}  {100 * row['clipped_ratio']:>3.0f} %  "
             f"{row['mean_length']:>6.1f}"
         )
-    if args.output_file:
-        lines = "".join(json.dumps(choice, ensure_ascii=False) + "\n" for choice in choices)
-        Path(args.output_file).write_text(lines, encoding="utf-8")
-        print(args.output_file)
+    if output:
+        write_bytes(output, b"".join(map(json_bytes, choices)))
+        print(output)
     return 0
 
 

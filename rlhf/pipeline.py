@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import models
 from .data import load_rows, split_rows
+from .disk import lines_of
 from .ranges import SEED, at_least, check, check_arguments, option
 from .settings import ToolParser, preset_file, read_yaml
 from .stages import Stage, Stages, check_names, fresh_or_resumed, make_config, settings_of, write_rows
@@ -40,7 +41,7 @@ def summary_of(folder: Path) -> dict:
 def last_metrics(folder: Path) -> dict:
     """The last value of every metric of a run."""
     merged: dict = {}
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in lines_of(folder / "metrics.jsonl"):
         merged.update(json.loads(line))
     return merged
 

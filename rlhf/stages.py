@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .checkpoint import last_checkpoint, write_json
+from .disk import json_bytes, write_bytes
 from .settings import nearest
 
 STATE = "pipeline.json"
@@ -53,7 +54,7 @@ class Stages:
     """
 
     def __init__(self, output_dir, plan: Sequence[Stage], config: dict, *, overwrite: bool = False, quiet: bool = True):
-        self.path, self.plan, self.quiet = Path(output_dir), list(plan), quiet
+        self.path, self.plan, self.quiet = Path(output_dir).expanduser(), list(plan), quiet
         self.config = json.loads(json.dumps(config, default=str))
         self.spent = self.expected = 0.0
         if overwrite and (self.path / STATE).exists():
@@ -193,8 +194,6 @@ def fresh_or_resumed(folder: Path) -> dict:
 def write_rows(path: Path, rows: Sequence[dict]) -> Path:
     """Write rows as jsonl, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     kept = [{key: value for key, value in row.items() if key != "at"} for row in rows]
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-    part.replace(path)
+    write_bytes(path, b"".join(map(json_bytes, kept)))
     return path

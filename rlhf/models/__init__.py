@@ -26,16 +26,17 @@ from .loading import (
     loaded_whole,
     resolve_model_path,
     reward_model_from_policy,
-    save_model,
     stop_token_ids,
     with_tokens,
 )
 from .parts import check_token_ids, context_length, embedded_ids, quiet, text_config, unwrapped
+from .saving import check_saving, save_model
 
 __all__ = [
     "DEMO_MODEL",
     "as_policy",
     "as_reward_model",
+    "check_saving",
     "check_token_ids",
     "context_length",
     "disable_dropout",

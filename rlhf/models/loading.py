@@ -18,7 +18,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from transformers.integrations import unset_hf_deepspeed_config
 
-from ..checkpoint import atomic_directory
 from ..data import end_of_turn_id
 from .adapters import merged
 from .classifiers import classifier_of, saved_class
@@ -27,6 +26,7 @@ from .forward import check_score_head, is_classifier, score_head
 from .image_text import freeze_other_parts, language_auto_class, text_model
 from .parts import quiet, text_config, trunk_name, unwrapped, without_weights
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "base"
 
 
@@ -146,8 +146,12 @@ def _load(model_class, path, config, *, dtype, attn_implementation, trust_remote
     folder = resolve_model_path(path, trust_remote_code=trust_remote_code)
     if attn_implementation is None and getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
         attn_implementation = "eager"  # the one that caps
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype: got {dtype!r}, wants one of {', '.join(DTYPES)}")
+        dtype = getattr(torch, dtype)
     options = {
-        "dtype": getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+        "dtype": dtype,
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
         "use_safetensors": True,
@@ -159,7 +163,8 @@ def _load(model_class, path, config, *, dtype, attn_implementation, trust_remote
             model, info = model_class.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         _check_attention(model_class, config, attn_implementation)
-        raise ValueError(f"model {str(path)!r} cannot be loaded as {model_class.__name__}: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model {str(path)!r} cannot be loaded as {model_class.__name__}: {reason}") from None
     return model, sorted(info["missing_keys"])
 
 
@@ -328,19 +333,6 @@ def stop_token_ids(tokenizer, model, extra=None):
             if token is not None:
                 ids.add(int(token))
     return sorted(ids)
-
-
-def save_model(model, tokenizer, directory, state_dict=None):
-    """Write a model (safetensors), or another state of it, and its tokenizer; a reader sees all of it or none of it.
-
-    Files are written aside and moved when all are there, config.json last; without it a folder is not a model. A disk
-    that is full leaves the folder as it was.
-    """
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
-        model = model.module
-    with atomic_directory(directory) as folder, quiet():
-        model.save_pretrained(folder, state_dict=state_dict)
-        tokenizer.save_pretrained(folder)
 
 
 def is_reward_model(path, trust_remote_code=False):

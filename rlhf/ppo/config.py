@@ -1,5 +1,6 @@
 """The options of PPO. Names follow TRL 1.12; a default that changes the mathematics is neutral, not the paper's."""
 
+import os
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
@@ -164,6 +165,7 @@ class PPOConfig:
     def __post_init__(self):
         self.packing = {True: "auto", False: "false"}.get(self.packing, self.packing)
         self.dtype = str(self.dtype).removeprefix("torch.")
+        self.output_dir = os.path.expanduser(self.output_dir)
         check(self)
         if self.bf16 and self.dtype != "float32":
             raise ValueError(

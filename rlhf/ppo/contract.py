@@ -7,6 +7,7 @@ from ..models import load_tokenizer
 from ..models.sequences import join, response_log_probs, response_scores
 from ..rollouts.engines import gap_complaint, log_prob_gap
 from ..rollouts.sampling import sample
+from ..settings import RunError
 from .sharding import local
 from .state import in_run_precision
 
@@ -14,7 +15,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 """Largest difference by dtype; 2e-2 for half precision, where a batch of another shape rounds anew."""
 
 
-class ContractError(RuntimeError):
+class ContractError(RunError):
     """Something that the algorithm takes for granted does not hold; the message says what, with its number."""
 
 

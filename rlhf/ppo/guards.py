@@ -152,10 +152,13 @@ def prompts_kept(trainer, prompts: list[dict]):
     except RolloutError as error:
         folder = _folder(trainer)
         rows = [{"prompt": row["prompt"], "prompt_ids": row["prompt_ids"]} for row in prompts]
-        with atomic_directory(folder, replace=True) as directory:
-            _write(directory, {"iteration": trainer.step + 1, "bad": [str(error)], "responses": rows})
-        error.add_note(f"iteration {trainer.step + 1}: its prompts are in {folder}")
-        raise
+        where = f"its prompts are in {folder}"
+        try:
+            with atomic_directory(folder, replace=True) as directory:
+                _write(directory, {"iteration": trainer.step + 1, "bad": [str(error)], "responses": rows})
+        except OSError as failure:
+            where = f"its prompts could not be written ({failure})"
+        raise RolloutError(f"iteration {trainer.step + 1}: {error}; {where}") from error
 
 
 def _folder(trainer):

@@ -1,6 +1,7 @@
 """What a PPO run needs around the algorithm: data, networks and optimizer at the start, logs and files on the way."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import logging
@@ -13,7 +14,7 @@ from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import checkpoint, models
-from ..data import DataError, encode_prompt, load_rows, rows_of
+from ..data import DataError, as_text, encode_prompt, load_rows, rows_of
 from ..models.adapters import merged, merged_whole
 from ..models.sequences import Batch, by_length, cheapest_cut, join, policy_loss, response_values, text_loss
 from ..rewards.scoring import Scorer, reward_functions
@@ -74,6 +75,8 @@ class PPORun:
             )
         if args.dataset_name is None and train_dataset is None:
             raise ValueError("dataset_name: got none, want a file of prompts (in Python train_dataset)")
+        if args.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("report_to: got tensorboard, which is not installed (pip install tensorboard)")
         self.args = args
         self.accelerator, self.sharding = sharding.start(args)  # 19
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -88,6 +91,9 @@ class PPORun:
         self._load_data(train_dataset)
         set_seed(args.seed + self.rank)
         load_networks(self, resume)
+        if self.accelerator.is_main_process:
+            for network in (self.policy, self.value):
+                models.check_saving(network, self.tokenizer, self.output_dir)
         self.scorer = Scorer(self, self.reward_functions)
         self._make_optimizer()
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)  # 10
@@ -291,10 +297,11 @@ class PPORun:
             completions, scores = self._decode(experience.rollouts.response_ids[:count]), experience.raw_scores
             if experience.rollouts.step_rewards is not None:  # 14
                 scores = scores + experience.rollouts.step_rewards.sum(-1)
-            shown = zip(experience.prompts[:count], completions, scores[:count].tolist(), strict=True)
+            prompts = [as_text(self.prompts[number]["prompt"]) for number in experience.prompts[:count]]
+            shown = zip(prompts, completions, scores[:count].tolist(), strict=True)
             self.samples_log.append([
-                {"step": self.step, "prompt": self.prompts[number]["prompt"], "completion": completion, "score": score}
-                for number, completion, score in shown
+                {"step": self.step, "prompt": prompt, "completion": completion, "score": score}
+                for prompt, completion, score in shown
             ])  # fmt: skip
 
     def save_inside(self, begun: Iteration) -> None:

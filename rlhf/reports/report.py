@@ -9,6 +9,7 @@ time, also while a stage runs.
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..disk import write_bytes
 from ..settings import ToolParser
 from .page import render
 from .runs import COLUMNS, cell, read_report
@@ -42,12 +43,11 @@ def write_report(run_dir: str | Path) -> Path:
         Path of the report: one HTML file with its plots inside.
     Raises:
         ValueError: run_dir does not exist, holds no run, or a log line is not JSON.
+        WriteError: the report could not be written.
     """
     page = render(read_report(run_dir))
-    path = Path(run_dir) / "report.html"
-    part = path.with_name("report.html.part")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    path = Path(run_dir).expanduser() / "report.html"
+    write_bytes(path, page.encode("utf-8", errors="backslashreplace"))
     return path
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from ..data import as_text
+from ..disk import lines_of
 from .plots import Series
 
 STAGES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "dpo": "DPO"}
@@ -118,7 +120,7 @@ def _json_lines(path: Path) -> list[dict]:
     """Rows of a log; a last line that is still being written is left out."""
     rows = []
     if path.exists():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        for number, line in enumerate(lines_of(path), 1):
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
@@ -138,7 +140,7 @@ def read_run(directory: Path, name: str) -> Run:
         meta.get("config", {}),
         meta.get("summary", {}),
         _json_lines(directory / "metrics.jsonl"),
-        _json_lines(directory / "samples.jsonl"),
+        [{**row, "prompt": as_text(row["prompt"])} for row in _json_lines(directory / "samples.jsonl")],
         meta.get("health"),
     )
 
@@ -149,7 +151,7 @@ def read_report(run_dir: str | Path) -> Report:
     Raises:
         ValueError: the directory does not exist or holds no run.
     """
-    run_dir = Path(run_dir)
+    run_dir = Path(run_dir).expanduser()
     if not run_dir.is_dir():
         raise ValueError(f"run_dir must be the directory of a run, got {str(run_dir)!r}, which does not exist")
     known = list(STAGES)

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 
 from ..models.sequences import per_token_log_probs
+from ..settings import RunError
 from .decoding import Texts, chunks, way_of
 
 __all__ = ["Completion", "RolloutEngine", "RolloutError", "Rollouts", "collect", "per_token_log_probs", "sample"]
@@ -32,7 +33,7 @@ NEUTRAL_SAMPLING = {
 """Settings of a generation_config that cut, bend or lengthen, with the values at which they do not."""
 
 
-class RolloutError(RuntimeError):
+class RolloutError(RunError):
     """A rollout engine lost, renamed, repeated or broke a completion."""
 
 

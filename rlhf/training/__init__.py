@@ -2,9 +2,10 @@
 
 from ..ranges import option
 from .batches import batch_inputs, encode_rows, make_batch, response_log_probs
+from .callbacks import MetricsFile, StageProgress
 from .config import StageConfig, settings
 from .stage import load_data, load_stage_tokenizer, model_options, set_max_length
-from .trainer import MetricsFile, StageProgress, StageTrainer, logger, may_pack, perplexity
+from .trainer import StageTrainer, logger, may_pack, perplexity
 
 __all__ = [
     "MetricsFile",

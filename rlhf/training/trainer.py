@@ -5,11 +5,11 @@ import logging
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from torch.distributed.tensor import DTensor
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from .. import checkpoint, models
 from ..data import rows_of
@@ -18,6 +18,7 @@ from ..models.sequences import packing_pays
 from ..processes import check_launch_settings, check_processes
 from ..settings import refuse
 from .batches import make_batch
+from .callbacks import MetricsFile, SavingTried, StageProgress, check_callbacks, check_trackers
 from .config import settings
 from .stage import load_data, load_stage_tokenizer, set_max_length
 
@@ -65,6 +66,7 @@ class StageTrainer(Trainer):
         args = self.config_class() if args is None else args
         if not isinstance(args, self.config_class):
             raise ValueError(f"args: got {type(args).__name__}, wants {self.config_class.__name__}")
+        check_trackers(args.report_to)
         check_processes(args.world_size, args.distributed_state.distributed_type)
         check_launch_settings(args.gradient_accumulation_steps)
         if model is None or isinstance(model, (str, Path)):
@@ -86,7 +88,9 @@ class StageTrainer(Trainer):
         models.check_token_ids(model, tokenizer, itertools.chain.from_iterable(read))
         self.can_pack = may_pack(args, model)
         self.evaluation, self.evaluated_step = {}, None
+        self._finite = None  # whether the losses since the last look were, a bool on their device
         self.samples = self._aside = None
+        self._best_is_loaded = False
         self._sums = {}
         if not self.held_out:
             args.eval_strategy = "no"
@@ -130,7 +134,9 @@ class StageTrainer(Trainer):
         Returns:
             transformers' TrainOutput.
         Raises:
-            ValueError: output_dir holds another run.
+            ValueError: output_dir holds another run; or the model could not be saved there.
+            FloatingPointError: the loss or a weight became NaN or infinite; no model is written.
+            WriteError: a file of the run could not be written.
         """
         args, output, step = self.args, Path(self.args.output_dir), None
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
@@ -138,15 +144,21 @@ class StageTrainer(Trainer):
         if args.process_index == 0:
             checkpoint.prepare_output_dir(output, resume=bool(resume))
             step = (int(last.name.rpartition("-")[2]) if last else 0) if resume else None
-        self.remove_callback(MetricsFile)  # of an earlier call
-        self.add_callback(MetricsFile(output, step))
+        for callback in (MetricsFile(output, step), SavingTried()):
+            self.remove_callback(type(callback))  # of an earlier call
+            self.add_callback(callback)
         self.samples = checkpoint.JsonLines(output / "samples.jsonl", resume_step=step)
+        if args.should_save:
+            models.check_saving(self.model, self.tokenizer, output)
         self.before_training()
         run = {"stage": args.stage, "config": settings(args), "summary": {}}
         if args.should_save:
             checkpoint.write_json(output / "run.json", run)
         result = super().train(resume_from_checkpoint=str(last) if last else None, **options)
+        self.stop_if_diverged()
         run["summary"] = self.finish()
+        if self._best_is_loaded:
+            run["summary"]["best_step"] = self.state.best_global_step
         model, state = self.whole_model()
         if args.should_save:
             models.save_model(model, self.tokenizer, output, state)
@@ -213,6 +225,33 @@ class StageTrainer(Trainer):
             total, weights = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (total + value * weight, weights + weight)
 
+    def training_step(self, *args, **options):
+        loss = super().training_step(*args, **options)
+        finite = loss.detach().isfinite()
+        self._finite = finite if self._finite is None else self._finite & finite
+        return loss
+
+    @torch.no_grad()
+    def stop_if_diverged(self, *, weights=True):
+        """Raise FloatingPointError if a loss, or a weight that trains, is NaN or infinite. All processes must call."""
+        checked = {"the loss": self._finite}
+        if weights:
+            checked["weights of the model"] = all_finite(self.model)
+        checked = {name: finite for name, finite in checked.items() if finite is not None}
+        if not checked:
+            return
+        bad = torch.stack([(~finite).float().to(self.args.device) for finite in checked.values()])
+        bad = self.accelerator.reduce(bad, "sum").tolist()
+        self._finite = None
+        for name, count in zip(checked, bad):
+            if count:
+                last = checkpoint.last_checkpoint(self.args.output_dir)
+                kept = f"the last checkpoint, {last.name}, is whole" if last else "there is no checkpoint yet"
+                raise FloatingPointError(
+                    f"step {self.state.global_step}: {name} became NaN or infinite, so the run has diverged: lower "
+                    f"--learning_rate; no model is written, {kept}"
+                )
+
     def log(self, logs, start_time=None):
         if "loss" in logs and self._sums:
             sums = torch.tensor([[float(x) for x in pair] for pair in self._sums.values()], device=self.args.device)
@@ -220,6 +259,8 @@ class StageTrainer(Trainer):
             logs.update(zip(self._sums, (sums[:, 0] / sums[:, 1]).tolist()))
             self._sums = {}
         super().log(logs, start_time)
+        if "loss" in logs:
+            self.stop_if_diverged(weights=False)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         examples = self.held_out
@@ -228,16 +269,22 @@ class StageTrainer(Trainer):
             examples = self.encode(rows, "held-out")
         if not examples:
             raise ValueError("eval_dataset: got none, and the run holds no rows out (eval_fraction)")
+        metrics = self.measure(examples)
+        metrics = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
+        self.log({f"eval/{name}": value for name, value in metrics.items()})
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self, examples):
+        """What `evaluate_rows` says of the model as it is now, which becomes the run's last evaluation."""
+        self.stop_if_diverged()
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
             metrics = self.evaluate_rows(examples)
         self.model.train()
         self.evaluation = {f"eval/{name}": value for name, value in metrics.items()}
         self.evaluated_step = self.state.global_step
-        metrics = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
-        self.log({f"eval/{name}": value for name, value in metrics.items()})
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -247,9 +294,15 @@ class StageTrainer(Trainer):
 
     def last_evaluation(self):
         """What `evaluate` says of the model as it is now, by its names in metrics.jsonl; {} without held-out rows."""
-        if self.held_out and self.evaluated_step != self.state.global_step:
+        if self.held_out and self._best_is_loaded:
+            self.measure(self.held_out)  # not logged: its step has a line already
+        elif self.held_out and self.evaluated_step != self.state.global_step:
             self.evaluate()
         return self.evaluation
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._best_is_loaded = True
 
     def batches(self, examples):
         """The examples as batches on the model's device, in order."""
@@ -273,6 +326,7 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Write aside, then rename: a killed run or a full disk leaves nothing that looks like a checkpoint."""
+        self.stop_if_diverged()
         output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
         best = output / f"checkpoint-{self.state.best_global_step}"
         self.state.best_model_checkpoint = str(best) if best.is_dir() else None
@@ -296,44 +350,18 @@ class StageTrainer(Trainer):
                     checkpoint.remove_directory(old)
 
 
-class StageProgress(ProgressCallback):
-    """A progress bar that carries the latest numbers, instead of printing a line for each."""
+def all_finite(model):
+    """Whether all weights of a model that train are finite numbers, on this process; a 0-d bool, or None without any.
 
-    def __init__(self):
-        super().__init__()
-        self.latest = {}
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None:
-            wanted = {"loss": "loss", "accuracy": "acc", "eval/loss": "eval loss", "eval/accuracy": "eval acc"}
-            self.latest.update({label: f"{logs[name]:.4g}" for name, label in wanted.items() if name in logs})
-            self.training_bar.set_postfix(self.latest, refresh=False)
-
-
-class MetricsFile(TrainerCallback):
-    """Every log line into metrics.jsonl of the run; a resumed run goes on behind its checkpoint's line."""
-
-    renamed: ClassVar = {"learning_rate": "lr", "train_loss": "train/loss", "train_runtime": "train/seconds"}
-
-    def __init__(self, output_dir, resume_step):
-        self.file = checkpoint.MetricsLog(output_dir, resume_step=resume_step)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero:
-            dropped = ("total_flos", "train_samples_per_second", "train_steps_per_second")
-            self.file.log(
-                state.global_step,
-                {self.renamed.get(name, name): value for name, value in logs.items() if name not in dropped},
-            )
-
-
-def check_callbacks(callbacks):
-    """Raise ValueError unless they are None or a list of transformers' TrainerCallbacks, classes among them."""
-    if callbacks is not None and not isinstance(callbacks, (list, tuple)):
-        raise ValueError(f"callbacks: got {type(callbacks).__name__}, wants a list")
-    for callback in callbacks or ():
-        if not issubclass(callback if isinstance(callback, type) else type(callback), TrainerCallback):
-            raise ValueError(f"callbacks: got {callback!r}, wants transformers.TrainerCallback objects")
+    Of sharded weights the process looks at its own part.
+    """
+    flags = []
+    for weight in model.parameters():
+        if weight.requires_grad:
+            own = getattr(weight, "ds_tensor", weight)  # of ZeRO-3
+            own = own.to_local() if isinstance(own, DTensor) else own
+            flags.append(own.detach().isfinite().all())
+    return torch.stack(flags).all() if flags else None
 
 
 def perplexity(loss):

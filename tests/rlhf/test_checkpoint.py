@@ -4,6 +4,9 @@ import errno
 import json
 import os
 import random
+import subprocess
+import sys
+import tempfile
 
 import numpy
 import pytest
@@ -67,6 +70,80 @@ def test_an_existing_directory(tmp_path, replace):
     others = [] if replace else ["metrics.jsonl"]
     assert names(tmp_path / "run") == ["config.json", *others, "value"]
     assert names(tmp_path / "run" / "value") == (["new"] if replace else ["new", "old"])
+
+
+def other_file_system(tmp_path):
+    """A new folder on another file system than tmp_path's."""
+    for home in ("/dev/shm", "/run", "/var/tmp"):
+        if os.path.isdir(home) and os.access(home, os.W_OK) and os.stat(home).st_dev != os.stat(tmp_path).st_dev:
+            return tempfile.TemporaryDirectory(dir=home)
+    pytest.skip("needs two file systems that can be written")
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_link_to_another_file_system(tmp_path, replace):
+    with other_file_system(tmp_path) as target:
+        (tmp_path / "run").symlink_to(target)
+        with atomic_directory(tmp_path / "run", replace=replace) as folder:
+            (folder / "config.json").write_text("new")
+        with atomic_directory(tmp_path / "run" / "checkpoint-1") as folder:
+            (folder / "trainer_state.json").write_text("{}")
+        assert sorted(os.listdir(target)) == ["checkpoint-1", "config.json"]
+        assert (tmp_path / "run").is_symlink() and names(tmp_path) == ["run"]
+
+
+def test_a_checkpoint_that_was_moved_and_linked_can_be_removed(tmp_path):
+    (tmp_path / "run").mkdir()
+    moved = make_checkpoint(tmp_path, 1)
+    (tmp_path / "run" / "checkpoint-1").symlink_to(moved)
+    make_checkpoint(tmp_path / "run", 2)
+    checkpoint.remove_old_checkpoints(tmp_path / "run", 1)
+    assert names(tmp_path / "run") == ["checkpoint-2"] and (moved / "trainer_state.json").exists()
+
+
+def test_the_working_directory_itself(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with atomic_directory(".") as folder:
+        (folder / "config.json").write_text("new")
+    assert names(tmp_path) == ["here"] and names(tmp_path / "here") == ["config.json"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_name_as_long_as_names_can_be(tmp_path, exists):
+    path = tmp_path / ("é" * 127)
+    path.mkdir() if exists else None
+    with atomic_directory(path) as folder:
+        (folder / "config.json").write_text("new")
+    assert names(tmp_path) == [path.name] and names(path) == ["config.json"]
+
+
+def test_only_the_directory_itself_need_be_writable(tmp_path):
+    """As where a container has a disk for the output and nothing else."""
+    run = tmp_path / "run"
+    run.mkdir()
+    seen = []
+    with atomic_directory(run) as folder:
+        seen.append(folder.parent)
+        (folder / "config.json").write_text("new")
+    assert seen == [run] and names(run) == ["config.json"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path, exists):
+    home = tmp_path / "run" if exists else tmp_path
+    home.mkdir(exist_ok=True)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for left in (f".run.tmp-{ended.pid}", f".run.tmp-{ended.pid}-old"):
+        (home / left).mkdir()
+        (home / left / "model.safetensors").touch()
+    others = [f".run.tmp-{os.getppid()}", f".run-2.tmp-{ended.pid}"]  # still at it; of another target
+    for other in others:
+        (home / other).mkdir()
+    with atomic_directory(tmp_path / "run") as folder:
+        (folder / "config.json").write_text("new")
+    assert set(names(home)) == {*others, "config.json" if exists else "run"}
 
 
 def test_last_checkpoint_is_the_newest_complete_one(tmp_path):
