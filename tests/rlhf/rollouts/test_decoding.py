@@ -87,7 +87,7 @@ def test_chunks_of_prompts():
 
 @pytest.mark.parametrize("family, forwards", [("llama", 1 + 5), ("falcon_h1", 4 + 5), ("bart", 4 * 6)])
 def test_texts_with_states_go_on_together(family, forwards):
-    """Five prompts of four lengths, six tokens: read at once, or length by length; then step by step together, or not."""
+    """Five prompts of four lengths, six tokens: read at once or length by length; then stepped together, or not."""
     model, seen = family_model(family), []
     way_of(model)
     model.register_forward_hook(lambda *args: seen.append(1))
