@@ -1,19 +1,50 @@
 """Dropout: none where the method forbids it, residual dropout where the paper has it."""
 
 from torch import nn
+from transformers import PreTrainedConfig
 
 
 def disable_dropout(model):
-    """Set every dropout of the model to 0, in its modules and in its config, so that train and eval mode agree."""
+    """Make train mode compute what eval mode computes: no dropout, no dropped layers, no jitter.
+
+    Every probability of dropping something becomes 0, in the modules and in all configs that they may read. A module
+    with jitter, as routers of experts have it, stays in eval mode: what jitters may count there, too, as in PhiMoE,
+    which also draws its experts in train mode.
+    """
     for module in model.modules():
         if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
             module.p = 0.0
-        for name, value in vars(module).items():
+        for name, value in list(vars(module).items()):
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-    for name, value in vars(model.config).items():
-        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
-            setattr(model.config, name, 0.0)
+            elif "jitter" in name and isinstance(value, float) and value:
+                keep_in_eval_mode(module)
+    for config in _configs(model):
+        for name, value in vars(config).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+
+
+def keep_in_eval_mode(module):
+    """Let a module alone, not those inside it, run in eval mode whatever mode the model is in."""
+    if _to_eval_mode not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_to_eval_mode)
+
+
+def _to_eval_mode(module, args):
+    module.training = False
+
+
+def _configs(model):
+    """The configs of a model and of its modules, with the configs inside them."""
+    found = {}
+    waiting = [config for module in model.modules() if (config := vars(module).get("config")) is not None]
+    while waiting:
+        config = waiting.pop()
+        if isinstance(config, PreTrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            waiting += vars(config).values()
+    return found.values()
 
 
 def set_residual_dropout(model, p):

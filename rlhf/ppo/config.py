@@ -138,7 +138,9 @@ class PPOConfig:
     lora_dropout: float = option(
         0.0, "Dropout in front of the adapters: only 0, as the ratio would not be 1.", within(0, 1, open_high=True)
     )
-    lora_target_modules: list[str] | None = option(None, "Layers to adapt, or all-linear. None: peft's choice, else all linear ones.")
+    lora_target_modules: list[str] | None = option(
+        None, "Layers to adapt, or all-linear. None: peft's choice, else all linear ones."
+    )
     # health
     on_health: Literal["warn", "stop", "ignore"] = option(
         "warn", "When a run looks unhealthy: stop, warn or ignore. NaN always stops it."
