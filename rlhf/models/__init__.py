@@ -29,7 +29,7 @@ from .loading import (
     stop_token_ids,
     with_tokens,
 )
-from .parts import check_token_ids, context_length, embedded_ids, quiet, text_config, unwrapped
+from .parts import check_token_ids, context_hint, context_length, embedded_ids, quiet, text_config, unwrapped
 from .saving import check_saving, save_model
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "as_reward_model",
     "check_saving",
     "check_token_ids",
+    "context_hint",
     "context_length",
     "disable_dropout",
     "embedded_ids",

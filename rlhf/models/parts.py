@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from rlhf_kernels.integrations.transformers import first_position
+from rlhf_kernels.integrations.transformers import first_position, rope_limit
 
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 
@@ -46,10 +46,23 @@ def text_config(model):
 
 
 def context_length(model):
-    """Tokens that the model can read at once, or None if its config does not say."""
-    config = text_config(model)
-    context = next((value for name in CONTEXTS if (value := getattr(config, name, None))), None)
-    return context and context - first_position(model)
+    """Tokens that a text of the model may have, or None if its config does not say.
+
+    As many as the model reads at once, but no more than its rotary embeddings turn alike whatever else is in a batch:
+    beyond, log-probs would depend on the longest text beside (LongRoPE, dynamic NTK).
+    """
+    config, shift = text_config(model), first_position(model)
+    context = next((value - shift for name in CONTEXTS if (value := getattr(config, name, None)) and value > 0), None)
+    return min((length for length in (context, rope_limit(config)) if length), default=None)
+
+
+def context_hint(model):
+    """What an error that names the context adds where `context_length` is shorter than what the model can read."""
+    if rope_limit(text_config(model)) is None:
+        return ""
+    return (
+        "; the rotary embeddings of longer texts follow the longest of a batch (see 'Long texts' in docs/training.md)"
+    )
 
 
 def trunk_name(model):

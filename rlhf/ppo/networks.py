@@ -195,4 +195,11 @@ def _check_context(run) -> None:
                 raise ValueError(
                     f"{row['at']}: the prompt has {len(row['prompt_ids'])} tokens; with response_length "
                     f"{run.args.response_length} it does not fit the {name}'s context of {context}"
+                    f"{models.context_hint(model)}"
                 )
+    context = models.context_length(run.policy)
+    if context and max(map(len, run.texts), default=0) > context:
+        hint = models.context_hint(run.policy)
+        raise ValueError(
+            f"ptx_max_length: got {run.args.ptx_max_length}, wants at most {context}, the policy's context{hint}"
+        )

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 
+from .. import models
 from ..models.sequences import per_token_log_probs
 from ..settings import RunError
 from .decoding import Texts, chunks, way_of
@@ -178,12 +179,12 @@ def sample(
     shape = (len(prompt_ids), samples_per_prompt, response_length)
     if noise is not None and tuple(noise.shape) != shape:
         raise ValueError(f"noise: got shape {tuple(noise.shape)}, want {shape} (prompts, samples, tokens)")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = models.context_length(model)
     longest = max(map(len, prompt_ids), default=0)
-    if context and 0 < context < longest + response_length:
+    if context and longest + response_length > context:
         raise ValueError(
             f"prompt_ids: the longest prompt has {longest} tokens; with response_length {response_length} it does not "
-            f"fit the model's context of {context}"
+            f"fit the model's context of {context}{models.context_hint(model)}"
         )
     settings = {
         "response_length": response_length, "temperature": temperature, "stop_token_ids": list(stop_token_ids),

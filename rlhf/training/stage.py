@@ -53,5 +53,6 @@ def set_max_length(args, model):
     if args.max_length is None:
         args.max_length = min(context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     elif args.max_length < 2 or (context and args.max_length > context):
-        raise ValueError(f"max_length: got {args.max_length}, wants 2 to {context}, the model's context")
+        hint = models.context_hint(model)
+        raise ValueError(f"max_length: got {args.max_length}, wants 2 to {context}, the model's context{hint}")
     return args.max_length

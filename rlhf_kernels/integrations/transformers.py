@@ -108,6 +108,8 @@ def rope_limit(config) -> int | None:
 def _rope_limit(parameters, config):
     kind = parameters.get("rope_type") or "default"
     if kind == "longrope":
+        if parameters.get("short_factor") == parameters.get("long_factor"):
+            return None
         return parameters.get("original_max_position_embeddings") or config.max_position_embeddings
     # Behind a longer text, one of exactly max_position_embeddings tokens still gets the longer one's frequencies.
     return config.max_position_embeddings - 1 if "dynamic" in kind else None

@@ -100,6 +100,8 @@ def test_rope_limit():
     assert rope_limit(transformers.GPT2Config()) is None
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 8}
     assert rope_limit(transformers.LlamaConfig(**GROUPED, rope_parameters=yarn)) is None
+    alike = {**LONGROPE, "short_factor": LONGROPE["long_factor"]}
+    assert rope_limit(transformers.Phi3Config(**GROUPED, rope_parameters=alike)) is None
     by_layer = {"sliding_attention": PLAIN, "full_attention": {**LONGROPE, "original_max_position_embeddings": 20}}
     text = transformers.Gemma3TextConfig(**GROUPED, head_dim=8, rope_parameters=by_layer)
     assert rope_limit(text) == 20
