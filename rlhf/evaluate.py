@@ -119,7 +119,7 @@ def _share_width(model, rollouts: Rollouts) -> int | None:
     if len(set(map(tuple, rollouts.prompt_ids))) == len(rollouts.prompt_ids):
         return None
     longest = max(len(p) + len(r) for p, r in zip(rollouts.prompt_ids, rollouts.response_ids))
-    return models.text_config(model).hidden_size if models.share_prompts([model], longest) else None
+    return models.hidden_size(model) if models.share_prompts([model], longest) else None
 
 
 @torch.no_grad()

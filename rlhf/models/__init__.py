@@ -29,7 +29,16 @@ from .loading import (
     stop_token_ids,
     with_tokens,
 )
-from .parts import check_token_ids, context_hint, context_length, embedded_ids, quiet, text_config, unwrapped
+from .parts import (
+    check_token_ids,
+    context_hint,
+    context_length,
+    embedded_ids,
+    hidden_size,
+    quiet,
+    text_config,
+    unwrapped,
+)
 from .saving import check_saving, save_model
 
 __all__ = [
@@ -42,6 +51,7 @@ __all__ = [
     "context_length",
     "disable_dropout",
     "embedded_ids",
+    "hidden_size",
     "hidden_states",
     "is_classifier",
     "is_reward_model",

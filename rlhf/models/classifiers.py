@@ -13,11 +13,12 @@ import re
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from .parts import trunk_name, without_weights
+from .image_text import language_auto_class
+from .parts import hidden_size, trunk_name, without_weights
 
 SUFFIX = "ForSequenceClassification"
 
@@ -33,7 +34,7 @@ class TrunkClassifier:
         self.num_labels = config.num_labels
         language_model = self.language_model_class(config)
         setattr(self, self.base_model_prefix, getattr(language_model, self.base_model_prefix))
-        self.score = nn.Linear(config.get_text_config(decoder=True).hidden_size, self.num_labels, bias=False)
+        self.score = nn.Linear(hidden_size(language_model), self.num_labels, bias=False)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -111,11 +112,17 @@ def saved_class(config, architectures):
 
     Args:
         config: the checkpoint's; architectures: names of classes in it.
+    Returns:
+        A class with from_pretrained; None where neither is there.
     """
-    language_model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    if language_model_class is None or classifier_name(language_model_class) not in architectures:
-        return AutoModelForSequenceClassification
-    return _made_class(without_weights(language_model_class, copy.deepcopy(config)))
+    auto_class = language_auto_class(config)
+    if auto_class is not None:
+        language_model_class = auto_class._model_mapping[type(config)]
+        if classifier_name(language_model_class) in architectures:
+            return _made_class(without_weights(language_model_class, copy.deepcopy(config)))
+    own_code = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    known = own_code or type(config) in AutoModelForSequenceClassification._model_mapping
+    return AutoModelForSequenceClassification if known else None
 
 
 def classifier_of(language_model):

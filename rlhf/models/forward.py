@@ -4,6 +4,8 @@ Every stage and PPO score through here, so a score means the same everywhere. A 
 every position.
 """
 
+import contextlib
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -86,6 +88,38 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
     return trunk(model)(**inputs).last_hidden_state
 
 
+@contextlib.contextmanager
+def _told(name, model):
+    """What a model's own code raises at a text, as one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ValueError(
+            f"{name}: a {type(unwrapped(model)).__name__}, which cannot be called with a text alone ({reason[0]})"
+        ) from error
+
+
+@torch.no_grad()
+def check_causal(model, name="model"):
+    """Raise where a language model looks at later tokens: two texts that part at their last token, in one batch.
+
+    Raises:
+        ValueError: their logits differ before it.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], device=model.device) % text_config(model).vocab_size
+    with _told(name, model):
+        logits = model(**model_inputs(model, ids)).logits[:, :-1].float()
+    model.train(was_training)
+    if (logits[0] - logits[1]).abs().max() > torch.finfo(model.dtype).eps ** 0.5 * logits.abs().max():
+        raise ValueError(
+            f"{name}: a {type(unwrapped(model)).__name__} that looks at later tokens (by its config it is no decoder), "
+            "wants a causal language model"
+        )
+
+
 @torch.no_grad()
 def supports_packing(model, longest=None):
     """Whether two responses behind one prompt, kept apart by a 4-D mask, get the hidden states that they get alone.
@@ -148,7 +182,7 @@ def score_head(model):
     raise ValueError(f"{type(model).__name__} has no linear scalar head named `score`, so it cannot be a reward model")
 
 
-def check_score_head(model):
+def check_score_head(model, name="model"):
     """Raise unless the scores of a sequence classifier are a linear map of its trunk's hidden states at each token."""
     score_head(unwrapped(model))
     if is_wrapped(model):
@@ -157,15 +191,17 @@ def check_score_head(model):
     model.eval()
     handle = score_head(unwrapped(model)).register_forward_pre_hook(lambda module, args: read.append(args[0]))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _told(name, model):
             model(**model_inputs(model, ids))
             expected = hidden_states(model, ids)
     finally:
         handle.remove()
         model.train(was_training)
     if read[0].shape != expected.shape or not torch.allclose(read[0], expected, rtol=1e-2, atol=1e-2):
-        name = type(unwrapped(model)).__name__
-        raise ValueError(f"{name} pools, or has more layers, in front of its scalar head, so no token has a score")
+        raise ValueError(
+            f"{name}: a {type(unwrapped(model)).__name__} pools, or has more layers, in front of its scalar head, so "
+            "no token has a score"
+        )
 
 
 def is_classifier(model):

@@ -22,7 +22,7 @@ from ..data import end_of_turn_id
 from .adapters import merged
 from .classifiers import classifier_of, saved_class
 from .dropout import disable_dropout, set_residual_dropout
-from .forward import check_score_head, is_classifier, score_head
+from .forward import check_causal, check_score_head, is_classifier, score_head
 from .image_text import freeze_other_parts, language_auto_class, text_model
 from .parts import quiet, text_config, trunk_name, unwrapped, without_weights
 
@@ -162,7 +162,8 @@ def _load(model_class, path, config, *, dtype, attn_implementation, trust_remote
         with quiet():
             model, info = model_class.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        _check_attention(model_class, config, attn_implementation)
+        if attn_implementation is not None:
+            _check_attention(model_class, config, attn_implementation)
         reason = " ".join(str(error).split())
         raise ValueError(f"model {str(path)!r} cannot be loaded as {model_class.__name__}: {reason}") from None
     return model, sorted(info["missing_keys"])
@@ -214,7 +215,7 @@ def load_policy(path, *, dtype=torch.float32, attn_implementation=None, trust_re
     model, missing = _load_language_model(path, **options)
     if missing:
         raise ValueError(f"model {str(path)!r} is not a complete language model: it lacks {', '.join(missing[:3])}")
-    return as_policy(model, dropout=dropout)
+    return as_policy(model, f"model {str(path)!r}", dropout=dropout)
 
 
 def as_policy(model, name="model", *, dropout=0.0):
@@ -228,6 +229,7 @@ def as_policy(model, name="model", *, dropout=0.0):
         raise ValueError(
             f"{name}: got {type(model).__name__}, wants a causal language model of transformers, or its path"
         )
+    check_causal(model, name)
     disable_dropout(model)
     if dropout:
         set_residual_dropout(model, dropout)
@@ -241,8 +243,14 @@ def load_reward_model(path, *, dtype=torch.float32, attn_implementation=None, tr
         path, attn_implementation: as in `load_policy`.
     """
     config = _config_of(path, trust_remote_code)
+    model_class = saved_class(config, config.architectures or ())
+    if model_class is None:
+        raise ValueError(
+            f"model {str(path)!r} is not a reward model: it is a {' or '.join(config.architectures or ['model'])} "
+            "(train one with `rlhf reward --model_name_or_path ...`)"
+        )
     model, missing = _load(
-        saved_class(config, config.architectures or ()),
+        model_class,
         path,
         config,
         dtype=dtype,
@@ -267,7 +275,7 @@ def as_reward_model(model, name="reward_model"):
         raise ValueError(f"{name}: got {type(model).__name__}, wants a sequence classifier of transformers")
     if model.config.num_labels != 1:
         raise ValueError(f"{name} has {model.config.num_labels} labels, a reward model has 1")
-    check_score_head(model)
+    check_score_head(model, name)
     disable_dropout(model)
     if not hasattr(model.config, "reward_bias"):
         model.config.reward_bias = 0.0
@@ -303,8 +311,7 @@ def reward_model_from_policy(
     model.config.reward_bias = 0.0
     if pad_token_id is not None:
         model.config.pad_token_id = text_config(model).pad_token_id = pad_token_id
-    disable_dropout(model)
-    return model.train()
+    return as_reward_model(model)
 
 
 def _copy_of(policy):

@@ -45,6 +45,12 @@ def text_config(model):
     return unwrapped(model).config.get_text_config(decoder=True)
 
 
+def hidden_size(model):
+    """The width of what the head of a model reads."""
+    inner, width = unwrapped(model), getattr(text_config(model), "hidden_size", None)
+    return width or (inner.get_output_embeddings() or inner.score).weight.shape[1]
+
+
 def context_length(model):
     """Tokens that a text of the model may have, or None if its config does not say.
 

@@ -115,7 +115,7 @@ def load_networks(run, resume: Path | None) -> None:
     wanted = args.packing != "false" and args.num_responses > 1
     run.share_width = None  # 12
     if wanted and models.share_prompts(networks, longest):
-        run.share_width = models.text_config(run.policy).hidden_size
+        run.share_width = models.hidden_size(run.policy)
     if args.use_peft:  # 17
         _put_adapters(run, resume)
     own = (run.policy, None if args.use_peft else run.reference, run.value, run.reward_model)

@@ -197,7 +197,7 @@ class StageTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def collate(self, examples):
-        width = models.text_config(self.model).hidden_size
+        width = models.hidden_size(self.model)
         groups = [(len(example["prompt"]), list(map(len, example["responses"]))) for example in examples]
         packed = self.can_pack and (self.args.packing == "true" or packing_pays(groups, width))
         return make_batch(examples, self.tokenizer.pad_token_id, packed=packed, hidden_size=width)
