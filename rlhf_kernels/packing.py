@@ -50,17 +50,7 @@ class PackedResponses(_Fields):
 
     def block_mask(self, **options):
         """The same mask as a BlockMask of FlexAttention; options are those of `create_block_mask`, as BLOCK_SIZE."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        blocks, segments = self.blocks, self.segments
-
-        def sees(b, h, query, key):
-            own = (segments[b, key] == 0) | (segments[b, key] == segments[b, query])
-            same_block = (blocks[b, query] == blocks[b, key]) & (blocks[b, query] != _layout.PADDING)
-            return (same_block & own & (query >= key)) | (query == key)
-
-        rows, length = self.input_ids.shape
-        return create_block_mask(sees, rows, None, length, length, device=self.layout.device, **options)
+        return block_mask(self.layout, **options)
 
     @property
     def tokens(self) -> int:
@@ -116,6 +106,21 @@ class PackedResponses(_Fields):
         wanted = (self.last_token_rows.shape[0], *scores.shape[1:])
         check_shape("scores", scores, wanted, "[S, ...], one for each response")
         return _spread(scores, self.cu_groups, fill)
+
+
+def block_mask(layout: Tensor, **options):
+    """`PackedResponses.block_mask` from the layout [B, 1, 2, L] alone."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    blocks, segments = layout[:, 0, 0], layout[:, 0, 1]
+
+    def sees(b, h, query, key):
+        own = (segments[b, key] == 0) | (segments[b, key] == segments[b, query])
+        same_block = (blocks[b, query] == blocks[b, key]) & (blocks[b, query] != _layout.PADDING)
+        return (same_block & own & (query >= key)) | (query == key)
+
+    rows, length = blocks.shape
+    return create_block_mask(sees, rows, None, length, length, device=layout.device, **options)
 
 
 def _spread(values, cu_seqlens, fill):

@@ -19,6 +19,7 @@ from rlhf_kernels.integrations.transformers import (
     takes_shared_prefix,
     use_shared_prefix_attention,
 )
+from rlhf_kernels.model_head import without_router_logits
 
 from .parts import text_config, trunk, unwrapped
 
@@ -58,16 +59,8 @@ def model_inputs(model, input_ids, attention_mask=None, position_ids=None):
     first, mask = first_position(model), mask_for(unwrapped(model), attention_mask)
     return {
         "input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids + first if first else position_ids,
-        "use_cache": False, **without_router_loss(model),
+        "use_cache": False, **without_router_logits(model),
     }  # fmt: skip
-
-
-def without_router_loss(model):
-    """The argument that keeps a mixture of experts from its load-balancing loss: nothing here uses it, and it fails on
-    the masks of packed rows; {} where the model's config does not ask for it.
-    """
-    asked = getattr(unwrapped(model).config.get_text_config(), "output_router_logits", False)
-    return {"output_router_logits": False} if asked else {}
 
 
 def hidden_states(model, input_ids, attention_mask=None, position_ids=None):

@@ -8,15 +8,9 @@ import transformers
 from torch import nn
 
 from rlhf_kernels.integrations.transformers import first_position, rope_limit
+from rlhf_kernels.model_head import unwrapped
 
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
-
-
-def unwrapped(model):
-    """The transformers model inside DDP and PEFT wrappers (adapters sit in its modules, so they still take part)."""
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_kernels.integrations.transformers import WINDOWS, first_position
+from rlhf_kernels.model_head import without_router_logits
 
 from ..models import unwrapped
-from ..models.forward import without_router_loss
 
 CACHES = ("cache", "past_key_values", "cache_params", "state")
 """Names under which models of transformers, by their age and kind, take the cache and give it back."""
@@ -157,7 +157,7 @@ def run(model, way: Way, ids, inputs: dict, cache=None):
     if way.lengths != "padded" and "position_ids" not in taken:
         inputs.pop("attention_mask", None)  # Mamba takes it for that of the newest token alone
     inputs = {name: value for name, value in inputs.items() if name in taken}
-    output = model(input_ids=ids, **inputs, **without_router_loss(model))
+    output = model(input_ids=ids, **inputs, **without_router_logits(model))
     return output.logits[:, -1], getattr(output, name) if way.cached else None
 
 

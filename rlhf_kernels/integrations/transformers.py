@@ -19,12 +19,22 @@ from transformers.masking_utils import sdpa_mask
 
 from .._checks import check_in
 from .._packing_attention import longest_text
-from ..model_head import unwrapped
-from ..packing import PackedResponses, shared_prefix_attention
+from ..model_head import text_config, unwrapped, without_router_logits
+from ..packing import PackedResponses, block_mask, shared_prefix_attention
 from ..reference.packing import shared_prefix_mask
 
 ATTENTION = "rlhf_shared_prefix"
 WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+STATES = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+TOKENWISE = ("full_attention", "mlp", "moe", "dense", "sparse")  # layers that read nothing of the row but by the mask
+# Nothing in the class or the config of these says so; it came out when all architectures of transformers were tried.
+OTHERS = {
+    "blt": "it joins the bytes of a row to patches, across the ends of texts",
+    "openai-gpt": "its attention takes masks of two dimensions alone",
+    "reformer": "its attention hashes and chunks the row, whichever text a token belongs to",
+    "xlm": "its attention takes masks of two dimensions alone",
+}
+OWN_MASKS = ("doge",)  # their attention makes a mask of its own of the one that it gets, which must be dense
 NOT_PLAIN = ("softcap", "position_bias", "s_aux")  # what models hand to an attention that is more than softmax(QK^T)V
 
 
@@ -66,7 +76,7 @@ def is_layout(mask) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.int64
 
 
-def packing_obstacle(model, longest=None) -> str | None:
+def packing_obstacle(model, longest=None, row=None) -> str | None:
     """Why `model` cannot give each packed response what a row of its own gives it; None: nothing is known against it.
 
     Told from the config and the class; nothing is computed. A model of one's own may still read the index in the row.
@@ -74,13 +84,16 @@ def packing_obstacle(model, longest=None) -> str | None:
     Args:
         model: a model of transformers, possibly wrapped by DDP or PEFT.
         longest: tokens of the longest prompt with its response; None = as many as the model takes.
+        row: tokens of a packed row; None = any number.
     """
     model = unwrapped(model)
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model)
     longest = longest or getattr(config, "max_position_embeddings", None)
     return (
-        _carries_state(model, config)
-        or _reads_the_index(model, config)
+        OTHERS.get(config.model_type)
+        or _layers(model, config)
+        or _reads_the_index(model, config, row)
+        or _not_causal(model, config)
         or _rope(config, longest)
         or _window(config, longest)
         or _attention(model.config._attn_implementation, config)
@@ -123,26 +136,46 @@ def first_position(model) -> int:
     Args:
         model: a model of transformers, possibly wrapped by DDP or PEFT.
     """
-    for module in unwrapped(model).base_model.modules():
+    for module in _decoder(unwrapped(model)).modules():
         if hasattr(type(module), "create_position_ids_from_input_ids"):
             return module.padding_idx + 1
     return 0
 
 
-def check_packing(model, longest=None) -> None:
+def _decoder(model):
+    """The part of a model that reads texts, without towers for images or sounds."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+
+def check_packing(model, longest=None, row=None) -> None:
     """Raise where `packing_obstacle` finds one.
 
     Raises:
         ValueError: the model carries a state along the row (recurrent, state-space, convolution, linear attention);
-            finds positions by the index in the row (ALiBi, no position_ids); has rotary embeddings or windows that
-            change below `longest`; or has an attention that takes no mask of this kind.
+            chooses keys by the row; finds positions by the index in the row (ALiBi, no position_ids, Llama 4's scaled
+            queries in long rows); attends both ways; has rotary embeddings or windows that change below `longest`; or
+            has an attention that takes no mask of this kind.
     """
-    reason = packing_obstacle(model, longest)
+    reason = packing_obstacle(model, longest, row)
     if reason:
         raise ValueError(f"{type(unwrapped(model)).__name__} cannot take packed responses: {reason}")
 
 
-def _reads_the_index(model, config):
+def _layers(model, config):
+    kinds = set(getattr(config, "layer_types", None) or [])
+    states = sorted(kinds & set(STATES))
+    if states or (not kinds and getattr(model, "_is_stateful", False)):
+        kind = f" ({', '.join(states)})" if states else ""
+        return f"its layers{kind} carry a state along the row, from one response to the next"
+    others = sorted(kinds - {*TOKENWISE, *WINDOWS})
+    if others:
+        return f"its layers ({', '.join(others)}) choose or compress keys by the row, whichever response they belong to"
+    if "local" in (getattr(config, "attention_layers", None) or []):
+        return "its local attention looks back by the index in the row"
+    return None
+
+
+def _reads_the_index(model, config, row):
     alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
     if alibi or config.model_type == "bloom":
         return "its ALiBi biases follow the index in the row, and a response does not stand behind its prompt"
@@ -150,16 +183,20 @@ def _reads_the_index(model, config):
         return "it is an encoder-decoder, whose encoder has no responses"
     if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
         return "it takes no position_ids, so it finds positions by the index in the row"
+    tuned = getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", [False]))
+    if tuned and (row is None or row >= config.floor_scale):
+        return (
+            f"it scales queries by their index in the row from {config.floor_scale} on (attn_temperature_tuning), and "
+            f"a packed row may have {row or 'any number of'} tokens"
+        )
     return None
 
 
-def _carries_state(model, config):
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", *WINDOWS}
-    if kinds or getattr(model, "_is_stateful", False):
-        kind = f" ({', '.join(sorted(kinds))})" if kinds else ""
-        return f"its layers{kind} carry a state along the row, from one response to the next"
-    if "local" in (getattr(config, "attention_layers", None) or []):
-        return "its local attention looks back by the index in the row"
+def _not_causal(model, config):
+    """BERT and its kin say in their layers whether they are decoders; Gemma's say in the config."""
+    both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    if both_ways or any(vars(module).get("is_decoder") is False for module in _decoder(model).modules()):
+        return "it attends both ways, and a token sees those behind it; BERT's kin need is_decoder=True in the config"
     return None
 
 
@@ -196,16 +233,16 @@ def _attention(implementation, config):
     return None
 
 
-def use_shared_prefix_attention(model, longest=None):
+def use_shared_prefix_attention(model, longest=None, row=None):
     """Switch `model` to "rlhf_shared_prefix" for good, and return it. Other masks than layouts go on through SDPA.
 
     Args:
         model: a model of transformers with attn_implementation="sdpa", possibly wrapped by DDP or PEFT.
-        longest: as in `check_packing`.
+        longest, row: as in `check_packing`.
     Raises:
         ValueError: as `check_packing`; another attention than SDPA; a model whose attention cannot be changed.
     """
-    check_packing(model, longest)
+    check_packing(model, longest, row)
     inner = unwrapped(model)
     implementation = inner.config._attn_implementation
     if implementation not in ("sdpa", ATTENTION):
@@ -213,14 +250,22 @@ def use_shared_prefix_attention(model, longest=None):
             f"model has the attention {implementation!r}, expected 'sdpa', in whose place {ATTENTION!r} comes"
         )
     if not takes_shared_prefix(inner):
-        raise ValueError(f"{type(inner).__name__} has an attention of its own that transformers cannot change")
+        raise ValueError(
+            f"{type(inner).__name__} has an attention of its own, which transformers cannot change or which makes its "
+            "own mask; leave it as it is: packed_inputs gives it the dense mask"
+        )
     inner.set_attn_implementation(ATTENTION)
     return model
 
 
 def takes_shared_prefix(model) -> bool:
-    """Whether the attention of a model's class can be changed at all."""
-    return type(unwrapped(model))._can_set_attn_implementation()
+    """Whether the attention of a model can be changed at all, and hands its mask on as it came."""
+    inner = unwrapped(model)
+    return text_config(inner).model_type not in OWN_MASKS and type(inner)._can_set_attn_implementation()
+
+
+def _serves_layout(model, device):
+    return model.config._attn_implementation == ATTENTION and device.type == "cpu" and takes_shared_prefix(model)
 
 
 def mask_for(model, mask):
@@ -228,20 +273,44 @@ def mask_for(model, mask):
 
     Args:
         model: a model of transformers, possibly wrapped by DDP or PEFT.
-        mask: the layout [B, 1, 2, L] int64, of which the dense mask [B, 1, L, L] bool is made on its device if the
-            model has another attention or the device is not a CPU; anything else is returned as it is.
+        mask: the layout [B, 1, 2, L] int64, or the dense mask [B, 1, L, L] bool, 1 = sees; anything else is returned
+            as it is.
+    Returns:
+        The layout on a CPU for "rlhf_shared_prefix"; a BlockMask for "flex_attention", an additive mask for "eager",
+        made on the mask's device; else the dense mask.
     """
     model = unwrapped(model)
-    if not is_layout(mask) or (model.config._attn_implementation == ATTENTION and mask.device.type == "cpu"):
+    if is_layout(mask):
+        if _serves_layout(model, mask.device):
+            return mask
+        if model.config._attn_implementation == "flex_attention":
+            return block_mask(mask)
+        mask = shared_prefix_mask(mask[:, 0, 0], mask[:, 0, 1])
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.dtype != torch.bool:
         return mask
-    return shared_prefix_mask(mask[:, 0, 0], mask[:, 0, 1])
+    if model.config._attn_implementation == "flex_attention":  # would add the mask to the scores as 0 and 1
+        return _block_mask_of(mask)
+    if model.config._attn_implementation == "eager":
+        return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    return mask
+
+
+def _block_mask_of(mask):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, _, queries, keys = mask.shape
+    return create_block_mask(
+        lambda b, h, query, key: mask[b, 0, query, key], rows, None, queries, keys, device=mask.device
+    )
 
 
 def packed_inputs(model, packed: PackedResponses, *, attention="auto") -> dict:
-    """input_ids, position_ids and attention_mask for `model(**packed_inputs(model, packed))`.
+    """What a model takes of packed responses: `model(**packed_inputs(model, packed))`.
 
-    The mask is what the model's attn_implementation takes: for "rlhf_shared_prefix" the layout or the dense mask, for
-    "sdpa" the dense mask, for "eager" an additive one, for "flex_attention" a BlockMask.
+    input_ids, position_ids and the attention_mask that the model's attn_implementation takes: for "rlhf_shared_prefix"
+    the layout or the dense mask, for "sdpa" the dense mask, for "eager" an additive one, for "flex_attention" a
+    BlockMask. For a mixture of experts with `output_router_logits: true` also output_router_logits=False: the loss of
+    its routers takes no mask of this kind.
 
     Args:
         model: a model of transformers, possibly wrapped by DDP or PEFT.
@@ -252,22 +321,23 @@ def packed_inputs(model, packed: PackedResponses, *, attention="auto") -> dict:
         ValueError: as `check_packing`; "two_part" for another attention or device.
     """
     check_in("attention", attention, ("auto", "two_part", "dense"))
-    check_packing(model, int(packed.position_ids.max()) + 1 if packed.position_ids.numel() else None)
+    longest = int(packed.position_ids.max()) + 1 if packed.position_ids.numel() else None
+    check_packing(model, longest, packed.input_ids.shape[1])
     first, model = first_position(model), unwrapped(model)
-    implementation, width = model.config._attn_implementation, model.config.get_text_config(decoder=True).hidden_size
-    possible = implementation == ATTENTION and packed.layout.device.type == "cpu"
+    possible = _serves_layout(model, packed.layout.device)
     if attention == "two_part" and not possible:
         raise ValueError(
-            f"attention is 'two_part', but the model has {implementation!r} and the tokens are on "
+            f"attention is 'two_part', but the model has {model.config._attn_implementation!r} and the tokens are on "
             f"{packed.layout.device}; it needs use_shared_prefix_attention(model) and a CPU"
         )
-    if implementation == "flex_attention" and attention != "dense":
-        mask = packed.block_mask()
-    elif attention == "two_part" or (attention == "auto" and possible and packed.two_part_is_faster(width)):
+    auto = attention == "auto" and possible and packed.two_part_is_faster(text_config(model).hidden_size)
+    if attention == "two_part" or auto or model.config._attn_implementation == "flex_attention":
         mask = packed.layout
     else:
         mask = packed.attention_mask
-    if implementation == "eager":
-        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
-    positions = packed.position_ids + first if first else packed.position_ids
-    return {"input_ids": packed.input_ids, "position_ids": positions, "attention_mask": mask}
+    return {
+        "input_ids": packed.input_ids,
+        "position_ids": packed.position_ids + first if first else packed.position_ids,
+        "attention_mask": mask_for(model, mask),
+        **without_router_logits(model),
+    }
