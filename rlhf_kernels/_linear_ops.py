@@ -46,7 +46,7 @@ def _check_values(hidden, weight, labels, rows, temperatures, ignore_index, grou
         return
     vocab = weight.shape[0]
     if group_name:
-        total = torch.tensor(vocab, device=labels.device)
+        total = torch.tensor(vocab, dtype=torch.int64, device=labels.device)
         torch.distributed.all_reduce(total, group=_group(group_name))
         vocab = int(total)
     check_labels(labels if mask is None else torch.where(mask, labels, ignore_index), vocab, ignore_index)

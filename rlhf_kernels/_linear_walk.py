@@ -68,7 +68,7 @@ class State:
             return torch.zeros(count, dtype=dtype, device=device)
 
         weighted = zeros(torch.float64) if with_entropy else None
-        lowest = torch.full((count,), float("-inf"), device=device)
+        lowest = torch.full((count,), float("-inf"), dtype=torch.float32, device=device)
         return cls(lowest, zeros(torch.float64), weighted, zeros(torch.float32), zeros(torch.bool))
 
     def rows(self, part):
@@ -111,12 +111,12 @@ class Kernels:
     @staticmethod
     def workspace(size, device):
         """Memory [size] fp32 for the logits of chunks."""
-        return torch.empty(size, device=device)
+        return torch.empty(size, dtype=torch.float32, device=device)
 
     @staticmethod
     def fresh(shape, device):
         """An uninitialised fp32 result."""
-        return torch.empty(shape, device=device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
 
     @staticmethod
     def tokens(count):
@@ -298,7 +298,7 @@ def logprobs_bwd(walk: Walk, upstream, results, needs, chunk_size, group, dtypes
 def with_gradients(walk: Walk, token_gradients, needs, chunk_size, group, with_entropy, apart=False):
     """One pass: log-probs and entropy [M], and gradients for token_gradients(part, log-prob, entropy) upstream."""
     head, kernels, gradients = walk.head, walk.kernels, Gradients(walk, *needs, apart)
-    out = torch.zeros(2, head.count, device=head.hidden.device)
+    out = torch.zeros(2, head.count, dtype=torch.float32, device=head.hidden.device)
     for part in walk.parts(chunk_size or kernels.wide_tokens(head.count, head.vocab, group)):
         h = walk.inputs(part)
         chunk = walk.chunk(part, h, slice(0, head.vocab))
@@ -358,7 +358,7 @@ def kl_fwd(divergence: Divergence, with_slopes):
     """KL [M], and slopes [M, H] or [0]."""
     head = divergence.walk.head
     gradients = Gradients(divergence.walk, with_slopes, False, False, apart=True)
-    out = torch.empty(head.count, device=head.hidden.device)
+    out = torch.empty(head.count, dtype=torch.float32, device=head.hidden.device)
     for part, h, sides, results in divergence.chunks():
         out[part] = results[0]
         if with_slopes:

@@ -15,10 +15,13 @@ from pathlib import Path
 import torch  # before _cpu: the extension then shares torch's OpenMP threads
 from torch import Tensor
 
+from ._signatures import CODED, CPU, CUDA, signatures
+
 POOLED_BYTES = 4 << 20
 POOL = "RLHF_KERNELS_CPU_POOL_MB"
 EMPTY = 64
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum DType of csrc/include/rk.h
+DTYPES = {dtype: code for code, dtype in enumerate(CODED)}
+_HOST = torch.device("cpu")
 KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}  # enum KlEstimator of csrc/include/kl.h
 
 
@@ -99,13 +102,16 @@ def run(name: str, *args) -> None:
     """Call a native function: a tensor goes as its address, None as 0, a bool as 0 or 1; the thread count is added.
 
     An empty tensor has no address; it goes as one that nobody reads, because 0 means that an argument is absent.
+    RuntimeError if an argument is not what `_signatures.CPU` says that the function takes.
     """
+    signatures(CPU)[name].check(args, _HOST)
     _functions(os.environ.get("RLHF_KERNELS_CPU_ISA", ""))[name](*_values(args), torch.get_num_threads())
 
 
 def launch(name: str, *args) -> None:
     """Call a launcher of _cuda on the device of the first tensor, on its current stream; arguments as for `run`."""
     device = next(x.device for x in args if isinstance(x, Tensor))
+    signatures(CUDA)[name].check(args, device)
     index, stream = (device.index, torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else (0, 0)
     _launchers()[name](index, *_values(args), stream)
 
@@ -140,7 +146,7 @@ def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     count = math.prod(shape)
     if count * dtype.itemsize < POOLED_BYTES or (buffer := _pool()) is None:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(buffer(count * dtype.itemsize), dtype=dtype).view(shape)
 
 

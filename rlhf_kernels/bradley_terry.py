@@ -137,7 +137,7 @@ def _flatten(scores, ranks, cu_groups):
         check_shape("scores", scores, (None, None), "[P, K], or flat [S] together with cu_groups [P+1]")
         check_shape("ranks", ranks, scores.shape, "like scores")
         prompts, responses = scores.shape
-        cu_groups = torch.arange(prompts + 1, device=scores.device) * responses
+        cu_groups = torch.arange(prompts + 1, dtype=torch.int64, device=scores.device) * responses
     else:
         check_shape("scores", scores, (None,), "flat [S], because cu_groups is given")
         check_shape("ranks", ranks, scores.shape, "like scores")

@@ -132,9 +132,10 @@ def _probed(model: nn.Module, head: nn.Linear) -> tuple[Tensor, Tensor, list]:
     probes, shapes = [], []
 
     def forward(hidden):
-        columns = torch.arange(head.weight.shape[0])
+        columns = torch.arange(head.weight.shape[0], dtype=torch.int64, device="cpu")
         # Each column has a number of its own, so that columns which change places are seen too.
-        probe = torch.tensor(_PROBE)[columns % len(_PROBE)] * (1 + columns / len(columns))
+        probe = torch.tensor(_PROBE, dtype=torch.float32, device="cpu")[columns % len(_PROBE)]
+        probe = probe * (1 + columns.float() / len(columns))
         probes.append(probe)
         shapes.append(list(hidden.shape))
         torch.set_grad_enabled(True)  # from here on to the end of no_grad below: a factor that is trained shows itself
@@ -165,7 +166,7 @@ def _after_head(model: nn.Module, head: nn.Linear) -> tuple[float, float | None]
         return f"{strange} changes them by weights that are trained; use its logits"
     if values.shape != exact.shape:
         return f"{strange} returns {len(values)} for the {len(exact)} columns of its head; use its logits"
-    kinds = torch.arange(len(exact)) % len(_PROBE)
+    kinds = torch.arange(len(exact), dtype=torch.int64, device="cpu") % len(_PROBE)
     scale = float((values[kinds == 0] / exact[kinds == 0]).median())
     cap = float(values[kinds == 1].median())
     tolerance = 1e-2 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-5

@@ -126,7 +126,7 @@ def block_mask(layout: Tensor, **options):
 def _spread(values, cu_seqlens, fill):
     sizes = cu_seqlens.diff()
     longest = int(sizes.max()) if sizes.numel() else 0
-    step = torch.arange(longest, device=sizes.device)
+    step = torch.arange(longest, dtype=torch.int64, device=sizes.device)
     mask = step < sizes[:, None]
     index = torch.where(mask, cu_seqlens[:-1, None] + step, 0)
     spread = values[index] if values.shape[0] else values.new_zeros((*mask.shape, *values.shape[1:]))

@@ -31,7 +31,7 @@ def rlhf_advantages_fwd(
     scores, cu_seqlens = scores.contiguous(), _offsets(cu_seqlens)
     log_probs, ref_log_probs, values, mask = (dense_rows(x) for x in (log_probs, ref_log_probs, values, mask))
     advantages, returns, rewards, kl = (fresh(*log_probs.shape) for _ in range(4))
-    row_stats = torch.empty((scores.shape[0], 3), dtype=torch.float64) if whiten else None
+    row_stats = fresh(scores.shape[0], 3, dtype=torch.float64) if whiten else None
     run(
         "rlhf_advantages_fwd_f32", scores, *rows(log_probs), *rows(ref_log_probs), *rows(values), *rows(mask),
         cu_seqlens, *_shape(log_probs, cu_seqlens), kl_coef, gamma, lam, KL_ESTIMATORS[kl_estimator],
@@ -42,8 +42,8 @@ def rlhf_advantages_fwd(
 
 def whiten_stats_fwd(values, mask):
     x, keep = as_rows(values), as_rows(mask)
-    row_stats = torch.empty((x.shape[0], 3), dtype=torch.float64)
-    stats = torch.empty(3, dtype=torch.float64)
+    row_stats = fresh(x.shape[0], 3, dtype=torch.float64)
+    stats = fresh(3, dtype=torch.float64)
     run("whiten_stats_f32", *rows(x), *rows(keep), *x.shape, row_stats, stats)
     return stats
 

@@ -1,7 +1,5 @@
 """Calls of csrc/cpu/logprobs.cpp; what the functions mean stands in reference/logprobs.py."""
 
-import torch
-
 from .._native import DTYPES, dense_fp32, dense_rows, fresh, run
 
 
@@ -10,9 +8,9 @@ def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entrop
     rows = dense_rows(logits.reshape(-1, vocab))
     count = rows.shape[0]
     flat_labels = None if labels is None else labels.reshape(-1).contiguous()
-    logprobs = torch.empty(0 if labels is None else count)
-    entropy = torch.empty(count if with_entropy else 0)
-    row_max, log_sum = torch.empty(count), torch.empty(count)
+    logprobs = fresh(0 if labels is None else count)
+    entropy = fresh(count if with_entropy else 0)
+    row_max, log_sum = fresh(count), fresh(count)
     run(
         "logprobs_fwd", rows, DTYPES[rows.dtype], rows.stride(0), flat_labels, count, vocab, temperature,
         softcap or 0.0, ignore_index, logprobs, entropy if with_entropy else None, row_max, log_sum,

@@ -16,9 +16,9 @@ def ppo_fwd(
     inputs = [dense_fp32(x) for x in (log_probs, old_log_probs, advantages)]
     optional = [dense_fp32(x) for x in (values, old_values, returns, entropy, normalizer)]
     B, T = log_probs.shape
-    lengths = torch.empty(B, dtype=torch.int64)
-    workspace = torch.empty((B * T + PIECE - 1) // PIECE * TOTALS, dtype=torch.float64)
-    losses, stats = torch.empty(3), torch.empty(len(STATS))
+    lengths = fresh(B, dtype=torch.int64)
+    workspace = fresh((B * T + PIECE - 1) // PIECE * TOTALS, dtype=torch.float64)
+    losses, stats = fresh(3), fresh(len(STATS))
     grads = [fresh(0) if x is None else fresh(B, T) for x in (log_probs, values, entropy)]
     run(
         "ppo_fwd_f32", *inputs, mask, *optional, B, T, cliprange, cliprange_high, or_infinite(dual_clip),

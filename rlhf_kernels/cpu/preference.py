@@ -30,7 +30,7 @@ def preference_fwd(
 def preference_bwd(grad_loss, grad_chosen, grad_rejected):
     C, R = grad_chosen.shape[0], grad_rejected.shape[0]
     grad_loss, *saved = (x.contiguous() for x in (grad_loss, grad_chosen, grad_rejected))
-    for_rejected = grad_loss[C:] if grad_loss.shape[0] == C + R else grad_loss
+    upstream = grad_loss.split((C, R)) if grad_loss.shape[0] == C + R else (grad_loss, grad_loss)
     out = fresh(C), fresh(R)
-    run("preference_bwd_f32", grad_loss, for_rejected, *saved, C, R, *out)
+    run("preference_bwd_f32", *upstream, *saved, C, R, *out)
     return out

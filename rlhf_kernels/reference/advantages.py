@@ -126,10 +126,10 @@ def example_inputs(case: str, *, dtype: torch.dtype, device="cpu", seed: int = 0
         "rewards": normal(B, T),
     }
     inputs["last_values"] = normal(B) if case == "bootstrap" else None
-    lengths = torch.randint(1, T + 1, (B, 1), generator=generator)
-    mask = torch.arange(T) < lengths
+    lengths = torch.randint(1, T + 1, (B, 1), generator=generator, dtype=torch.int64)
+    mask = torch.arange(T, dtype=torch.int64) < lengths
     if case in ("gaps", "bootstrap"):
-        mask = torch.rand(B, T, generator=generator) < 0.6
+        mask = torch.rand(B, T, generator=generator, dtype=torch.float32) < 0.6
     elif case == "all_kept":
         mask = torch.ones(B, T, dtype=torch.bool)
     elif case == "empty_rows":
@@ -139,7 +139,7 @@ def example_inputs(case: str, *, dtype: torch.dtype, device="cpu", seed: int = 0
     if case == "packed":
         cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths[:, 0].cumsum(0)))
         inputs = {name: x[mask] if x is not None and x.dim() == 2 else x for name, x in inputs.items()}
-        mask = torch.rand(int(cu_seqlens[-1]), generator=generator) < 0.8
+        mask = torch.rand(int(cu_seqlens[-1]), generator=generator, dtype=torch.float32) < 0.8
     for name in ("log_probs", "ref_log_probs", "values", "rewards"):
         inputs[name] = torch.where(mask, inputs[name], torch.nan)
     inputs = {name: None if x is None else x.to(device, dtype) for name, x in inputs.items()}

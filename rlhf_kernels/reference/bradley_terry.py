@@ -35,7 +35,7 @@ def group_index(cu_groups: Tensor) -> tuple[Tensor, Tensor]:
     """Padded view of the groups: index [P, K] into the flat axis (clamped) and valid [P, K]."""
     sizes = cu_groups.diff()
     largest = int(sizes.max()) if sizes.numel() else 0
-    offset = torch.arange(largest, device=cu_groups.device)
+    offset = torch.arange(largest, dtype=torch.int64, device=cu_groups.device)
     valid = offset < sizes[:, None]
     return torch.where(valid, cu_groups[:-1, None] + offset, 0), valid
 
@@ -175,15 +175,15 @@ def example_inputs(case: str, *, dtype: torch.dtype, device="cpu", seed: int = 0
         "empty": [],
     }.get(case, [4, 9, 2, 1, 6, 5])
     total = sum(sizes)
-    cu_groups = torch.tensor([0, *sizes]).cumsum(0)
+    cu_groups = torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0)
     scores = torch.randn(total, generator=generator, dtype=torch.float64)
-    permutations = [torch.randperm(size, generator=generator) for size in sizes]
+    permutations = [torch.randperm(size, generator=generator, dtype=torch.int64) for size in sizes]
     ranks = torch.cat(permutations) if permutations else torch.zeros(0, dtype=torch.int64)
     margins, ties_half = None, False
     if case in ("ties", "absent"):
         ranks, ties_half = ranks // 2, True
     if case == "absent":
-        absent = torch.rand(total, generator=generator) < 0.3
+        absent = torch.rand(total, generator=generator, dtype=torch.float32) < 0.3
         absent[:4] = True  # a prompt of which nothing is left
         ranks[absent], scores[absent] = -1, torch.nan
     if case == "margins":

@@ -162,7 +162,7 @@ def example_inputs(case, *, dtype=torch.float32, device="cpu", seed=0):
     logits = 3.0 * torch.randn(shape, generator=generator, dtype=torch.float64)
     ref_logits = logits + torch.randn(shape, generator=generator, dtype=torch.float64)
     if case == "masked_logits":
-        banned = torch.rand(shape, generator=generator) < 0.4
+        banned = torch.rand(shape, generator=generator, dtype=torch.float32) < 0.4
         banned[:, 0] = False
         logits[banned] = -math.inf
         ref_logits[banned] = -math.inf

@@ -409,19 +409,19 @@ def example_inputs(case, *, dtype=torch.float32, device="cpu", seed=0):
 
     n, h, v = {"one_entry": (3, 4, 1), "empty": (0, 4, 5), "small": (5, 8, 11)}.get(case, (9, 6, 13))
     hidden, weight = normal(n, h), normal(v, h)
-    labels = torch.randint(0, v, (n,), generator=generator)
+    labels = torch.randint(0, v, (n,), generator=generator, dtype=torch.int64)
     options = {}
     if case == "masked":
         labels[2] = labels[8] = -100
         hidden[2], hidden[8] = math.nan, math.inf
     if case == "rows":
-        options["rows"] = torch.tensor([3, 3, 3, 0, 8, 1, 3])
-        labels = torch.randint(0, v, (7,), generator=generator)
+        options["rows"] = torch.tensor([3, 3, 3, 0, 8, 1, 3], dtype=torch.int64)
+        labels = torch.randint(0, v, (7,), generator=generator, dtype=torch.int64)
         labels[4] = -100
         hidden[8] = math.nan
     if case == "rich":
         options["bias"] = normal(v).to(dtype).to(device)
-        options["temperature"] = (0.5 + torch.rand(n, generator=generator)).to(device)
+        options["temperature"] = (0.5 + torch.rand(n, generator=generator, dtype=torch.float32)).to(device)
         options["softcap"] = 4.0
     if case == "banned":
         bias = normal(v)

@@ -185,10 +185,10 @@ def example_inputs(case, *, dtype=torch.float32, device="cpu", seed=0):
         "empty": (0, 5),
     }[case]
     logits = (3.0 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
-    labels = torch.randint(0, shape[-1], shape[:-1], generator=generator)
+    labels = torch.randint(0, shape[-1], shape[:-1], generator=generator, dtype=torch.int64)
     options = {"temperature": 1.0, "softcap": None}
     if case == "masked_logits":
-        logits[torch.rand(shape, generator=generator) < 0.4] = -math.inf
+        logits[torch.rand(shape, generator=generator, dtype=torch.float32) < 0.4] = -math.inf
         logits[0, :] = -math.inf  # no entry allowed at all
         logits[1, labels[1]] = -math.inf  # the label itself is banned
         logits[1, (labels[1] + 1) % shape[-1]] = 0.5

@@ -30,7 +30,7 @@ def shared_prefix_mask(blocks: Tensor, segments: Tensor) -> Tensor:
     blocks [B, L] is the prompt's number, PADDING outside; segments [B, L] is 0 in the prompt and k + 1 in response k.
     """
     length = blocks.shape[1]
-    step = torch.arange(length, device=blocks.device)
+    step = torch.arange(length, dtype=torch.int64, device=blocks.device)
     earlier = step[:, None] >= step[None, :]
     same_block = blocks[:, :, None] == blocks[:, None, :]
     visible = (segments[:, None, :] == 0) | (segments[:, :, None] == segments[:, None, :])
@@ -54,9 +54,9 @@ def pack(prompts: list[list[int]], responses: list[list[list[int]]], max_tokens:
     sizes = [len(prompt) + sum(map(len, group)) for prompt, group in zip(prompts, responses, strict=True)]
     places, rows = place_blocks(sizes, max_tokens)
     length = max((start + size for (_, start), size in zip(places, sizes, strict=True)), default=0)
-    input_ids = torch.full((rows, length), pad_token_id, dtype=torch.int64)
-    position_ids = torch.zeros((rows, length), dtype=torch.int64)
-    blocks, segments = torch.full((rows, length), PADDING), torch.zeros((rows, length), dtype=torch.int64)
+    integers = {"dtype": torch.int64, "device": "cpu"}
+    input_ids, blocks = (torch.full((rows, length), fill, **integers) for fill in (pad_token_id, PADDING))
+    position_ids, segments = (torch.zeros((rows, length), **integers) for _ in range(2))
     label_rows, labels, last_rows, cu_groups, cu_responses = [], [], [], [0], [0]
     for number, (prompt, group) in enumerate(zip(prompts, responses, strict=True)):
         row, start = places[number]
@@ -75,11 +75,12 @@ def pack(prompts: list[list[int]], responses: list[list[list[int]]], max_tokens:
             block_segments += [k + 1] * len(response)
         cu_groups.append(len(last_rows))
         here = slice(start, start + sizes[number])
-        input_ids[row, here], position_ids[row, here] = torch.tensor(block_tokens), torch.tensor(block_positions)
-        segments[row, here], blocks[row, here] = torch.tensor(block_segments), number
+        input_ids[row, here] = torch.tensor(block_tokens, **integers)
+        position_ids[row, here] = torch.tensor(block_positions, **integers)
+        segments[row, here], blocks[row, here] = torch.tensor(block_segments, **integers), number
     fields = {"label_rows": label_rows, "labels": labels, "last_token_rows": last_rows}
     fields |= {"cu_groups": cu_groups, "cu_responses": cu_responses}
-    fields = {name: torch.tensor(values, dtype=torch.int64) for name, values in fields.items()}
+    fields = {name: torch.tensor(values, **integers) for name, values in fields.items()}
     layout = torch.stack([blocks, segments], 1)[:, None]
     return {"input_ids": input_ids, "position_ids": position_ids, "layout": layout, **fields}
 
@@ -89,7 +90,7 @@ def example_inputs(case: str, *, dtype: torch.dtype = torch.int64, device="cpu",
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(length):
-        return torch.randint(1, 50, (length,), generator=generator).tolist()
+        return torch.randint(1, 50, (length,), generator=generator, dtype=torch.int64).tolist()
 
     shapes = {
         "one": [(3, [1])],

@@ -249,7 +249,7 @@ def example_inputs(case: str, *, dtype: torch.dtype, device="cpu", seed: int = 0
     tensors["entropy"] = normal().abs() if case == "everything" else None
     mask = torch.ones(shape, dtype=torch.bool)
     if case in ("masked", "everything", "far"):
-        mask = torch.rand(shape, generator=generator) < 0.6
+        mask = torch.rand(shape, generator=generator, dtype=torch.float32) < 0.6
         mask[1] = False
     if case == "empty_mask":
         mask[:] = False

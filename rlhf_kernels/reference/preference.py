@@ -166,7 +166,7 @@ def example_inputs(case: str, *, dtype: torch.dtype, device="cpu", seed: int = 0
     }
     loss_type = loss_type.get(case, case)
     sizes = {"empty": (0, 0), "kto": (5, 3)}.get(case, (7, 7))
-    lengths = [torch.randint(1, 30, (size,), generator=generator) for size in sizes]
+    lengths = [torch.randint(1, 30, (size,), generator=generator, dtype=torch.int64) for size in sizes]
     log_probs = [-n * torch.rand(n.shape, generator=generator, dtype=torch.float64) * 2 for n in lengths]
     ref = [x + torch.randn(x.shape, generator=generator, dtype=torch.float64) * 2 for x in log_probs]
     if case == "large_gap":

@@ -79,7 +79,7 @@ def test_the_module_loads_without_a_driver_and_says_that_there_is_no_gpu(monkeyp
 def test_launchers_count_and_convert_their_arguments():
     if _native.missing_cuda():
         pytest.skip(_native.missing_cuda())
-    with pytest.raises(TypeError, match="approx_kl_fwd takes 11 arguments, got 2"):
+    with pytest.raises(TypeError, match="approx_kl_fwd takes 10 arguments, got 1"):
         _native.launch("approx_kl_fwd", torch.zeros(1))
     assert {name.partition("_")[0] for name in _native._launchers()} >= {"gae", "ppo", "bradley", "approx", "logprobs"}
 
