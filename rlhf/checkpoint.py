@@ -8,6 +8,7 @@ so that a run killed while saving never leaves something that looks like a check
 
 import contextlib
 import json
+import logging
 import os
 import random
 import re
@@ -20,8 +21,10 @@ from pathlib import Path
 import numpy
 import torch
 
+from . import locks
 from .disk import TEMPORARY_NAME, append_bytes, fsync, json_bytes, lines_of, temporary_name, write_bytes, writing
 
+logger = logging.getLogger("rlhf")
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)(?:-(\d+))?")
 RUN_MARKERS = ("metrics.jsonl", "run.json", "samples.jsonl", "trainer_state.json", "config.json", "model.safetensors")
 
@@ -174,25 +177,28 @@ def remove_directory(path: Path) -> None:
 
 
 def prepare_output_dir(output_dir: str | Path, *, resume: bool) -> Path:
-    """Make the run directory; refuse one that holds another run, unless that run is to be resumed.
+    """Make the run directory and take its lock; refuse one that holds another run, unless that is to be resumed.
 
-    Leftovers of an interrupted save are removed.
+    Leftovers of an interrupted save are removed. `locks.release(output_dir)` gives the lock back.
 
     Raises:
-        ValueError: `output_dir` is a file, or holds a run and `resume` is false.
+        ValueError: `output_dir` is a file, or another process writes there, or it holds a run and `resume` is false.
     """
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir: {path} is a file; give a directory")
-    path.mkdir(parents=True, exist_ok=True)
+    locks.hold(path)
     if not resume:
         markers = [name for name in RUN_MARKERS if (path / name).exists()]
         markers += sorted(entry.name for entry in path.iterdir() if CHECKPOINT_NAME.fullmatch(entry.name))
         if markers:
+            locks.release(path)
             raise ValueError(
                 f"output_dir: {path} already holds a run ({', '.join(markers[:3])}); give another directory, remove "
                 "it, or continue that run with --resume_from_checkpoint true (in Python: True)"
             )
+    elif last_checkpoint(path) is None:
+        logger.warning("there is no checkpoint in %s: the run starts from the beginning", path)
     for entry in path.iterdir():
         if TEMPORARY_NAME.fullmatch(entry.name):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -207,14 +213,23 @@ def wants_resume(resume_from_checkpoint) -> bool:
 def resolve_checkpoint(output_dir: str | Path, resume_from_checkpoint) -> Path | None:
     """Return the checkpoint that `resume_from_checkpoint` means: None or false, true (the newest), or a path.
 
+    true where there is no checkpoint yet means a start from the beginning, so that a job that is queued again may
+    always say true; unless a finished run would be lost by it.
+
     Raises:
-        ValueError: the path is not a complete checkpoint.
+        ValueError: the path is not a complete checkpoint; true, and there is a finished run without a checkpoint.
     """
     wanted = resume_from_checkpoint
     if not wants_resume(wanted):
         return None
     if str(wanted).lower() in ("true", "yes", "1"):
-        return last_checkpoint(output_dir)
+        newest = last_checkpoint(output_dir)
+        if newest is None and (Path(output_dir) / "model.safetensors").exists():
+            raise ValueError(
+                f"resume_from_checkpoint: got {wanted}, but {output_dir} holds a finished run and no checkpoint to go "
+                "on from; give another output_dir, or remove it"
+            )
+        return newest
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise ValueError(f"resume_from_checkpoint: {wanted} is not a complete checkpoint (no trainer_state.json in it)")
     return Path(wanted)

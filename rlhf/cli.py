@@ -20,6 +20,7 @@ import typing
 from pathlib import Path
 
 from . import extras
+from .interrupt import Interrupted, enabled
 from .ranges import alternatives, is_numeric
 from .settings import PRESETS, RunError, UsageError, nearest, preset_file, preset_names, read_yaml
 
@@ -59,6 +60,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\nrlhf: stopped{GOES_ON.get(argv[0] if argv else '', '')}", file=sys.stderr)
         return 128 + signal.SIGINT
+    except Interrupted as stop:
+        print(f"rlhf: {stop}{GOES_ON[argv[0]]}", file=sys.stderr)
+        return 128 + stop.number
     except BrokenPipeError:  # `rlhf ... | head` has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in the buffer goes nowhere, now and at the exit
         return 128 + signal.SIGPIPE
@@ -83,7 +87,8 @@ def run_command(argv):
         if lacking:
             raise UsageError(f"rlhf {command} {lacking}")
     if command in TOOLS:
-        return importlib.import_module(TOOLS[command][0]).main(rest)
+        with enabled():
+            return importlib.import_module(TOOLS[command][0]).main(rest)
     if command not in STAGES:
         raise UsageError(f"there is no command {command!r}{nearest(command, (*STAGES, *TOOLS))}")
     module, config_name, function, _ = STAGES[command]
@@ -94,7 +99,9 @@ def run_command(argv):
         print(stage_help(command, config_class, parser, everything="--help-all" in rest))
         return 0
     log_to_stderr()
-    output = getattr(module, function)(parse_stage(command, config_class, rest, parser))
+    args = parse_stage(command, config_class, rest, parser)
+    with enabled():
+        output = getattr(module, function)(args)
     if os.environ.get("RANK", "0") == "0":
         from .reports.report import write_report
 

@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from accelerate.utils import DistributedType
 
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -79,3 +80,10 @@ def check_processes(running: int, distributed_type: DistributedType, *, sharded_
         ignored = distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU) and not sharded_by_caller
         if ignored and asks_for(name):
             raise RuntimeError(f"distributed_type: accelerate was asked for {name}, but ignores it on a CPU; use DDP")
+
+
+def agreed_signal(number: int, accelerator) -> int:
+    """The signal that came to any of the processes, the same on all; 0 for none. All must ask at the same place."""
+    if accelerator.num_processes == 1:
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())

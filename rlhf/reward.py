@@ -99,6 +99,9 @@ class RewardTrainer(StageTrainer):
             return training_examples(self.tokenizer, rows, self.args)
         return training.encode_rows(self.tokenizer, decided(rows), ("completions",), self.args, what=what)
 
+    def rows_of_run(self):
+        return {**super().rows_of_run(), "demonstrations": self.demonstrations}
+
     def before_training(self):
         rows, options = self.demonstrations, {"what": "demonstration"}
         self.demonstrations = training.encode_rows(self.tokenizer, rows, ("completion",), self.args, **options)

@@ -11,9 +11,11 @@ import shutil
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from . import locks
 from .checkpoint import last_checkpoint, write_json
 from .disk import json_bytes, write_bytes
 from .settings import nearest
@@ -50,21 +52,30 @@ class Stages:
         overwrite: remove another run that is in the way.
         quiet: what the stages print goes to `<output_dir>/log.txt`; False lets their progress bars through.
     Raises:
-        ValueError: output_dir holds a run with other settings, or files that are no run.
+        ValueError: output_dir holds a run with other settings, or files that are no run, or another process runs there.
     """
 
     def __init__(self, output_dir, plan: Sequence[Stage], config: dict, *, overwrite: bool = False, quiet: bool = True):
         self.path, self.plan, self.quiet = Path(output_dir).expanduser(), list(plan), quiet
         self.config = json.loads(json.dumps(config, default=str))
         self.spent = self.expected = 0.0
+        if not self.path.exists() or self.path.is_dir():
+            locks.hold(self.path)
+        weakref.finalize(self, locks.release, self.path)
         if overwrite and (self.path / STATE).exists():
-            shutil.rmtree(self.path)
+            self._empty()
         self.finished: dict[str, dict] = self._read_state()
-        self.path.mkdir(parents=True, exist_ok=True)
         self._write_state()
 
+    def _empty(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != locks.LOCK:
+                entry.unlink()
+
     def _read_state(self) -> dict:
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+        if self.path.is_dir() and {entry.name for entry in self.path.iterdir()} <= {locks.LOCK}:
             return {}
         remedy = "choose another --output_dir, or remove it with --overwrite"
         if not (self.path / STATE).exists():

@@ -10,7 +10,6 @@ minibatches that are left follows from the seed, the iteration and the epoch.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import models
 from ..checkpoint import atomic_directory, rng_state, set_rng_state
+from ..same_run import check_same_run, digest
 from .iteration import load_iteration, save_iteration
 from .sharding import cut_like, gathered, trained_weights, whole_state
 
@@ -83,7 +83,7 @@ def load_checkpoint(trainer, directory: Path) -> None:
     state = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
     if "run" not in state:
         raise ValueError(f"resume_from_checkpoint: {directory} was written by another version or another stage")
-    _check_same_run(state["run"], _run(trainer), directory)
+    check_same_run(state["run"], _run(trainer), directory, data=("dataset_name", "ptx_dataset_name"))
     trainer.step, trainer.episode, trainer.kl.value = state["global_step"], state["episode"], state["kl_coef"]
     trainer.stopped, trainer.seconds = state["stopped"], state["seconds"]
     if (trainer.stopped or "").startswith("on_health") and trainer.args.on_health != "stop":
@@ -122,18 +122,4 @@ def _run(trainer) -> dict:
         run["max_steps"] = trainer.iterations  # such a schedule looks to the end
     prompts = [row["prompt_ids"] for row in trainer.prompts]
     data = {"dataset_name": prompts, "ptx_dataset_name": trainer.texts}
-    digests = {name: hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for name, ids in data.items()}
-    return {**run, **digests}
-
-
-def _check_same_run(theirs: dict, ours: dict, directory: Path) -> None:
-    different = [name for name in theirs if name in ours and theirs[name] != ours[name]]
-    if different:
-        data = ("dataset_name", "ptx_dataset_name")
-        lines = [
-            f"{name}: holds other rows than when {directory} was written"
-            if name in data
-            else f"{name}: {directory} was written by a run with {theirs[name]!r}, this run has {ours[name]!r}"
-            for name in different
-        ]
-        raise ValueError("; ".join(lines) + " (resume_from_checkpoint goes on with the same run only)")
+    return {**run, **{name: digest(ids) for name, ids in data.items()}}

@@ -15,8 +15,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .. import checkpoint, models
 from ..data import DataError, as_text, encode_prompt, load_rows, rows_of
+from ..interrupt import Interrupted, Noted
 from ..models.adapters import merged, merged_whole
 from ..models.sequences import Batch, by_length, cheapest_cut, join, policy_loss, response_values, text_loss
+from ..processes import agreed_signal
 from ..rewards.scoring import Scorer, reward_functions
 from ..rollouts.engines import gap_complaint, load_engine, log_prob_gap
 from ..rollouts.sampling import RolloutError, Rollouts
@@ -102,6 +104,7 @@ class PPORun:
         self.ptx_cursor = Cursor(len(self.texts), args.seed + 1) if self.texts else None
         self.step, self.episode, self.seconds, self.stopped, self.tokens_trained = 0, 0, {}, None, 0
         self.contract = self.within_budget = self.begun = None
+        self.signals = Noted()
         if resume is not None:
             load_checkpoint(self, resume)
         else:
@@ -305,14 +308,30 @@ class PPORun:
             ])  # fmt: skip
 
     def save_inside(self, begun: Iteration) -> None:
-        """Write `checkpoint-N-U` if one is due after U of the iteration's steps and more of them are to come."""
+        """Write `checkpoint-N-U` if one is due after U of the iteration's steps and more of them are to come.
+
+        Raises:
+            Interrupted: a signal asked for the end; the checkpoint is written.
+        """
         every, steps = self.args.save_updates, len(begun.experience.mask) // (self.mini_batch_size * self.world)
-        due = every > 0 and begun.updates % every == 0 and begun.updates < steps * self.args.num_ppo_epochs
-        if due and self.stopped is None:
+        if begun.updates == steps * self.args.num_ppo_epochs or self.stopped is not None:
+            return
+        signal = self.signal()
+        if signal or (every > 0 and begun.updates % every == 0):
             found = self.must_be_finite(begun.averages.read(self._sum))
             stop_if_not_finite(self, found, begun.experience, begun.averages)  # 18
             self.begun = begun
             self.save_checkpoint()
+        self.end_if(signal)
+
+    def signal(self) -> int:
+        """The signal that asks for the end of the run, on all processes the same; 0: none."""
+        return agreed_signal(self.signals.number, self.accelerator) if self.signals.active else 0
+
+    def end_if(self, signal: int) -> None:
+        """Raise Interrupted behind a checkpoint that was written for a signal."""
+        if signal:
+            raise Interrupted(signal, checkpoint.last_checkpoint(self.output_dir).name)
 
     def save_checkpoint(self) -> None:
         """Write `checkpoint-N` for the iteration just done, and remove the oldest beyond `save_total_limit`."""

@@ -55,6 +55,8 @@ from tqdm.auto import tqdm
 from rlhf_kernels import gae, ppo_loss, rlhf_advantages
 from rlhf_kernels.advantages import masked_whiten
 
+from .. import locks
+from ..interrupt import deferred
 from ..metrics import Averages
 from ..models.sequences import response_log_probs, response_values
 from ..rollouts.sampling import Rollouts, sample
@@ -93,7 +95,15 @@ class PPOTrainer(PPORun):
     """
 
     def train(self) -> Path:
-        """Run the iterations that are left, save, and return the run directory."""
+        """Run the iterations that are left, save, and return the run directory.
+
+        Raises:
+            Interrupted: the command got SIGTERM or SIGINT; a checkpoint was written after the step.
+        """
+        with deferred() as self.signals, locks.released(self.output_dir):
+            return self._train()
+
+    def _train(self) -> Path:
         hidden = self.args.disable_tqdm or not self.accelerator.is_main_process
         bar = tqdm(total=self.iterations, initial=self.step, desc="ppo", unit="it", disable=hidden, dynamic_ncols=True)
         metrics = {}
@@ -106,9 +116,11 @@ class PPOTrainer(PPORun):
             if self.callbacks.iteration(metrics):
                 self.stopped = "callback"
             last = self.step == self.iterations or self.stopped is not None
-            if self.args.save_steps > 0 and (last or self.step % self.args.save_steps == 0):
+            signal = 0 if last else self.signal()
+            if signal or (self.args.save_steps > 0 and (last or self.step % self.args.save_steps == 0)):
                 self.save_checkpoint()
                 self.callbacks.tell("on_save")
+            self.end_if(signal)
         bar.close()
         self.save(metrics)
         self.callbacks.tell("on_train_end")

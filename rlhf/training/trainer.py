@@ -11,8 +11,9 @@ from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from .. import checkpoint, models
+from .. import checkpoint, locks, models
 from ..data import rows_of
+from ..interrupt import deferred
 from ..models.adapters import add_adapters, check_merge, merged, merged_whole
 from ..models.sequences import packing_pays
 from ..processes import check_launch_settings, check_processes
@@ -20,6 +21,7 @@ from ..settings import refuse
 from .batches import make_batch
 from .callbacks import MetricsFile, SavingTried, StageProgress, check_callbacks, check_trackers
 from .config import settings
+from .resume import GoesOn, StopAtSignal, check_record, digests, this_run, write_logged, write_record
 from .stage import load_data, load_stage_tokenizer, set_max_length
 
 logger = logging.getLogger("rlhf")
@@ -118,6 +120,7 @@ class StageTrainer(Trainer):
             optimizers=optimizers,
         )
         self.check_sharding()
+        self.digests = digests(self.rows_of_run())
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)  # metrics.jsonl has it all
         if self.pop_callback(ProgressCallback):
@@ -134,17 +137,27 @@ class StageTrainer(Trainer):
         Returns:
             transformers' TrainOutput.
         Raises:
-            ValueError: output_dir holds another run; or the model could not be saved there.
+            ValueError: output_dir holds another run, or another process writes there; the run that is resumed was
+                another one; or the model could not be saved there.
             FloatingPointError: the loss or a weight became NaN or infinite; no model is written.
             WriteError: a file of the run could not be written.
+            Interrupted: the command got SIGTERM or SIGINT; a checkpoint was written after the step.
         """
+        with deferred() as signals, locks.released(self.args.output_dir):
+            return self._train(resume_from_checkpoint, signals, **options)
+
+    def _train(self, resume_from_checkpoint, signals, **options):
         args, output, step = self.args, Path(self.args.output_dir), None
         resume = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         last = checkpoint.resolve_checkpoint(output, resume)
+        self.this_run = this_run(self)
+        if last:
+            check_record(self.this_run, last)
         if args.process_index == 0:
             checkpoint.prepare_output_dir(output, resume=bool(resume))
             step = (int(last.name.rpartition("-")[2]) if last else 0) if resume else None
-        for callback in (MetricsFile(output, step), SavingTried()):
+        log, stop = MetricsFile(output, step), StopAtSignal(signals, self.accelerator)
+        for callback in (log, SavingTried(), GoesOn(self, last), stop):
             self.remove_callback(type(callback))  # of an earlier call
             self.add_callback(callback)
         self.samples = checkpoint.JsonLines(output / "samples.jsonl", resume_step=step)
@@ -165,6 +178,10 @@ class StageTrainer(Trainer):
             checkpoint.write_json(output / "run.json", run)
         self.after_saving()
         return result
+
+    def rows_of_run(self):
+        """{setting: rows} of what a resumed run must have the same."""
+        return {"dataset_name": self.train_dataset, "eval_dataset_name": self.held_out}
 
     def before_training(self):
         """What a stage computes once the run directory is there."""
@@ -336,11 +353,13 @@ class StageTrainer(Trainer):
             try:
                 with models.quiet():
                     super()._save_checkpoint(model, trial)
+                write_logged(self, folder)
                 self.accelerator.wait_for_everyone()
                 if folder is not None:
                     for file in (folder / name).iterdir():
                         file.rename(folder / file.name)
                     (folder / name).rmdir()
+                    write_record(self.this_run, folder)
             finally:
                 self._aside = None
         if self.args.should_save and self.args.save_total_limit:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlhf import checkpoint
+from rlhf import checkpoint, locks
 from rlhf.checkpoint import MetricsLog, atomic_directory, last_checkpoint, prepare_output_dir
 
 
@@ -26,7 +26,7 @@ def make_checkpoint(home, step, complete=True):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != locks.LOCK)
 
 
 def test_atomic_directory_appears_whole(tmp_path):
@@ -191,6 +191,22 @@ def test_a_kill_while_removing_leaves_no_half_checkpoint(tmp_path, monkeypatch):
 def test_resolve_checkpoint_off(tmp_path, wanted):
     make_checkpoint(tmp_path, 3)
     assert checkpoint.resolve_checkpoint(tmp_path, wanted) is None
+
+
+def test_resuming_where_there_is_no_checkpoint_yet(tmp_path, caplog, monkeypatch):
+    """A job that is queued again may always say true; a finished run is not begun anew by it."""
+    monkeypatch.setattr(checkpoint.logger, "propagate", True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert checkpoint.resolve_checkpoint(tmp_path, "true") is None
+    prepare_output_dir(tmp_path, resume=True)
+    assert f"there is no checkpoint in {tmp_path}: the run starts from the beginning" in caplog.text
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(
+        ValueError, match=r"^resume_from_checkpoint: got true, but .* holds a finished run and no check"
+    ):
+        checkpoint.resolve_checkpoint(tmp_path, "true")
+    make_checkpoint(tmp_path, 3)
+    assert checkpoint.resolve_checkpoint(tmp_path, "true").name == "checkpoint-3"
 
 
 def test_resolve_checkpoint(tmp_path):
