@@ -216,7 +216,7 @@ def evaluate_policies(
     tokenizer = models.load_tokenizer(policies[reference])
     reference_model = models.load_policy(policies[reference], dtype=dtype)
     scorer = models.load_reward_model(reward_model, dtype=dtype) if reward_model else None
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    prompt_ids = _encoded(tokenizer, prompts)
     rows, responses = [], {}
     for place, (name, path) in enumerate(policies.items()):
         on_policy(name)
@@ -277,6 +277,11 @@ def evaluate_policies(
     }
 
 
+def _encoded(tokenizer, prompts, places=None):
+    places = places or [f"prompts[{index}]" for index in range(len(prompts))]
+    return [encode_prompt(tokenizer, prompt, at) for prompt, at in zip(prompts, places, strict=True)]
+
+
 def best_of_n(
     model_path,
     reward_model_path,
@@ -288,11 +293,14 @@ def best_of_n(
     seed: int = 0,
     batch_size: int = 64,
     gold: Callable[[str, str, bool], float] | None = None,
+    places: Sequence[str] | None = None,
 ) -> tuple[list[dict], list[dict]]:
     """Sample max(n_values) responses a prompt once; for each n keep the one that the reward model likes best.
 
     For n below the maximum all whole groups of n are used, so small n are measured as precisely as large ones.
 
+    Args:
+        places: where each prompt comes from ("file:line"), for messages.
     Returns:
         (table, choices): per n a row {n, kl (nats, upper bound), reward, gold or None, clipped_ratio, mean_length}; and
         per prompt the choice at the largest n {prompt, completion, score, ended}.
@@ -306,7 +314,7 @@ def best_of_n(
     rollouts = sample(
         model,
         tokenizer,
-        [encode_prompt(tokenizer, prompt) for prompt in prompts],
+        _encoded(tokenizer, prompts, places),
         response_length=response_length,
         temperature=temperature,
         stop_token_ids=stop,
@@ -356,16 +364,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_arguments({"max_prompts": (int | None, at_least(1))}, vars(args))
         output = args.output_file and prepare_output_file(args.output_file)
-        prompts = [row["prompt"] for row in load_rows(args.dataset_name, "prompts")][: args.max_prompts]
+        rows = load_rows(args.dataset_name, "prompts")[: args.max_prompts]
         table, choices = best_of_n(
             args.model_name_or_path,
             args.reward_model_path,
-            prompts,
+            [row["prompt"] for row in rows],
             n_values=args.n,
             response_length=args.response_length,
             temperature=args.temperature,
             seed=args.seed,
             batch_size=args.batch_size,
+            places=[row["at"] for row in rows],
         )
     except ValueError as error:
         parser.exit(2, f"rlhf best-of-n: {error}\n")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import models
-from .data import load_rows, split_rows
+from .data import check_chats, load_rows, split_rows
 from .disk import lines_of
 from .ranges import SEED, at_least, check, check_arguments, option
 from .settings import ToolParser, preset_file, read_yaml
@@ -130,13 +130,13 @@ def run_pipeline(args: PipelineConfig) -> Path:
 
     sections = stage_settings(args)
     models.resolve_model_path(args.model_name_or_path)
-    models.load_tokenizer(args.model_name_or_path)
+    tokenizer = models.load_tokenizer(args.model_name_or_path)
     ranked = load_rows(args.ranked_dataset, "ranked")
     prompts = load_rows(args.prompts_dataset, "prompts") if args.prompts_dataset else ranked
+    for rows in (ranked, prompts, load_rows(args.sft_dataset, "sft") if args.sft_dataset else []):
+        check_chats(tokenizer, rows)
     prompts = list({json.dumps(row["prompt"]): {"prompt": row["prompt"]} for row in prompts}.values())
     prompts, held_out = hold_out(prompts, args.held_out_prompts, args.seed, "prompts_dataset")
-    if args.sft_dataset:
-        load_rows(args.sft_dataset, "sft")
     texts, held_out_texts = [], []
     if args.ptx_dataset:
         texts, held_out_texts = hold_out(load_rows(args.ptx_dataset, "text"), 100, args.seed, "ptx_dataset")

@@ -2,6 +2,7 @@
 
 from .chat import (
     as_text,
+    check_chats,
     encode_completion,
     encode_example,
     encode_prompt,
@@ -17,6 +18,7 @@ __all__ = [
     "KINDS",
     "DataError",
     "as_text",
+    "check_chats",
     "encode_completion",
     "encode_example",
     "encode_prompt",

@@ -4,16 +4,33 @@ A prompt and a completion are tokenised apart and joined as ids, so the ids that
 that the policy samples.
 """
 
+import contextlib
 
-def encode_prompt(tokenizer, prompt):
+from .files import DataError
+
+
+def encode_prompt(tokenizer, prompt, at=None):
     """Token ids of a prompt: a string, or a list of messages rendered with the tokenizer's chat template.
 
     BOS comes first if and only if the tokenizer puts it there by itself; an EOS that the tokenizer adds is taken off.
+
+    Args:
+        at: where the prompt comes from ("file:line"), for messages.
+    Raises:
+        DataError: messages without a chat template, or messages that it refuses.
     """
     if not isinstance(prompt, str):
+        at = f"{at}: " if at else ""
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("prompt: got a list of messages, but the tokenizer has no chat template; give a string")
-        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+            raise DataError(
+                f"{at}prompt: got a list of messages, but the tokenizer has no chat template; give a string"
+            )
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        try:
+            return list(tokenizer.apply_chat_template(prompt, **options))
+        except Exception as error:  # a template is a program: whatever it raises is about these messages
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(f"{at}the tokenizer's chat template refuses the messages: {reason}") from error
     ids = list(tokenizer(prompt, verbose=False).input_ids)
     while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
         ids.pop()
@@ -56,7 +73,12 @@ def end_of_turn_id(tokenizer):
     if not getattr(tokenizer, "chat_template", None):
         return None
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False)
+    text = ""
+    for system in ([], [{"role": "system", "content": "c"}]):  # which some templates want
+        with contextlib.suppress(Exception):  # a template is a program: whatever it raises is about these messages
+            text = text or tokenizer.apply_chat_template(system + turn, tokenize=False)
+    if "b" not in text:
+        return None
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     tail = tokenizer(text[text.rindex("b") + 1 :], add_special_tokens=False).input_ids
     return next((token for token in tail if token in special), None)
@@ -80,8 +102,16 @@ def encode_example(tokenizer, row, *, max_length, long_prompts="truncate"):
     room = max_length - len(answer)
     if room < (0 if is_text else 1):
         raise ValueError(f"{at}the text to learn fills {len(answer)} tokens, too many for max_length {max_length}")
-    prompt = [] if is_text else fit_prompt(tokenizer, encode_prompt(tokenizer, row["prompt"]), room, long_prompts, at)
+    prompt_ids = [] if is_text else encode_prompt(tokenizer, row["prompt"], row.get("at"))
+    prompt = [] if is_text else fit_prompt(tokenizer, prompt_ids, room, long_prompts, at)
     return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+
+def check_chats(tokenizer, rows):
+    """Raise DataError for the first row whose prompt is a list of messages that the chat template refuses."""
+    for row in rows:
+        if not isinstance(row.get("prompt", ""), str):
+            encode_prompt(tokenizer, row["prompt"], row.get("at"))
 
 
 def as_text(text):

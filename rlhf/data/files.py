@@ -47,6 +47,8 @@ def _read_jsonl(path):
             yield f"{path}:{number}", json.loads(line)
         except json.JSONDecodeError as error:
             yield f"{path}:{number}", Bad(f"is not JSON ({error.msg} at column {error.colno})")
+        except (ValueError, RecursionError) as error:  # a number of too many digits; too deep
+            yield f"{path}:{number}", Bad(f"is JSON that cannot be read ({error})")
 
 
 def _read_json(path):
@@ -54,6 +56,8 @@ def _read_json(path):
         rows = json.loads(_decode_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: is not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}:1: is JSON that cannot be read ({error})") from None
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         yield f"{path}:{number}", row
 
@@ -72,7 +76,7 @@ def _read_parquet(path):
 
 
 def _read_txt(path):
-    text = _decode_text(path)
+    text = _decode_text(path).replace("\r\n", "\n").replace("\r", "\n")
     mark = END_OF_TEXT if END_OF_TEXT in text else "\n\n"
     line = 1
     for piece in text.split(mark):

@@ -62,7 +62,10 @@ def optional_fields(raw, count):
 
 
 def _is_finite(value):
-    return type(value) in (int, float) and math.isfinite(value)
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _margins(rows, count):

@@ -79,7 +79,9 @@ def _checked(found, name, kind, columns):
                 raise raw
             if not isinstance(raw, dict):
                 raise Bad(f"a row must be a JSON object with named fields, got {type(raw).__name__}")
-            rows.append({**(raw if columns else {}), **_CHECKS[kind](raw), "at": at})
+            row = _CHECKS[kind](raw)
+            _check_unicode(row)
+            rows.append({**(raw if columns else {}), **row, "at": at})
         except Bad as error:
             problems.append(f"{at}: {error}")
     if len(problems) > _SHOWN_ERRORS:
@@ -89,6 +91,18 @@ def _checked(found, name, kind, columns):
     if not rows:
         raise DataError(f"{name}: holds no rows")
     return rows
+
+
+def _check_unicode(value, name=""):
+    """Half a surrogate pair, as JSON may hold by an escape, is a character of Python's strings, but no text."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise Bad(f"`{name}` holds half a surrogate pair, {value[error.start]!a}, which is no text") from None
+    elif isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_unicode(item, f"{name}[{key}]" if name else key)
 
 
 def _field(raw, name):

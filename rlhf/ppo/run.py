@@ -122,7 +122,7 @@ class PPORun:
         else:
             self.prompts = rows_of(train_dataset, "prompts", name="train_dataset", columns=columns)
         for number, row in enumerate(self.prompts):
-            row["prompt_ids"], row["row_number"] = encode_prompt(self.tokenizer, row["prompt"]), number
+            row["prompt_ids"], row["row_number"] = encode_prompt(self.tokenizer, row["prompt"], row["at"]), number
             if not row["prompt_ids"]:
                 raise DataError(f"{row['at']}: the prompt gives no tokens")
         self.texts = []

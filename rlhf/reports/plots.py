@@ -17,6 +17,8 @@ COLOURS = {"base": "#6b6b6b", "SFT": "#0072B2", "PPO": "#D55E00", "PPO-ptx": "#0
 MARKERS = {"base": "D", "SFT": "s", "PPO": "o", "PPO-ptx": "^"}
 OTHER_COLOURS = ("#CC79A7", "#56B4E9", "#E69F00", "#000000")
 WIDTH, HEIGHT = 5.0, 3.1
+MOST_POINTS = 600
+"""Of a curve or a cloud: a figure has fewer pixels, and each point costs some 40 bytes of the page."""
 Series = tuple[list[float], list[float]]
 
 
@@ -37,6 +39,28 @@ def smooth(values: Sequence[float]) -> np.ndarray:
     v = np.asarray(values, dtype=np.float64)
     half = max(1, len(v) // 20)
     return np.array([np.nanmean(v[max(0, i - half) : i + half + 1]) for i in range(len(v))])
+
+
+def extremes(x: Sequence[float], y: Sequence[float]) -> Series:
+    """A long series without the points that no reader could tell apart: of a stretch the lowest and the highest."""
+    if len(x) <= MOST_POINTS:
+        return x, y
+    kept, start = set(), 0
+    for part in np.array_split(np.asarray(y, dtype=np.float64), MOST_POINTS // 2):
+        kept |= {start + int(part.argmin()), start + int(part.argmax())}
+        start += len(part)
+    return [x[i] for i in sorted(kept)], [y[i] for i in sorted(kept)]
+
+
+def means(values: Sequence[float]) -> np.ndarray:
+    """A long series as the means of stretches of equal length; a short one as it is."""
+    v = np.asarray(values, dtype=np.float64)
+    return v if len(v) <= MOST_POINTS else np.array([part.mean() for part in np.array_split(v, MOST_POINTS)])
+
+
+def every(values: Sequence[float]) -> Sequence[float]:
+    """At most MOST_POINTS of the values, evenly spaced."""
+    return values[:: math.ceil(len(values) / MOST_POINTS)] if len(values) else values
 
 
 def _canvas(rows: int = 1, height: float = HEIGHT):
@@ -84,8 +108,8 @@ def _finish(canvas, title: str, caption: str) -> Figure:
 def _line(ax, series: Series, *, label: str, color: str, style: str = "-") -> None:
     x, y = series
     if len(x) >= 20:
-        ax.plot(x, y, color=color, linewidth=0.8, alpha=0.3)
-        ax.plot(x, smooth(y), style, color=color, linewidth=2, label=label)
+        ax.plot(*extremes(x, y), color=color, linewidth=0.8, alpha=0.3)
+        ax.plot(means(x), smooth(means(y)), style, color=color, linewidth=2, label=label)
     else:
         ax.plot(x, y, style, color=color, linewidth=2, marker="o" if len(x) < 3 else None, label=label)
 
@@ -134,8 +158,8 @@ def score_against_kl(runs: dict[str, dict[str, Series]]) -> Figure | None:
         for i, name in enumerate(runs):
             if (name, label) in points:
                 x, y = points[name, label]
-                ax.scatter(x, y, s=9, color=colour(name, i), alpha=0.35, linewidths=0)
-                ax.plot(smooth(x), smooth(y), color=colour(name, i), linewidth=2, label=name)
+                ax.scatter(every(x), every(y), s=9, color=colour(name, i), alpha=0.35, linewidths=0)
+                ax.plot(smooth(means(x)), smooth(means(y)), color=colour(name, i), linewidth=2, label=name)
         _label(ax, y=label)
     if len(runs) > 1:
         _legend(axes[0], loc="best")
@@ -157,8 +181,8 @@ def score_against_length(
     canvas, (ax,) = _canvas()
     for i, (name, (length, score)) in enumerate(points.items()):
         ax.scatter(
-            length,
-            score,
+            every(length),
+            every(score),
             s=14,
             marker=MARKERS.get(name, "o"),
             color=colour(name, i),

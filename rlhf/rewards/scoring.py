@@ -270,7 +270,7 @@ class OwnTokens:
         for row, *sampled in zip(rows, rollouts.prompt_ids, rollouts.response_ids, rollouts.ended, strict=True):
             text = self.text(*sampled)
             completion = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            prompts.append(encode_prompt(self.tokenizer, row["prompt"]))
+            prompts.append(encode_prompt(self.tokenizer, row["prompt"], row["at"]))
             responses.append(encode_completion(self.tokenizer, completion, eos=sampled[-1]))
         return Rollouts(prompts, responses, list(rollouts.ended))
 
@@ -295,7 +295,7 @@ def own_tokens(trainer) -> OwnTokens | None:
     logger.warning("the reward model has another tokenizer: responses are decoded, and encoded again for it")
     context = models.context_length(trainer.reward_model)
     for row in trainer.prompts if context else ():
-        length = len(encode_prompt(tokenizer, row["prompt"]))
+        length = len(encode_prompt(tokenizer, row["prompt"], row["at"]))
         if length + args.response_length > context:
             raise ValueError(
                 f"{row['at']}: the prompt has {length} tokens of the reward model; with response_length "

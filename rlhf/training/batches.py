@@ -61,7 +61,9 @@ def _encode_row(tokenizer, row, names):
         ids = data.encode_text(tokenizer, row["text"])
         return (ids[:1], [ids[1:]]) if len(ids) > 1 else ([], [[]])  # the end alone
     texts = row["completions"] if names == ("completions",) else [row[name] for name in names]
-    return data.encode_prompt(tokenizer, row["prompt"]), [data.encode_completion(tokenizer, text) for text in texts]
+    return data.encode_prompt(tokenizer, row["prompt"], row["at"]), [
+        data.encode_completion(tokenizer, text) for text in texts
+    ]
 
 
 def make_batch(examples, pad_id, *, packed, hidden_size=768):

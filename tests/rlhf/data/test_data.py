@@ -49,6 +49,18 @@ BAD = [
     ("unpaired", {**SFT, "label": "yes"}, "`label` must be true"),
     ("prompts", {"text": "a"}, "lacks the field `prompt`"),
     ("text", {"text": ""}, "`text` is empty"),
+    ("sft", r'{"prompt": "a", "completion": "x \ud83d y"}', r"`completion` holds half a surrogate pair, '\ud83d'"),
+    ("ranked", r'{"prompt": "a", "completions": ["b", "\udc00"], "ranks": [0, 1]}', "`completions[1]` holds half"),
+    ("preference", r'{"prompt": "a", "chosen": "\ud83d", "rejected": "c"}', "`chosen` holds half a surrogate pair"),
+    ("prompts", r'{"prompt": [{"role": "user", "content": "\ud83d"}]}', "`prompt[0][content]` holds half a surrogate"),
+    ("text", r'{"text": "\ud83d \ude00"}', "`text` holds half a surrogate pair"),
+    ("text", '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "is JSON that cannot be read"),
+    ("text", '{"text": ' + "1" * 10_000 + "}", "is JSON that cannot be read (Exceeds the limit"),
+    (
+        "ranked",
+        '{"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1' + "0" * 400 + "]}",
+        "must hold finite numbers",
+    ),
 ]
 
 
@@ -185,6 +197,53 @@ def test_end_token_comes_once():
 def test_chat_needs_a_template():
     with pytest.raises(ValueError, match="no chat template"):
         data.encode_prompt(word_tokenizer(), [{"role": "user", "content": "a"}])
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [r'{"text": "\ud83d\ude00"}'])
+    assert data.load_rows(path, "text")[0]["text"] == "\N{GRINNING FACE}"
+
+
+def test_rows_in_memory_are_text_too():
+    with pytest.raises(data.DataError, match=r"rows\[1\]: `prompt` holds half a surrogate pair"):
+        data.rows_of([{"prompt": "a"}, {"prompt": "\ud83d"}], "prompts", name="rows")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_line_ends_of_plain_text(tmp_path, end):
+    (tmp_path / "t.txt").write_bytes(end.join(["one", "", "two", "lines", "", "three"]).encode())
+    rows = data.load_rows(tmp_path / "t.txt", "text")
+    assert [row["text"] for row in rows] == ["one", "two\nlines", "three"]
+    assert [row["at"].rpartition(":")[2] for row in rows] == ["1", "3", "6"]
+
+
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}{{ m.content }} <|end|> {% endfor %}"
+)
+SYSTEM_FIRST = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+    "{% for m in messages %}{{ m.content }} <|end|> {% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"), [(NO_SYSTEM, "no system role"), ("{{ messages[0].no.such }}", "has no attribute")]
+)
+def test_messages_that_the_template_refuses_are_named(tmp_path, template, reason):
+    tokenizer = word_tokenizer(extra=("<|end|>",), chat_template=template)
+    talk = [{"role": "system", "content": "be good"}, {"role": "user", "content": "the dog"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": talk}])
+    rows = data.load_rows(path, "prompts")
+    with pytest.raises(data.DataError, match=rf"rows.jsonl:2: the tokenizer's chat template refuses .*{reason}"):
+        data.check_chats(tokenizer, rows)
+
+
+def test_the_end_of_turn_where_the_template_wants_other_roles():
+    """Some want a system message; of one that takes no conversation at all nothing is known, and EOS ends."""
+    for template, found in ((SYSTEM_FIRST, "<|end|>"), (NO_SYSTEM, "<|end|>"), ("{{ raise_exception('no') }}", None)):
+        tokenizer = word_tokenizer(extra=("<|end|>",), chat_template=template)
+        assert data.end_of_turn_id(tokenizer) == (found and tokenizer.convert_tokens_to_ids(found))
 
 
 CHAT = (

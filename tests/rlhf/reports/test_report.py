@@ -247,3 +247,43 @@ def test_bad_input(tmp_path):
         report.write_report(tmp_path / "empty")
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "none")])
+
+
+def test_lines_of_a_log_end_at_a_line_feed(tmp_path):
+    """Other marks that Python takes for line ends stand in people's texts."""
+    write_run(tmp_path / "run", rows=ppo_rows(3))
+    rows = [{"step": 1, "prompt": "a\u2028b", "completion": "c\x85d\u2029", "score": 1.0}] * 3
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "run" / "samples.jsonl").write_text(text, encoding="utf-8")
+    assert runs.read_report(tmp_path / "run").runs["PPO"].samples == rows
+    assert report.write_report(tmp_path / "run").is_file()
+
+
+def test_prompts_that_are_messages(tmp_path):
+    """As older runs wrote them."""
+    talk = [{"role": "system", "content": "be good"}, {"role": "user", "content": "the dog"}]
+    samples = [{"step": i, "prompt": talk, "completion": "ran", "score": 1.0} for i in range(30)]
+    write_run(tmp_path / "run", rows=ppo_rows(), samples=samples)
+    assert "<blockquote>be good\nthe dog</blockquote>" in report.write_report(tmp_path / "run").read_text()
+
+
+def test_a_long_run_has_a_short_report(tmp_path):
+    """Ten times as many iterations and samples: the same size."""
+    sizes = []
+    for count in (3_000, 30_000):
+        samples = [{"step": i, "prompt": "a", "completion": "b " * (i % 9), "score": i % 7} for i in range(count)]
+        write_run(tmp_path / str(count), rows=ppo_rows(count), samples=samples)
+        sizes.append(report.write_report(tmp_path / str(count)).stat().st_size)
+    assert sizes[1] < 1.2 * sizes[0] and sizes[1] < 1_500_000
+
+
+def test_a_thinned_curve_keeps_its_peaks():
+    x, y = list(range(50_000)), [0.0] * 50_000
+    y[31_234], y[31_300] = 5.0, -7.0
+    found = list(zip(*plots.extremes(x, y)))
+    assert len(found) <= plots.MOST_POINTS and (31_234, 5.0) in found and (31_300, -7.0) in found
+    assert [place for place, _ in found] == sorted(place for place, _ in found)
+    assert plots.extremes([1, 2], [3, 4]) == ([1, 2], [3, 4])
+    v = np.arange(100.0 * plots.MOST_POINTS)
+    assert plots.means(v).tolist() == (100 * np.arange(plots.MOST_POINTS) + 49.5).tolist()
+    assert len(plots.every(v)) <= plots.MOST_POINTS and not len(plots.every([]))
