@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from ._autograd import register
 from ._checks import reads_values
 from .logprobs import check_labels
 from .reference.linear import spread_slopes
 from .reference.ppo import STATS
+
+_DIFFERENTIABLE = {"hidden_states": 0, "weight": 1, "bias": 4}  # where log-probs, cross-entropy and PPO have them
 
 
 def _group(group_name: str):
@@ -142,7 +145,7 @@ def _logprobs_backward(ctx, grad_logprobs, grad_entropy, *_):
     return *grads, None, None, d_bias if need_bias else None, *(None,) * 10
 
 
-linear_logprobs_fwd.register_autograd(_logprobs_backward, setup_context=_logprobs_setup)
+logprobs = register(linear_logprobs_fwd, _logprobs_backward, _logprobs_setup, **_DIFFERENTIABLE)
 
 
 @torch.library.custom_op("rlhf_kernels::linear_cross_entropy_fwd", mutates_args=())
@@ -208,8 +211,8 @@ def _fused_backward(ctx, grad, *_):
     return tuple(grads)
 
 
-linear_cross_entropy_fwd.register_autograd(_fused_backward, setup_context=_fused_setup)
-linear_ppo_fwd.register_autograd(_fused_backward, setup_context=_fused_setup)
+cross_entropy = register(linear_cross_entropy_fwd, _fused_backward, _fused_setup, **_DIFFERENTIABLE)
+ppo_loss = register(linear_ppo_fwd, _fused_backward, _fused_setup, **_DIFFERENTIABLE)
 
 
 @torch.library.custom_op("rlhf_kernels::linear_kl_fwd", mutates_args=())
@@ -277,4 +280,4 @@ def _kl_backward(ctx, grad, _):
     return *grads, None, None, None, d_bias if need_bias else None, *(None,) * 8
 
 
-linear_kl_fwd.register_autograd(_kl_backward, setup_context=_kl_setup)
+kl = register(linear_kl_fwd, _kl_backward, _kl_setup, hidden_states=0, weight=1, bias=5)

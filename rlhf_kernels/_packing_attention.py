@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._autograd import check_reverse_mode, differentiated_last
 from .reference.packing import PADDING
 
 CALL_COST = 2**21  # a call of the kernel takes as long as so many multiplications of a query with a key
@@ -112,6 +112,8 @@ def why_not_two_part(query: Tensor, value: Tensor) -> str | None:
     """What stands against the kernel of one part with these tensors; None: nothing."""
     if _FORWARD is None or _BACKWARD is None:
         return f"torch {torch.__version__} has no flash attention for the CPU"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is at work, which the kernel of a part does not know"
     if query.device.type != "cpu":
         return f"the tensors are on {query.device}; the kernel of a part is for the CPU"
     if query.dtype not in DTYPES:
@@ -169,8 +171,16 @@ class TwoPartAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out):
+        with torch.no_grad():
+            gradients = TwoPartAttention.gradients(ctx, grad_out)
+        if torch.is_grad_enabled():
+            gradients = differentiated_last("shared_prefix_attention", gradients, (*ctx.saved_tensors[:3], grad_out))
+        return *gradients, None, None, None
+
+    @staticmethod
+    def gradients(ctx, grad_out):
+        """Those of query, key and value."""
         query, key, value, out, lse, rows, tokens = ctx.saved_tensors
         grad_out = _readable(grad_out)
         groups, repeats = key.shape[1], query.shape[1] // key.shape[1]
@@ -189,7 +199,7 @@ class TwoPartAttention(torch.autograd.Function):
                 share = share.sum(0) if repeats > 1 else share[0]
                 grad[part.row, :, part.key_first : part.key_last].add_(share)
         grad_value[rows, :, tokens] = grad_out[rows, :, tokens].unflatten(1, (groups, repeats)).sum(2)
-        return grad_query, grad_key, grad_value, None, None, None
+        return grad_query, grad_key, grad_value
 
 
 def two_part_attention(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, scale: float | None) -> Tensor:
@@ -198,8 +208,10 @@ def two_part_attention(query: Tensor, key: Tensor, value: Tensor, layout: Tensor
     The parts are read on the host: compiled programs leave it as it is. Decorating it would import the compiler with
     this module, which takes longer than torch itself.
     """
-    run = torch.compiler.disable(_two_part_attention) if torch.compiler.is_compiling() else _two_part_attention
-    return run(query, key, value, layout, scale)
+    if torch.compiler.is_compiling():
+        return torch.compiler.disable(_two_part_attention)(query, key, value, layout, scale)
+    check_reverse_mode(query=query, key=key, value=value)
+    return _two_part_attention(query, key, value, layout, scale)
 
 
 def _two_part_attention(query, key, value, layout, scale):

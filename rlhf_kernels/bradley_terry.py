@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from ._autograd import register
 from ._checks import (
     FLOATS,
     check_cu_seqlens,
@@ -75,9 +76,7 @@ def bradley_terry_loss(
     _check_reduction(reduction, num_items_in_batch)
     flat_scores, flat_ranks, cu_groups = _flatten(scores, ranks, cu_groups)
     flat_margins = _flatten_margins(margins, scores, cu_groups)
-    loss, _, stats = torch.ops.rlhf_kernels.bradley_terry_fwd(
-        flat_scores, flat_ranks, cu_groups, flat_margins, ties == "half"
-    )
+    loss, _, stats = _pairs(flat_scores, flat_ranks, cu_groups, flat_margins, ties == "half")
     stats = stats.detach()
     return RankingLoss(_reduce(loss, stats, reduction, num_items_in_batch), _metrics(stats, "pairs"))
 
@@ -112,7 +111,7 @@ def plackett_luce_loss(scores, ranks, cu_groups=None, *, reduction="mean", num_i
     """
     _check_reduction(reduction, num_items_in_batch)
     flat_scores, flat_ranks, cu_groups = _flatten(scores, ranks, cu_groups)
-    loss, _, stats = torch.ops.rlhf_kernels.plackett_luce_fwd(flat_scores, flat_ranks, cu_groups)
+    loss, _, stats = _orders(flat_scores, flat_ranks, cu_groups)
     stats = stats.detach()
     return RankingLoss(_reduce(loss, stats, reduction, num_items_in_batch), _metrics(stats, "choices"))
 
@@ -264,5 +263,5 @@ def _backward(ctx, grad_loss, grad_grad, grad_stats):
     return grad_scores.to(ctx.scores_dtype), *nothing
 
 
-bradley_terry_fwd.register_autograd(_backward, setup_context=_setup_context)
-plackett_luce_fwd.register_autograd(_backward, setup_context=_setup_context)
+_pairs = register(bradley_terry_fwd, _backward, _setup_context, scores=0)
+_orders = register(plackett_luce_fwd, _backward, _setup_context, scores=0)

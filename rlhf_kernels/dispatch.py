@@ -9,6 +9,7 @@ The module rlhf_kernels.<backend>.<op> has the functions `<name>_fwd` and `<name
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -35,9 +36,19 @@ TABLE: dict[str, list[tuple[str, Applies]]] = {
     "packing": [_REFERENCE],
 }
 
+
+class _Block:
+    """A `with backend(name)` block."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+
 BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(row[0] for rows in TABLE.values() for row in rows))
 
-_chosen: str | None = None
+_UNSAID = object()
+_own = contextvars.ContextVar("backend", default=_UNSAID)  # the choice of this thread or task; None: automatic
+_open: list[_Block] = []  # the blocks that any thread is in, the latest last
 
 
 def _module(name: str, op: str) -> ModuleType:
@@ -50,10 +61,31 @@ def _check_backend(name: str, source: str) -> str:
     return name
 
 
+def chosen() -> str | None:
+    """The backend of this thread's innermost `with backend` block; if it is in none, of the latest block of all."""
+    own = _own.get()
+    if own is not _UNSAID:
+        return own
+    latest = _open[-1:]  # in one step: other threads may change the list
+    return latest[0].name if latest else None
+
+
+@contextlib.contextmanager
+def resumed(name: str | None) -> Iterator[None]:
+    """This thread chooses again what `chosen` gave, in whatever thread that was."""
+    before = _own.get()
+    _own.set(name)
+    try:
+        yield
+    finally:
+        _own.set(before)
+
+
 def _explicit() -> tuple[str, str] | None:
     """The backend that somebody asked for, and where; None if the choice is automatic."""
-    if _chosen is not None:
-        return _chosen, f"backend({_chosen!r})"
+    name = chosen()
+    if name is not None:
+        return name, f"backend({name!r})"
     name = os.environ.get("RLHF_KERNELS_BACKEND")
     if not name:
         return None
@@ -85,10 +117,12 @@ def pick(op: str, tensor: torch.Tensor) -> ModuleType:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Serve every op inside the `with` block by one backend, in all threads of the process.
+    """Serve every op inside the `with` block by one backend.
 
-    A call that the backend cannot serve raises RuntimeError and says why. A backward pass takes the backend that is
-    chosen when it runs, so keep `loss.backward()` inside the block too.
+    It holds for this thread (or asyncio task), and for threads that are in no such block themselves; blocks of several
+    threads may overlap. A call that the backend cannot serve raises RuntimeError and says why. A backward pass takes
+    the backend of its forward, wherever it runs; that of a function compiled by torch.compile takes the one that is
+    chosen when it runs.
 
     Args:
         name: a backend listed by `backends()`.
@@ -101,12 +135,13 @@ def backend(name: str) -> Iterator[None]:
         >>> advantages
         tensor([[2., 1.]])
     """
-    global _chosen
-    before, _chosen = _chosen, _check_backend(name, "backend()")
+    block = _Block(_check_backend(name, "backend()"))
+    _open.append(block)
     try:
-        yield
+        with resumed(name):
+            yield
     finally:
-        _chosen = before
+        _open.remove(block)
 
 
 class _Backends(dict):

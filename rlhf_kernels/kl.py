@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import dispatch
+from ._autograd import register
 from ._checks import check_dtype, check_in, check_range, check_same_device, check_shape
 from .logprobs import check_logits
 
@@ -70,7 +71,7 @@ def _kl_backward(ctx, grad, *_):
     return *(g if wanted else None for g, wanted in zip(grads, need)), None, None
 
 
-kl_fwd.register_autograd(_kl_backward, setup_context=_kl_setup)
+_exact = register(kl_fwd, _kl_backward, _kl_setup, keeps_inputs=True, logits=0, ref_logits=1)
 
 
 @torch.library.custom_op("rlhf_kernels::approx_kl_fwd", mutates_args=())
@@ -108,7 +109,7 @@ def _approx_backward(ctx, grad):
     return *(g if wanted else None for g, wanted in zip(grads, need)), None
 
 
-approx_kl_fwd.register_autograd(_approx_backward, setup_context=_approx_setup)
+_estimate = register(approx_kl_fwd, _approx_backward, _approx_setup, keeps_inputs=True, log_probs=0, ref_log_probs=1)
 
 
 def kl_from_logits(
@@ -147,7 +148,7 @@ def kl_from_logits(
     check_same_device(logits=logits, ref_logits=ref_logits)
     check_range("temperature", temperature, 0.0, float("inf"), low_open=True, high_open=True)
     check_in("direction", direction, DIRECTIONS)
-    return kl_fwd(logits, ref_logits, float(temperature), direction == "reverse")[0]
+    return _exact(logits, ref_logits, float(temperature), direction == "reverse")[0]
 
 
 def approx_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, *, estimator: str = "k1") -> torch.Tensor:
@@ -177,4 +178,4 @@ def approx_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, *, estimator
     check_shape("ref_log_probs", ref_log_probs, tuple(log_probs.shape), "the shape of log_probs")
     check_same_device(log_probs=log_probs, ref_log_probs=ref_log_probs)
     check_in("estimator", estimator, ESTIMATORS)
-    return approx_kl_fwd(log_probs, ref_log_probs, estimator)
+    return _estimate(log_probs, ref_log_probs, estimator)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _linear_ops as ops
+from ._autograd import needs_grad
 from ._checks import FLOATS, check_dtype, check_in, check_mask, check_range, check_same_device, check_shape
 from .kl import DIRECTIONS
 from .ppo import PPOLoss, _check_numbers, _metrics, _normalizer
@@ -13,10 +14,6 @@ from .ppo import PPOLoss, _check_numbers, _metrics, _normalizer
 _REDUCTIONS = ("mean", "sum", "none")
 _PRECISIONS = ("exact", "fast")
 _INF = float("inf")
-
-
-def _needs_grad(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _check_head(hidden_states, weight, bias, prefix=""):
@@ -95,7 +92,7 @@ def _check_execution(chunk_size, precision, process_group, vocab_start_index):
 
 def _wants_slopes(hidden, weight, bias):
     """Whether the gradient goes to the hidden states alone, so that the forward can make it."""
-    return _needs_grad(hidden) and not (_needs_grad(weight) or _needs_grad(bias))
+    return needs_grad(hidden) and not (needs_grad(weight) or needs_grad(bias))
 
 
 def linear_logprobs(
@@ -162,7 +159,7 @@ def linear_logprobs(
     temperatures, temperature, softcap = _check_scale(temperature, softcap, labels)
     execution = _check_execution(chunk_size, precision, process_group, vocab_start_index)
     with_slopes = _wants_slopes(hidden, weight, bias) and not return_entropy
-    logprobs, entropy, *_ = ops.linear_logprobs_fwd(
+    logprobs, entropy, *_ = ops.logprobs(
         hidden, weight, flat_labels, rows, bias, temperatures, temperature, softcap, ignore_index, return_entropy,
         with_slopes, *execution,
     )  # fmt: skip
@@ -234,8 +231,8 @@ def linear_cross_entropy(
     flat_labels, rows = _check_labels(labels, rows, hidden_states)
     temperatures, temperature, softcap = _check_scale(temperature, softcap, labels)
     execution = _check_execution(chunk_size, precision, process_group, vocab_start_index)
-    needs = [_needs_grad(x) for x in (hidden, weight, bias)]
-    loss = ops.linear_cross_entropy_fwd(
+    needs = [needs_grad(x) for x in (hidden, weight, bias)]
+    loss = ops.cross_entropy(
         hidden, weight, flat_labels, rows, bias, temperatures, temperature, softcap, ignore_index, *execution, *needs
     )[0]
     if reduction == "sum":
@@ -330,13 +327,13 @@ def linear_ppo_loss(
     if labels.dim() != 2 and not (labels.dim() == 1 and loss_agg_mode.startswith("token")):
         wanted = "[B, T], or [N] with loss_agg_mode token-mean or token-sum"
         raise ValueError(f"labels has shape {list(labels.shape)}, expected {wanted}; got {loss_agg_mode!r}")
-    loss, policy_loss, stats, *_ = ops.linear_ppo_fwd(
+    loss, policy_loss, stats, *_ = ops.ppo_loss(
         hidden, weight, labels, flat_rows, bias, temperatures, old_log_probs.detach(), advantages.detach(), mask,
         normalizer, temperature, softcap, float(cliprange),
         float(cliprange if cliprange_high is None else cliprange_high),
         None if dual_clip is None else float(dual_clip), float(entropy_coef), loss_agg_mode,
         *_check_execution(chunk_size, precision, process_group, vocab_start_index),
-        *(_needs_grad(x) for x in (hidden, weight, bias)),
+        *(needs_grad(x) for x in (hidden, weight, bias)),
     )  # fmt: skip
     return PPOLoss(loss, policy_loss, None, _metrics(stats, None, loss, dual_clip))
 
@@ -407,7 +404,7 @@ def linear_kl(
     _, temperature, softcap = _check_scale(temperature, softcap, None)
     check_in("direction", direction, DIRECTIONS)
     execution = _check_execution(chunk_size, precision, process_group, 0)[:3]
-    return ops.linear_kl_fwd(
+    return ops.kl(
         hidden, weight, ref_hidden.detach(), ref_weight.detach(), rows, bias,
         None if ref_bias is None else ref_bias.detach(), temperature, softcap, direction == "reverse",
         _wants_slopes(hidden, weight, bias), *execution,

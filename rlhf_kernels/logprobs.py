@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import dispatch
+from ._autograd import register
 from ._checks import check_dtype, check_range, check_same_device, check_shape, reads_values
 
 _INT64 = (torch.int64,)
@@ -104,7 +105,7 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):
     return grad, None, None, None, None, None, None
 
 
-logprobs_fwd.register_autograd(_backward, setup_context=_setup_context)
+_logprobs = register(logprobs_fwd, _backward, _setup_context, keeps_inputs=True, logits=0)
 
 
 def _check_options(temperature, softcap):
@@ -114,8 +115,10 @@ def _check_options(temperature, softcap):
     return float(temperature), None if softcap is None else float(softcap)
 
 
-def _overlaps(tensor: torch.Tensor) -> bool:
-    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
+def _shares_memory(tensor: torch.Tensor) -> bool:
+    """Whether writing over this tensor would write over others' entries: it is expanded, or an example of vmap."""
+    expanded = any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride()))
+    return expanded or torch._C._are_functorch_transforms_active()
 
 
 def _forward(logits, labels, temperature, softcap, ignore_index, inplace_backward, with_entropy):
@@ -124,8 +127,8 @@ def _forward(logits, labels, temperature, softcap, ignore_index, inplace_backwar
     check_shape("labels", labels, tuple(logits.shape[:-1]), "the shape of logits without its last dimension")
     check_same_device(logits=logits, labels=labels)
     temperature, softcap = _check_options(temperature, softcap)
-    inplace = inplace_backward and not torch.compiler.is_compiling() and not _overlaps(logits)
-    return logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entropy, inplace)[:2]
+    inplace = inplace_backward and not torch.compiler.is_compiling() and not _shares_memory(logits)
+    return _logprobs(logits, labels, temperature, softcap, ignore_index, with_entropy, inplace)[:2]
 
 
 def logprobs_from_logits(
@@ -151,7 +154,7 @@ def logprobs_from_logits(
             be NaN.
         inplace_backward: write the gradient over the logits, which saves [..., V] of memory, default False. Nobody
             else may need the logits after the backward; PyTorch raises if a saved copy would be read. Has no effect
-            under torch.compile and on expanded logits.
+            under torch.compile and torch.func.vmap, and on expanded logits.
     Returns:
         [...] fp32 (fp64 for fp64 logits), in nats, <= 0. Differentiable in logits.
     Raises:
@@ -227,4 +230,4 @@ def entropy_from_logits(
     """
     check_logits("logits", logits)
     temperature, softcap = _check_options(temperature, softcap)
-    return logprobs_fwd(logits, None, temperature, softcap, 0, True)[1]
+    return _logprobs(logits, None, temperature, softcap, 0, True)[1]

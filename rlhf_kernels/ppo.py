@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from ._autograd import register
 from ._checks import (
     FLOATS,
     check_dtype,
@@ -125,7 +126,7 @@ def ppo_loss(
         float(vf_coef),
         float(entropy_coef),
     ]
-    loss, policy_loss, value_loss, *_, stats = torch.ops.rlhf_kernels.ppo_fwd(
+    loss, policy_loss, value_loss, *_, stats = _losses(
         *(None if x is None else x.contiguous() for x in tensors.values()), normalizer, numbers, loss_agg_mode
     )
     metrics = _metrics(stats, values, entropy, dual_clip)
@@ -313,4 +314,4 @@ def _backward(ctx, grad_loss, grad_policy_loss, grad_value_loss, *_):
     return tuple(grads)
 
 
-ppo_fwd.register_autograd(_backward, setup_context=_setup_context)
+_losses = register(ppo_fwd, _backward, _setup_context, log_probs=0, values=4, entropy=7)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from ._autograd import register
 from ._checks import FLOATS, check_dtype, check_in, check_range, check_same_device, check_shape
 from .reference.preference import LENGTH_NORMALIZED, LOSS_TYPES, REFERENCE_FREE, accumulator_dtype
 
@@ -98,7 +99,7 @@ def preference_loss(
     _check_pairwise("", "lengths", loss_type, chosen_lengths, rejected_lengths, chosen, rejected, _LENGTH_DTYPES)
     tensors = (chosen, rejected, ref_chosen_logps, ref_rejected_logps)
     lengths = (None if x is None else x.long().contiguous() for x in (chosen_lengths, rejected_lengths))
-    loss, _, _, chosen_rewards, rejected_rewards = torch.ops.rlhf_kernels.preference_fwd(
+    loss, _, _, chosen_rewards, rejected_rewards = _losses(
         *(None if x is None else x.contiguous() for x in tensors),
         *lengths,
         _kl(kl, loss_type, chosen),
@@ -272,4 +273,4 @@ def _backward(ctx, grad_loss, *_):
     return chosen.to(ctx.dtypes[0]), rejected.to(ctx.dtypes[1]), *nothing
 
 
-preference_fwd.register_autograd(_backward, setup_context=_setup_context)
+_losses = register(preference_fwd, _backward, _setup_context, policy_chosen_logps=0, policy_rejected_logps=1)

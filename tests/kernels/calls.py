@@ -197,13 +197,17 @@ def upstream_of(x: torch.Tensor) -> torch.Tensor:
     return torch.linspace(-1.0, 2.0, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)
 
 
+def differentiated(outputs) -> list[torch.Tensor]:
+    """Those that autograd knows of."""
+    return [x for x in outputs if x.requires_grad]
+
+
 def results(call: Call) -> list[torch.Tensor]:
     """Outputs of a call and, for upstream gradients that differ, the gradients of its leaves."""
     leaves = [x.clone().requires_grad_(call.differentiable) for x in call.leaves]
     outputs = list(call.function(*leaves))
-    differentiated = [x for x in outputs if x.requires_grad]
-    assert bool(differentiated) == call.differentiable
-    if differentiated:
-        upstream = [upstream_of(x) for x in differentiated]
-        outputs += torch.autograd.grad(differentiated, leaves, upstream, allow_unused=True)
+    known = differentiated(outputs)
+    assert bool(known) == call.differentiable
+    if known:
+        outputs += torch.autograd.grad(known, leaves, [upstream_of(x) for x in known], allow_unused=True)
     return [x if x is None else x.detach() for x in outputs]

@@ -1,7 +1,11 @@
 """Choosing a backend: automatic by rule, explicit without fallback, unknown names refused."""
 
+import asyncio
+import contextlib
 import importlib
 import pathlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ import torch
 import rlhf_kernels
 from rlhf_kernels import _native, dispatch
 from rlhf_kernels._presence import missing
+from tests.kernels.calls import ON_BACKENDS, build, results
 
 NO_CPU = pytest.mark.skipif(_native.missing() is not None, reason=f"no native CPU backend: {_native.missing()}")
 FP32, FP64 = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.float64)
@@ -128,3 +133,114 @@ def test_the_extension_refuses_what_the_cpu_does_not_have():
         _cpu.functions("sse9")
     with pytest.raises(TypeError, match="gae_fwd_f32 takes 15 arguments, got 2"):
         _cpu.functions("base")["gae_fwd_f32"](1, 2)
+
+
+@pytest.fixture
+def picked(monkeypatch):
+    """The modules that served, in order."""
+    found, pick = [], dispatch.pick
+
+    def record(op, tensor):
+        found.append(name_of(pick(op, tensor)))
+        return pick(op, tensor)
+
+    monkeypatch.setattr(dispatch, "pick", record)
+    return found
+
+
+def in_thread(function):
+    """What the function returns in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result(timeout=60)
+
+
+def served():
+    return name_of(dispatch.pick("advantages", FP32))
+
+
+@NO_CPU
+def test_blocks_of_two_threads_overlap():
+    entered, overlapping, left = threading.Event(), threading.Event(), threading.Event()
+
+    def first():
+        with rlhf_kernels.backend("reference"):
+            entered.set()
+            assert overlapping.wait(60)
+            own = served()
+        left.set()
+        return own, served()
+
+    def second():
+        assert entered.wait(60)
+        with rlhf_kernels.backend("cpu"):
+            overlapping.set()
+            assert left.wait(60)
+            return served()
+
+    with ThreadPoolExecutor(2) as pool:
+        threads = [pool.submit(first), pool.submit(second)]
+        own, outside = threads[0].result()
+        assert own == "reference.advantages"
+        assert outside == threads[1].result() == "cpu.advantages"
+    assert dispatch.chosen() is None and not dispatch._open
+
+
+@NO_CPU
+def test_a_thread_in_no_block_has_the_latest_of_all():
+    with rlhf_kernels.backend("reference"):
+        assert in_thread(served) == "reference.advantages"
+        with rlhf_kernels.backend("cpu"):
+            assert in_thread(served) == "cpu.advantages"
+        assert in_thread(served) == "reference.advantages"
+    with pytest.raises(ZeroDivisionError), rlhf_kernels.backend("reference"):
+        _ = 1 / 0
+    assert in_thread(served) == "cpu.advantages"
+
+
+@NO_CPU
+def test_blocks_of_two_tasks_overlap():
+    async def block(name, mine, others):
+        with rlhf_kernels.backend(name):
+            mine.set()
+            await others.wait()
+            return served()
+
+    async def both():
+        one, two = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(block("reference", one, two), block("cpu", two, one))
+
+    assert asyncio.run(both()) == ["reference.advantages", "cpu.advantages"]
+    assert dispatch.chosen() is None
+
+
+@NO_CPU
+@pytest.mark.parametrize("forward", ("reference", "cpu", None))
+@pytest.mark.parametrize("backward", ("reference", "cpu", None))
+def test_a_backward_takes_the_backend_of_its_forward(forward, backward, picked):
+    def chosen(name):
+        return rlhf_kernels.backend(name) if name else contextlib.nullcontext()
+
+    logits, labels = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 2])
+    with chosen(forward):
+        loss = rlhf_kernels.logprobs_from_logits(logits, labels).sum()
+    with chosen(backward):
+        loss.backward(retain_graph=True)
+        in_thread(loss.backward)
+        assert dispatch.chosen() == backward
+    assert picked == [f"{forward or 'cpu'}.logprobs"] * 3
+
+
+@NO_CPU
+def test_threads_with_backends_of_their_own_disturb_no_result():
+    calls = [(name, backend) for name, backend in ON_BACKENDS if backend in ("cpu", "reference")]
+
+    def run(call):
+        name, backend = call
+        with rlhf_kernels.backend(backend):
+            return results(build()[name])
+
+    alone = [run(call) for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        for found, expected in zip(pool.map(run, calls * 2), alone * 2, strict=True):
+            for x, y in zip(found, expected, strict=True):
+                assert (x is None and y is None) or torch.equal(x.nan_to_num(0.125), y.nan_to_num(0.125))

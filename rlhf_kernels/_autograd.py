@@ -1,0 +1,110 @@
+"""How the ops join autograd: a backward runs on its forward's backend; other derivatives than the first are errors.
+
+Without this, gradients of gradients, forward mode and torch.func would take an op's result for a constant.
+"""
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
+
+from . import dispatch
+
+
+def check_reverse_mode(**tensors: Tensor | None) -> None:
+    """Raise if torch.func or forward-mode AD differentiates one of the tensors."""
+    if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and _is_differentiated(tensor):
+            raise NotImplementedError(
+                f"{name} is differentiated by torch.func or in forward mode, for which the ops of rlhf_kernels have no "
+                "derivative; use torch.autograd.grad or backward()"
+            )
+
+
+def _is_differentiated(tensor):
+    """Whether the tensor has a tangent, or a level of torch.func's grad or jvp watches it; vmap may lie over either."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def needs_grad(tensor: Tensor | None) -> bool:
+    """Whether autograd asks for the gradient of this tensor, under torch.func.vmap too."""
+    if tensor is None or not torch.is_grad_enabled():
+        return False
+    if not torch.compiler.is_compiling():
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
+class _Last(torch.autograd.Function):
+    """The first tensor itself, as a function of all of them that has no derivative."""
+
+    @staticmethod
+    def forward(ctx, x, name, *sources):
+        ctx.name = name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(_twice(ctx.name))
+
+
+def _twice(name):
+    return f"trying to differentiate twice {name}, which has first derivatives only"
+
+
+def differentiated_last(name, gradients, sources):
+    """The gradients that a backward made of the sources: differentiating them is an error.
+
+    PyTorch's once_differentiable lets them pass for constants where torch.autograd.grad names its inputs, or where the
+    upstream gradient is a constant.
+    """
+    sources = [x for x in sources if x is not None and x.requires_grad]
+    return tuple(x if x is None else _Last.apply(x, name, *sources) for x in gradients)
+
+
+def register(op, backward, setup_context, *, keeps_inputs=False, **differentiable):
+    """Give a custom op its derivative, and return the op as it is to be called.
+
+    backward, setup_context: as for the op's `register_autograd`.
+    keeps_inputs: setup_context always saves the inputs for the backward.
+    differentiable: {name that the user knows: place of the argument}.
+    """
+
+    def setup(ctx, inputs, output):
+        setup_context(ctx, inputs, output)
+        ctx.backend, ctx.sources = dispatch.chosen(), None
+
+    def run(ctx, *grads):
+        sources = None
+        if torch.is_grad_enabled():
+            sources = ctx.saved_tensors if keeps_inputs else ctx.sources
+            if sources is None:  # the call was made by torch.compile or vmap
+                raise RuntimeError(_twice(op._qualname))
+        with dispatch.resumed(ctx.backend), torch.no_grad():
+            gradients = backward(ctx, *grads)
+        return gradients if sources is None else differentiated_last(op._qualname, gradients, (*sources, *grads))
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return op(*args)
+        check_reverse_mode(**{name: args[place] for name, place in differentiable.items()})
+        results = op(*args)
+        first = results if isinstance(results, Tensor) else results[0]
+        if first.requires_grad and not keeps_inputs:
+            first.grad_fn.sources = [_source(args[place]) for place in differentiable.values()]
+        return results
+
+    op.register_autograd(run, setup_context=setup)
+    return call
+
+
+def _source(x):
+    """A tensor without entries that depends on all that x depends on, and does not keep the memory of x."""
+    return x[None][:0].clone() if x is not None and x.requires_grad else None
