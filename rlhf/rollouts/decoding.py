@@ -7,6 +7,7 @@ ways are tried, fastest first, on texts of a few tokens, against the logits of w
 States have no columns: once read, texts of several lengths go on together, their keys and values behind padding.
 """
 
+import functools
 import inspect
 import itertools
 import logging
@@ -152,13 +153,13 @@ def run(model, way: Way, ids, inputs: dict, cache=None):
         inputs: attention_mask and position_ids, of which the model gets what it takes.
     """
     inner = unwrapped(model)
-    taken, name = _parameters(inner), cache_name(inner)
-    inputs = {**inputs, "use_cache": way.cached, "logits_to_keep": 1} | ({} if cache is None else {name: cache})
+    taken, kept = _parameters(inner), cache_name(inner)
+    inputs = {**inputs, "use_cache": way.cached, "logits_to_keep": 1} | ({} if cache is None else {kept: cache})
     if way.lengths != "padded" and "position_ids" not in taken:
         inputs.pop("attention_mask", None)  # Mamba takes it for that of the newest token alone
     inputs = {name: value for name, value in inputs.items() if name in taken}
     output = model(input_ids=ids, **inputs, **without_router_logits(model))
-    return output.logits[:, -1], getattr(output, name) if way.cached else None
+    return output.logits[:, -1], getattr(output, kept) if way.cached else None
 
 
 def _join(caches, *, behind_padding: bool):
@@ -183,8 +184,13 @@ def _join(caches, *, behind_padding: bool):
     return caches[0]
 
 
-def _parameters(inner) -> set[str]:
-    return set(inspect.signature(type(inner).forward).parameters)
+def _parameters(inner) -> frozenset[str]:
+    return _names(type(getattr(inner, "_orig_mod", inner)).forward)  # behind torch.compile
+
+
+@functools.cache
+def _names(forward) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def cache_name(inner) -> str | None:

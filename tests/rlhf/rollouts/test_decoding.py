@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import Cache
 
 from rlhf.models.sequences import per_token_log_probs
 from rlhf.rollouts import decoding
-from rlhf.rollouts.decoding import JOINED, ONE_LENGTH, PADDED, WHOLE, chunks, way_of
+from rlhf.rollouts.decoding import JOINED, ONE_LENGTH, PADDED, STILL, WHOLE, chunks, way_of
 from rlhf.rollouts.engines import load_engine
 from rlhf.rollouts.sampling import sample
 from tests.families import FAMILIES, family_model
@@ -75,6 +76,21 @@ def test_a_cache_that_goes_on_wrongly_is_not_used(monkeypatch, caplog):
     assert way_of(family_model("llama")) == PADDED
     monkeypatch.setattr(type(model), "forward", forgetful)
     assert way_of(model) == WHOLE and "LlamaForCausalLM keeps no cache" in caplog.text
+
+
+def test_where_rows_of_a_cache_cannot_be_moved_the_prompts_are_repeated(monkeypatch):
+    options = {"response_length": 8, "temperature": 0.7, "stop_token_ids": [2, 5, 9], "samples_per_prompt": 3}
+    noise = torch.rand(len(PROMPTS), 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = sample(family_model("llama"), None, PROMPTS, **options, noise=noise)
+    monkeypatch.delattr(Cache, "reorder_cache")
+    model = family_model("llama")
+    assert way_of(model) == STILL
+    assert sample(model, None, PROMPTS, **options, noise=noise) == expected
+
+
+def test_rows_that_come_back_in_another_order_are_noticed(monkeypatch):
+    monkeypatch.setattr(Cache, "reorder_cache", lambda cache, rows: None)
+    assert way_of(family_model("llama")) == STILL
 
 
 def test_chunks_of_prompts():
