@@ -79,7 +79,9 @@ class DPOTrainer(StageTrainer):
     def collate(self, examples):
         batch = super().collate(examples)
         if "ref_log_probs" in examples[0]:
-            batch["ref_log_probs"] = torch.tensor([example["ref_log_probs"] for example in examples])
+            batch["ref_log_probs"] = torch.tensor(
+                [example["ref_log_probs"] for example in examples], dtype=torch.float32
+            )
         return batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -89,7 +91,7 @@ class DPOTrainer(StageTrainer):
 
     def loss_of(self, model, batch, **options):
         log_probs, lengths = pair_log_probs(model, batch)
-        ref = batch.get("ref_log_probs", torch.zeros(0, 2))
+        ref = batch.get("ref_log_probs", torch.zeros(0, 2, dtype=torch.float32))
         free = self.args.loss_type in WITHOUT_REFERENCE
         return preference_loss(
             log_probs[:, 0],

@@ -135,16 +135,16 @@ def tensors(rows):
     import torch
 
     found = {
-        "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
-        "weights": torch.tensor([row.get("weight", 1.0) for row in rows]),
+        "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]], dtype=torch.int64),
+        "weights": torch.tensor([row.get("weight", 1.0) for row in rows], dtype=torch.float32),
     }
     if any("margins" in row for row in rows):
         largest = max(len(row["ranks"]) for row in rows)
-        found["margins"] = torch.zeros(len(found["ranks"]), largest)
+        found["margins"] = torch.zeros(len(found["ranks"]), largest, dtype=torch.float32)
         start = 0
         for row in rows:
             count = len(row["ranks"])
             if "margins" in row:
-                found["margins"][start : start + count, :count] = torch.tensor(row["margins"])
+                found["margins"][start : start + count, :count] = torch.tensor(row["margins"], dtype=torch.float32)
             start += count
     return found

@@ -112,7 +112,7 @@ def distil(story, text, tokenizer, teacher_tokenizer, whole):
         at += len(teacher_tokenizer.decode([token]))
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids = [*encoded.input_ids, tokenizer.eos_token_id]
-    target_ids, target_probs = torch.zeros(len(ids), TOP, dtype=torch.int32), torch.zeros(len(ids), TOP)
+    target_ids, target_probs = (torch.zeros(len(ids), TOP, dtype=kind) for kind in (torch.int32, torch.float32))
     for place, (token, begin) in enumerate(zip(ids, [o[0] for o in encoded.offset_mapping] + [len(text)], strict=True)):
         index = starts.get(begin)
         if index is None or begin <= 0 or index < story["given"]:

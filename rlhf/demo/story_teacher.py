@@ -96,7 +96,8 @@ class Teacher:
         """Logits [B, len(head)] after feeding tokens [B] at indices at [B] behind the prefix."""
         slots, group, every = len(tokens), self.heads // self.kv_heads, torch.arange(len(tokens))
         x, positions, n, scale = self.embedding[tokens], at + self.prefix_length, int(at.max()) + 1, self.size**-0.5
-        bias = torch.zeros(slots, 1, 1, n).masked_fill_((torch.arange(n)[None] > at[:, None])[:, None, None], -1e30)
+        later = (torch.arange(n)[None] > at[:, None])[:, None, None]
+        bias = torch.zeros(slots, 1, 1, n, dtype=torch.float32).masked_fill_(later, -1e30)
 
         def per_slot(t):
             return t.view(self.kv_heads, slots, group, -1).permute(1, 0, 2, 3)

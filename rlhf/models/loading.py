@@ -303,7 +303,8 @@ def reward_model_from_policy(
             raise ValueError(f"model {str(policy)!r} is not a complete language model: it lacks {missing[0]}")
     model = classifier_of(language_model)
     head = score_head(model)
-    draw = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(head.weight.shape, generator=generator, dtype=torch.float32)
     with torch.no_grad():
         head.weight.copy_(draw / math.sqrt(head.weight.shape[1] + 1))
         if head.bias is not None:

@@ -128,7 +128,11 @@ def stop_if_not_finite(trainer, numbers: dict, experience, averages, rows=None) 
     Raises:
         FloatingPointError: names the numbers and the folder.
     """
-    tensors = {name: torch.as_tensor(x) for name, x in numbers.items() if x is not None}
+    tensors = {
+        name: x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64)
+        for name, x in numbers.items()
+        if x is not None
+    }
     if not tensors:
         return
     flags = [(~x.isfinite()).any().to(trainer.accelerator.device) for x in tensors.values()]

@@ -192,7 +192,8 @@ class PPOTrainer(PPORun):
     @torch.no_grad()
     def evaluate(self, rollouts: Rollouts) -> Experience:
         """Compute log-probs under policy and reference, entropies and values of all response tokens."""
-        found = torch.zeros(5, len(rollouts.response_ids), self.args.response_length, device=self.accelerator.device)
+        shape, device = (5, len(rollouts.response_ids), self.args.response_length), self.accelerator.device
+        found = torch.zeros(shape, dtype=torch.float32, device=device)
         for chunk in self._all_chunks(rollouts):
             batch = self._join(rollouts, chunk)
             log_probs, entropy = response_log_probs(self.policy, batch, temperature=self.args.temperature)  # 1, 2

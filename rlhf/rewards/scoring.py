@@ -59,7 +59,7 @@ class Scorer:
         of each part goes into `averages`, before its weight, where there are functions.
         """
         averages = Averages() if averages is None else averages
-        scores = torch.zeros(len(rollouts.response_ids), device=self.trainer.accelerator.device)
+        scores = torch.zeros(len(rollouts.response_ids), dtype=torch.float32, device=self.trainer.accelerator.device)
         if self.trainer.reward_model is not None:
             found = self.reward_model_scores(rows, rollouts)
             scores = scores + self.weights["reward_model"] * found
@@ -75,7 +75,7 @@ class Scorer:
         arguments, columns = self._arguments(rows, rollouts)
         places, length = [row["at"] for row in rows], self.trainer.args.response_length
         ends, steps = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), length, dtype=torch.float64)
-        rewarded = torch.full((len(rows),), self.trainer.reward_model is not None)
+        rewarded = torch.full((len(rows),), self.trainer.reward_model is not None, dtype=torch.bool)
         has_steps = False
         for name, function in self.functions.items():
             own_ends, own_steps, given = call(name, function, arguments, columns, places)
@@ -90,14 +90,16 @@ class Scorer:
             place = places[rewarded.tolist().index(False)]
             raise ValueError(f"reward_fn: got None from every function for the row {place}, want a number from one")
         device = self.trainer.accelerator.device
-        has_steps = self.trainer._sum(torch.tensor(float(has_steps))) > 0  # on any process, so that all do the same
+        has_steps = (
+            self.trainer._sum(torch.tensor(has_steps, dtype=torch.float32)) > 0
+        )  # on any process, so that all do the same
         rollouts.step_rewards = steps.float().to(device) if has_steps else None
         return ends.float().to(device)
 
     def reward_model_scores(self, rows: list[dict], rollouts: Rollouts) -> torch.Tensor:
         """Score with the reward model, [B] fp32: on the ids as sampled, or decoded and encoded by its own tokenizer."""
         trainer = self.trainer
-        scores = torch.zeros(len(rollouts.response_ids), device=trainer.accelerator.device)
+        scores = torch.zeros(len(rollouts.response_ids), dtype=torch.float32, device=trainer.accelerator.device)
         if self.own_tokens is not None:  # 15
             rollouts = self.own_tokens(rows, rollouts)
             self._check_context(rows, rollouts)

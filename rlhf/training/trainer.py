@@ -271,7 +271,8 @@ class StageTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._sums:
-            sums = torch.tensor([[float(x) for x in pair] for pair in self._sums.values()], device=self.args.device)
+            pairs = [[float(x) for x in pair] for pair in self._sums.values()]
+            sums = torch.tensor(pairs, dtype=torch.float32, device=self.args.device)
             sums = self.accelerator.reduce(sums, "sum")
             logs.update(zip(self._sums, (sums[:, 0] / sums[:, 1]).tolist()))
             self._sums = {}
