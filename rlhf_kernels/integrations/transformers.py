@@ -10,6 +10,7 @@ and there is no state to leak. An attention that does not know it refuses it.
 """
 
 import inspect
+import itertools
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ TOKENWISE = ("full_attention", "mlp", "moe", "dense", "sparse")  # layers that r
 # Nothing in the class or the config of these says so; it came out when all architectures of transformers were tried.
 OTHERS = {
     "blt": "it joins the bytes of a row to patches, across the ends of texts",
+    "diffusion_gemma": "it denoises blocks of tokens, and is no causal language model",
     "openai-gpt": "its attention takes masks of two dimensions alone",
     "reformer": "its attention hashes and chunks the row, whichever text a token belongs to",
     "xlm": "its attention takes masks of two dimensions alone",
@@ -90,7 +92,7 @@ def packing_obstacle(model, longest=None, row=None) -> str | None:
     config = text_config(model)
     longest = longest or getattr(config, "max_position_embeddings", None)
     return (
-        OTHERS.get(config.model_type)
+        OTHERS.get(model.config.model_type)
         or _layers(model, config)
         or _reads_the_index(model, config, row)
         or _not_causal(model, config)
@@ -136,7 +138,7 @@ def first_position(model) -> int:
     Args:
         model: a model of transformers, possibly wrapped by DDP or PEFT.
     """
-    for module in _decoder(unwrapped(model)).modules():
+    for module in _parts(_decoder(unwrapped(model))):
         if hasattr(type(module), "create_position_ids_from_input_ids"):
             return module.padding_idx + 1
     return 0
@@ -145,6 +147,13 @@ def first_position(model) -> int:
 def _decoder(model):
     """The part of a model that reads texts, without towers for images or sounds."""
     return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+
+def _parts(module):
+    """The module and what it consists of, of a list of layers the first alone: a walk over all takes milliseconds."""
+    yield module
+    for child in itertools.islice(module.children(), 1 if isinstance(module, torch.nn.ModuleList) else None):
+        yield from _parts(child)
 
 
 def check_packing(model, longest=None, row=None) -> None:
@@ -194,9 +203,10 @@ def _reads_the_index(model, config, row):
 
 def _not_causal(model, config):
     """BERT and its kin say in their layers whether they are decoders; Gemma's say in the config."""
-    both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all")
-    if both_ways or any(vars(module).get("is_decoder") is False for module in _decoder(model).modules()):
-        return "it attends both ways, and a token sees those behind it; BERT's kin need is_decoder=True in the config"
+    encoder = any(vars(module).get("is_decoder") is False for module in _parts(_decoder(model)))
+    if encoder or getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        what_to_do = "; is_decoder=True in its config makes it causal" if encoder else ""
+        return f"it attends both ways, and a token sees those behind it{what_to_do}"
     return None
 
 

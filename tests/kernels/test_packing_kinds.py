@@ -79,7 +79,7 @@ def test_queries_scaled_by_the_index_in_the_row():
 
 @pytest.mark.parametrize("name", ["Bert", "Roberta", "Electra"])
 def test_models_that_attend_both_ways(name):
-    message = "it attends both ways, and a token sees those behind it"
+    message = "it attends both ways, and a token sees those behind it; is_decoder=True in its config makes it causal"
     with pytest.raises(ValueError, match=message):
         check_packing(random_model(name, **DECODER))
     assert packing_obstacle(random_model(name, **DECODER, is_decoder=True)) is None
@@ -87,7 +87,7 @@ def test_models_that_attend_both_ways(name):
 
 def test_gemmas_that_attend_both_ways():
     model = random_model("Gemma3Text", **WINDOWED, use_bidirectional_attention=True)
-    with pytest.raises(ValueError, match="it attends both ways"):
+    with pytest.raises(ValueError, match=r"it attends both ways, and a token sees those behind it$"):
         check_packing(model, 16)
 
 
@@ -174,3 +174,9 @@ def test_other_models_are_refused_with_the_reason(name):
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with pytest.raises(ValueError, match=message):
         packed_inputs(model, pack_responses(*example()))
+
+
+def test_diffusion_models_are_refused():
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(transformers.DiffusionGemmaConfig())
+    assert packing_obstacle(model, 16) == "it denoises blocks of tokens, and is no causal language model"
