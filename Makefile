@@ -2,6 +2,7 @@
 # make test                                                       the quick tests: 8 minutes at most, with .venv's set-up
 # make test OP=name                                               all tests of one op, the exhaustive ones too
 # make test-all [ARGS="-m slow"]                                  every test (the exhaustive ones alone)
+# make test-models [MODEL=name]                                   every language model of transformers, tiny: docs/models.md's table
 # make bench [OP=name]                                            tests, then benchmarks: results file, tables and figures
 # make bench OP=name BASE=commit                                  the op now beside the op at that commit
 # make gpu OUT=DIR                                                what needs a GPU: tests, sanitizers, measurements
@@ -18,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 NATIVE := $(wildcard csrc/*/*)
 tests-of = $(wildcard $(foreach folder,tests tests/* tests/rlhf/*,$(folder)/test_$(1)*.py))
 
-.PHONY: demo test test-all test-versions gpu lint wheel sanitize fuzz
+.PHONY: demo test test-all test-models test-versions gpu lint wheel sanitize fuzz
 demo: $(VENV)/ready $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2)
 	$(BIN)/rlhf demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--output_dir $(OUT)) $(if $(SEED),--seed $(SEED))
 
@@ -31,6 +32,10 @@ test: $(VENV)/ready
 
 test-all: $(VENV)/ready
 	$(PYTEST) --dist=loadfile tests $(ARGS)
+
+test-models: export OMP_NUM_THREADS ?= 1
+test-models: $(VENV)/ready
+	$(BIN)/python -m tests.models.table $(MODEL)
 
 # TORCH:PYTHON, each with an environment and a copy of the checkout of its own: native modules are made for one Python.
 VERSIONS ?= 2.8.0:3.12 2.13.0:3.13 2.14.1:3.11
