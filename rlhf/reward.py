@@ -19,6 +19,7 @@ from .data import rankings
 from .ranges import at_least, option
 from .reports.reward_model import labeler_agreement, ranking_report, report_table
 from .training import StageConfig, StageTrainer, logger
+from .training.batches import batch_scores
 
 
 @dataclass
@@ -158,11 +159,6 @@ class RewardTrainer(StageTrainer):
             raise FloatingPointError(f"step {self.state.global_step}: scores are not finite; lower --learning_rate")
         known = {example["row"].get("labeler") for example in self.train_dataset}
         return {"loss": loss, **ranking_report(scores, [example["row"] for example in examples], known)}
-
-
-def batch_scores(model, batch):
-    """[S] fp32, the score of every response: the scalar head at each response's last token."""
-    return models.token_scores(model, *training.batch_inputs(batch)).flatten()[batch["last_token_rows"]]
 
 
 def calibrate(trainer, demonstrations):

@@ -84,6 +84,10 @@ class SFTTrainer(StageTrainer):
             return models.as_policy(model, dropout=args.dropout)
         return models.load_policy(args.model_name_or_path, dropout=args.dropout, **training.model_options(args))
 
+    @property
+    def samples_behind_prompts(self):
+        return self.args.num_samples > 0 and bool(self.held_out)
+
     def encode(self, rows, what):
         return training.encode_rows(self.tokenizer, rows, ("completion",), self.args, what=what)
 

@@ -1,5 +1,7 @@
 """Dropout: none where the method forbids it, residual dropout where the paper has it."""
 
+import contextlib
+
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -55,14 +57,28 @@ def set_residual_dropout(model, p):
 
     def drop(module, args, output):
         first = output[0] if isinstance(output, tuple) else output
-        first = nn.functional.dropout(first, p, training=module.training)
+        first = nn.functional.dropout(first, module.residual_dropout, training=module.training)
         return (first, *output[1:]) if isinstance(output, tuple) else first
 
     found = 0
     for layer in max(layers, key=len):
         for name, module in layer.named_children():
             if "attn" in name or "attention" in name.split("_") or "mlp" in name or name == "feed_forward":
+                module.residual_dropout = float(p)
                 module.register_forward_hook(drop)
                 found += 1
     if not found:
         raise ValueError(f"dropout: the layers of {type(model).__name__} have no known residual blocks; use 0")
+
+
+@contextlib.contextmanager
+def residual_dropout_off(model):
+    """The model without the dropout of `set_residual_dropout`, inside the block."""
+    asked = {module: module.residual_dropout for module in model.modules() if hasattr(module, "residual_dropout")}
+    try:
+        for module in asked:
+            module.residual_dropout = 0.0
+        yield
+    finally:
+        for module, p in asked.items():
+            module.residual_dropout = p

@@ -4,15 +4,13 @@ import torch
 
 from ..data import encode_completion, encode_example, encode_prompt
 from ..models import load_tokenizer
-from ..models.sequences import join, response_log_probs, response_scores
+from ..models.sequences import join, response_log_probs, response_scores, response_values
 from ..rollouts.engines import gap_complaint, log_prob_gap
 from ..rollouts.sampling import sample
 from ..settings import RunError
+from ..training.probes import gap, packs, rounding, sampler_log_probs
 from .sharding import local
 from .state import in_run_precision
-
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
-"""Largest difference by dtype; 2e-2 for half precision, where a batch of another shape rounds anew."""
 
 
 class ContractError(RunError):
@@ -29,14 +27,17 @@ def check_contract(trainer) -> dict[str, float]:
         ContractError: names each check that failed.
     """
     args, policy, reference = trainer.args, trainer.policy, trainer.reference
-    mixed = trainer.accelerator.mixed_precision != "no"
-    tolerance = TOLERANCE.get(torch.bfloat16 if mixed else policy.dtype, 2e-2)
-    prompts = [row["prompt_ids"] for row in trainer.prompts[:4]]
+    dtype = policy.dtype if trainer.accelerator.mixed_precision == "no" else torch.bfloat16
+    tolerance, rows = rounding(dtype), _rows(trainer.prompts)
+    prompts = [row["prompt_ids"] for row in rows]
     with torch.random.fork_rng(), trainer.sharding.whole(policy):
         rollouts = sample(
             policy, trainer.tokenizer, prompts, response_length=min(args.response_length, 16),
             temperature=args.temperature, stop_token_ids=trainer.stop_ids, engine=trainer.engine,
         )  # fmt: skip
+        first, sampled = [ids[0] for ids in rollouts.response_ids], None
+        if trainer.engine is None:
+            sampled = sampler_log_probs(policy, prompts, first, temperature=args.temperature)
     batch = join(rollouts.prompt_ids, rollouts.response_ids, policy.device)
     policy.train()
     numbers, failures = {}, []
@@ -56,7 +57,10 @@ def check_contract(trainer) -> dict[str, float]:
         again, _ = response_log_probs(policy, batch, temperature=args.temperature)
         ref_log_probs, _ = response_log_probs(reference, batch, temperature=args.temperature)
         logits = policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        still, _ = response_log_probs(policy.eval(), batch, temperature=args.temperature)
+        policy.train()
     check("dropout", (log_probs - again).abs().max(), "two forwards of the policy in train mode differ", 0.0)
+    check("eval_mode", (log_probs - still).abs().max(), "the policy computes something else in eval mode")
     check("kl", (log_probs - ref_log_probs).abs().max(), "policy and reference are equal, yet their KL is not 0")
     full = (logits.flatten(0, 1)[batch.rows].double() / args.temperature).log_softmax(-1)
     full = full.gather(-1, batch.labels[:, None]).squeeze(-1)
@@ -68,11 +72,19 @@ def check_contract(trainer) -> dict[str, float]:
     alone, _ = response_log_probs(policy, single, temperature=args.temperature)
     ratio = torch.exp(alone.detach() - log_probs[: len(alone)])
     check("ratio", (ratio - 1).abs().max(), "the unchanged policy's ratio is not 1 in another batch", 10 * tolerance)
+    most = max(10 * tolerance, 4 * gap(alone, log_probs[: len(alone)], dtype))
+    if sampled is not None:
+        off = gap(sampled, batch.unpack(log_probs)[:, 0], dtype)
+        check("sampling", off, "samples come from another distribution than the one that is scored", most)
+    if trainer.share_width is not None:
+        numbers["packing"] = _packing_gap(trainer, rollouts, dtype)
+        if not packs(numbers["packing"], most, "log-probs or values", args.packing):
+            trainer.share_width = None
     if rollouts.log_probs is not None:
-        gap = log_prob_gap(rollouts.log_probs, batch.unpack(log_probs), batch.response_mask)
+        apart = log_prob_gap(rollouts.log_probs, batch.unpack(log_probs), batch.response_mask)
         limit = torch.inf if args.rollout_gap_limit is None else args.rollout_gap_limit
-        check("engine_log_probs", gap["rollout/logprob_gap_mean"], gap_complaint(gap, limit), limit)
-    _check_ids(trainer, rollouts, check)
+        check("engine_log_probs", apart["rollout/logprob_gap_mean"], gap_complaint(apart, limit), limit)
+    _check_ids(trainer, rows, rollouts, check)
     from_reward = args.value_model_path is None and trainer.given.value_model is None
     if trainer.reward_model is not None and from_reward:
         with torch.no_grad():
@@ -80,8 +92,26 @@ def check_contract(trainer) -> dict[str, float]:
         off = ((values - scores).abs() / scores.abs().clamp(min=1)).max()
         check("value_at_end", off, "the value network's output at the last token is not the reward model's score")
     if failures:
-        raise ContractError("the start-up check failed:\n- " + "\n- ".join(failures))
+        raise ContractError(f"the start-up check failed: {'; '.join(failures)}")
     return numbers
+
+
+def _rows(prompts) -> list[dict]:
+    """The two shortest prompts and the two longest, by length."""
+    order = sorted(prompts, key=lambda row: len(row["prompt_ids"]))
+    return order if len(order) < 4 else [*order[:2], *order[-2:]]
+
+
+@torch.no_grad()
+def _packing_gap(trainer, rollouts, dtype) -> float:
+    """How far log-probs and values of some responses to the longest prompt lie apart between packed rows and others."""
+    responses, found = rollouts.response_ids, []
+    prompts = [rollouts.prompt_ids[-1]] * len(responses)
+    for width in (trainer.share_width, None):
+        batch = join(prompts, responses, trainer.policy.device, share_width=width)
+        log_probs, _ = response_log_probs(trainer.policy, batch, temperature=trainer.args.temperature)
+        found.append(torch.stack([log_probs, response_values(trainer.value, batch)]))
+    return gap(*found, dtype)
 
 
 def _storage(weights) -> set[int]:
@@ -89,21 +119,21 @@ def _storage(weights) -> set[int]:
     return {local(weight).data_ptr() for weight in weights if local(weight).numel()}
 
 
-def _check_ids(trainer, rollouts, check) -> None:
+def _check_ids(trainer, rows, rollouts, check) -> None:
     """The reward model must read the very ids that it was trained on, and those that were sampled."""
     tokenizer = trainer.tokenizer
     wrong = 0
-    for row in trainer.prompts[:4]:
+    for row in rows:
         wrong += encode_prompt(tokenizer, row["prompt"]) != row["prompt_ids"]
     check("prompt_ids", wrong, "prompts are not the ids that reward training gives them", 0)
     if trainer.own_tokens is not None:
-        _check_own_ids(trainer, rollouts, check)
+        _check_own_ids(trainer, rows, rollouts, check)
     from_path = trainer.reward_model is not None and trainer.given.reward_model is None
     if not from_path or trainer.own_tokens is not None:
         return  # no reward model, or one that came without a tokenizer
     other = load_tokenizer(trainer.args.reward_model_path, trust_remote_code=trainer.args.trust_remote_code)
     wrong = int(other.eos_token_id != tokenizer.eos_token_id)
-    for row, response in zip(trainer.prompts[:4], rollouts.response_ids, strict=False):
+    for row, response in zip(rows, rollouts.response_ids, strict=True):
         text = tokenizer.decode(response, skip_special_tokens=True)
         wrong += encode_prompt(other, row["prompt"]) != row["prompt_ids"]
         wrong += encode_completion(other, text) != encode_completion(tokenizer, text)
@@ -111,12 +141,12 @@ def _check_ids(trainer, rollouts, check) -> None:
     check("reward_ids", wrong, meaning, 0)
 
 
-def _check_own_ids(trainer, rollouts, check) -> None:
+def _check_own_ids(trainer, rows, rollouts, check) -> None:
     """A reward model with another tokenizer must read what `encode_example` makes of the text, as in its training."""
     own, wrong = trainer.own_tokens, 0
-    encoded = own(trainer.prompts[:4], rollouts)
+    encoded = own(rows, rollouts)
     for row, *sampled, prompt, response in zip(
-        trainer.prompts, rollouts.prompt_ids, rollouts.response_ids, rollouts.ended, encoded.prompt_ids,
+        rows, rollouts.prompt_ids, rollouts.response_ids, rollouts.ended, encoded.prompt_ids,
         encoded.response_ids,
     ):  # fmt: skip
         text = own.text(*sampled)

@@ -108,6 +108,19 @@ def response_log_probs(model, batch):
     return label_log_probs(model, batch_inputs(batch), batch["labels"], batch["label_rows"])
 
 
+def batch_values(model, batch):
+    """What a stage reads of a batch, fp32: log p of each response token [N] in nats, or of a classifier the scores [S].
+
+    Differentiable.
+    """
+    return (batch_scores if models.is_classifier(model) else response_log_probs)(model, batch)
+
+
+def batch_scores(model, batch):
+    """[S] fp32, the score of every response: the scalar head at each response's last token."""
+    return models.token_scores(model, *batch_inputs(batch)).flatten()[batch["last_token_rows"]]
+
+
 def batch_inputs(batch):
     """(input_ids, attention_mask, position_ids) of a batch of `make_batch`."""
     return batch["input_ids"], batch["attention_mask"], batch["position_ids"]

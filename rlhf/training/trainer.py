@@ -15,12 +15,14 @@ from .. import checkpoint, locks, models
 from ..data import rows_of
 from ..interrupt import deferred
 from ..models.adapters import add_adapters, check_merge, merged, merged_whole
+from ..models.dropout import residual_dropout_off
 from ..models.sequences import packing_pays
 from ..processes import check_launch_settings, check_processes
 from ..settings import refuse
 from .batches import make_batch
 from .callbacks import MetricsFile, SavingTried, StageProgress, check_callbacks, check_trackers
 from .config import settings
+from .probes import try_model
 from .resume import GoesOn, StopAtSignal, check_record, digests, this_run, write_logged, write_record
 from .stage import load_data, load_stage_tokenizer, set_max_length
 
@@ -89,6 +91,11 @@ class StageTrainer(Trainer):
         read = (ids for row in (*train, *self.held_out) for ids in (row["prompt"], *row["responses"]))
         models.check_token_ids(model, tokenizer, itertools.chain.from_iterable(read))
         self.can_pack = may_pack(args, model)
+        if not (args.fsdp or args.deepspeed):  # sharded weights are tried whole, where they were loaded
+            model.to(args.device)
+        options = {"packing": args.packing if self.can_pack else "false", "samples": self.samples_behind_prompts}
+        with torch.random.fork_rng(), residual_dropout_off(model):
+            self.can_pack = try_model(model, train, **options)
         self.evaluation, self.evaluated_step = {}, None
         self._finite = None  # whether the losses since the last look were, a bool on their device
         self.samples = self._aside = None
@@ -125,6 +132,11 @@ class StageTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # metrics.jsonl has it all
         if self.pop_callback(ProgressCallback):
             self.add_callback(StageProgress())
+
+    @property
+    def samples_behind_prompts(self):
+        """Whether the stage samples from its model."""
+        return False
 
     def check_data(self, args, train, held_out):
         """Look at the rows before the model is loaded; a subclass may refuse some, or keep others for later."""
