@@ -177,6 +177,9 @@ def test_other_models_are_refused_with_the_reason(name):
 
 
 def test_diffusion_models_are_refused():
+    experts = {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 16}
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "layer_types": ["full_attention"], **experts}
     with torch.device("meta"):
-        model = transformers.AutoModelForImageTextToText.from_config(transformers.DiffusionGemmaConfig())
+        config = transformers.DiffusionGemmaConfig(text_config=text)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
     assert packing_obstacle(model, 16) == "it denoises blocks of tokens, and is no causal language model"
