@@ -24,6 +24,10 @@ FAMILIES = {
     "lfm2": {**LLAMA, "layer_types": ["conv", "full_attention"]},
     "falcon_h1": {**LLAMA, **MAMBA, "mamba_chunk_size": 8},
     "mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 2},
+    "mamba2": {
+        "hidden_size": 16, "num_hidden_layers": 2, "state_size": 8, "num_heads": 4, "head_dim": 8, "n_groups": 1,
+        "chunk_size": 8,
+    },
     "llama4_text": {
         **LLAMA, "intermediate_size_mlp": 24, "num_local_experts": 2, "attention_chunk_size": 64, "floor_scale": 2,
         "attn_scale": 1.0, "no_rope_layer_interval": 2, "interleave_moe_layer_step": 2,

@@ -247,5 +247,17 @@ def _holds(model, way: Way) -> bool:
     wholes = [*prompts, [*prompts[0], int(following[0])], [*prompts[0], *following.tolist()]]
     wanted = torch.stack([Texts(model, [ids], 1, WHOLE).logits[0] for ids in wholes])
     finite = wanted[wanted.isfinite()]
-    bound = 8 * torch.finfo(wanted.dtype).eps ** 0.5 * finite.abs().max() if finite.numel() else 0.0
+    bound = 8 * _epsilon(model, wanted.dtype) ** 0.5 * finite.abs().max() if finite.numel() else 0.0
     return torch.allclose(torch.stack(found), wanted, rtol=0, atol=float(bound), equal_nan=True)
+
+
+def _epsilon(model, dtype) -> float:
+    """That of the coarsest type in which the model computes; its logits, of `dtype`, may be rounded less than that."""
+    kind, dtypes = model.device.type, {dtype, model.dtype}
+    if torch.is_autocast_enabled(kind):
+        dtypes.add(torch.get_autocast_dtype(kind))
+    if hasattr(unwrapped(model), "_original_forward"):  # accelerate's forward under autocast
+        dtypes.add(torch.bfloat16)
+    if kind == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        dtypes.add(torch.float16)  # as many binary digits as TF32
+    return max(torch.finfo(dtype).eps for dtype in dtypes)

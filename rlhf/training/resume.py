@@ -98,7 +98,10 @@ class GoesOn(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.folder is not None:
-            ranks = torch.load(self.folder / LOG_STATE, weights_only=True, map_location=args.device)["ranks"]
+            device = (
+                "cpu" if args.device.type == "cpu" else args.device
+            )  # torch.load knows no cpu:0, as gloo's ranks have
+            ranks = torch.load(self.folder / LOG_STATE, weights_only=True, map_location=device)["ranks"]
             for name, value in ranks[args.process_index].items():
                 setattr(self.trainer, name, value)
 

@@ -14,7 +14,7 @@ from tests.roundings import assert_same
 
 PROMPTS = [[3, 4, 6], [7], [3, 7, 8, 9, 10, 11], [3, 3, 5], [4, 12]]
 WANTED = {
-    "llama": PADDED, "roberta": PADDED, "lfm2": JOINED, "falcon_h1": JOINED, "mamba": JOINED,
+    "llama": PADDED, "roberta": PADDED, "lfm2": JOINED, "falcon_h1": JOINED, "mamba": JOINED, "mamba2": JOINED,
     "llama4_text": ONE_LENGTH, "bart": ONE_LENGTH, "mixtral": PADDED, "rwkv": WHOLE, "openai-gpt": WHOLE,
 }  # fmt: skip
 
@@ -76,6 +76,19 @@ def test_a_cache_that_goes_on_wrongly_is_not_used(monkeypatch, caplog):
     assert way_of(family_model("llama")) == PADDED
     monkeypatch.setattr(type(model), "forward", forgetful)
     assert way_of(model) == WHOLE and "LlamaForCausalLM keeps no cache" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "llama", "mamba2", "mixtral"])
+@pytest.mark.parametrize("precision", ["weights", "autocast"])
+def test_half_precision_goes_the_same_way(family, precision):
+    """Mamba 2 gives fp32 logits whatever it computes in."""
+    expected = way_of(family_model(family))
+    if precision == "weights":
+        assert way_of(family_model(family).bfloat16()) == expected
+    else:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert way_of(family_model(family)) == expected
+    assert expected != WHOLE
 
 
 def test_where_rows_of_a_cache_cannot_be_moved_the_prompts_are_repeated(monkeypatch):
