@@ -176,6 +176,12 @@ def remove_directory(path: Path) -> None:
         shutil.rmtree(aside)
 
 
+def refuse_file(output_dir: str | Path) -> None:
+    """Raise ValueError where a run directory is to be, and a file is."""
+    if Path(output_dir).exists() and not Path(output_dir).is_dir():
+        raise ValueError(f"output_dir: {output_dir} is a file; give a directory")
+
+
 def prepare_output_dir(output_dir: str | Path, *, resume: bool) -> Path:
     """Make the run directory and take its lock; refuse one that holds another run, unless that is to be resumed.
 
@@ -185,8 +191,7 @@ def prepare_output_dir(output_dir: str | Path, *, resume: bool) -> Path:
         ValueError: `output_dir` is a file, or another process writes there, or it holds a run and `resume` is false.
     """
     path = Path(output_dir)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"output_dir: {path} is a file; give a directory")
+    refuse_file(path)
     locks.hold(path)
     if not resume:
         markers = [name for name in RUN_MARKERS if (path / name).exists()]

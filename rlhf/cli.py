@@ -20,9 +20,10 @@ import typing
 from pathlib import Path
 
 from . import extras
+from .errors import RunError
 from .interrupt import Interrupted, enabled
 from .ranges import alternatives, is_numeric
-from .settings import PRESETS, RunError, UsageError, nearest, preset_file, preset_names, read_yaml
+from .settings import PRESETS, UsageError, nearest, preset_file, preset_names, read_yaml
 
 STAGES = {
     "sft": ("rlhf.sft", "SFTConfig", "train_sft", "stage 1: fine-tune a language model on demonstrations"),

@@ -134,6 +134,21 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_object(path: str | Path) -> dict:
+    """The JSON object that a file holds.
+
+    Raises:
+        ValueError: it holds something else; names the file.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, wants a JSON object")
+    return found
+
+
 def lines_of(path: str | Path) -> list[str]:
     """The lines of a UTF-8 file, ends kept; a last one may be torn, and has none.
 

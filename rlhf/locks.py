@@ -30,7 +30,9 @@ def hold(directory: str | Path, *, option: str = "output_dir", name: str = LOCK)
     """
     path = Path(os.path.realpath(directory)) / name
     if path in _held:
-        return
+        if _is(_held[path], path):
+            return
+        _held.pop(path).close()  # the folder was removed meanwhile
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it stays open while the lock is held

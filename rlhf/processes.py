@@ -5,6 +5,8 @@ import os
 import torch
 from accelerate.utils import DistributedType
 
+from .errors import RunError
+
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 NOT_DONE = {"Megatron-LM": "ACCELERATE_USE_MEGATRON_LM", "parallelism_config": "ACCELERATE_USE_PARALLELISM_CONFIG"}
@@ -62,24 +64,24 @@ def check_processes(running: int, distributed_type: DistributedType, *, sharded_
         distributed_type: how they work together, as accelerate says.
         sharded_by_caller: the caller does on a CPU, too, what the environment asks of accelerate, as PPO does FSDP.
     Raises:
-        RuntimeError: the environment asks for something else; the message says how to start the run.
+        RunError: the environment asks for something else; the message says how to start the run.
     """
     asked = next((int(os.environ[name]) for name in WORLD_SIZES if os.environ.get(name)), None)
     if asked is not None and asked != running:
-        raise RuntimeError(
+        raise RunError(
             f"num_processes: the environment asks for {asked}, but this run has {running}; on a machine without a GPU "
             "add --use_cpu true"
         )
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
     if asked is None and running == 1 and launched:
-        raise RuntimeError(
+        raise RunError(
             "num_processes: accelerate launch was asked for several processes, but on a CPU it starts only one; use "
             "torchrun --nproc_per_node=N, or rlhf/presets/accelerate/ddp_cpu.yaml"
         )
     for name in SHARDING:
         ignored = distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU) and not sharded_by_caller
         if ignored and asks_for(name):
-            raise RuntimeError(f"distributed_type: accelerate was asked for {name}, but ignores it on a CPU; use DDP")
+            raise RunError(f"distributed_type: accelerate was asked for {name}, but ignores it on a CPU; use DDP")
 
 
 def agreed_signal(number: int, accelerator) -> int:

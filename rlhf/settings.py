@@ -24,10 +24,6 @@ class UsageError(ValueError):
     """The command line or a settings file asks for something that does not exist."""
 
 
-class RunError(RuntimeError):
-    """A run that cannot go on, for a reason that its message tells."""
-
-
 def preset_file(name):
     """The file of a named preset."""
     names = preset_names()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import locks
 from .checkpoint import last_checkpoint, write_json
-from .disk import json_bytes, write_bytes
+from .disk import json_bytes, read_object, write_bytes
 from .settings import nearest
 
 STATE = "pipeline.json"
@@ -80,7 +80,9 @@ class Stages:
         remedy = "choose another --output_dir, or remove it with --overwrite"
         if not (self.path / STATE).exists():
             raise ValueError(f"output_dir {str(self.path)!r} is not empty and holds no pipeline: choose another one")
-        state = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        state = read_object(self.path / STATE)
+        if not state.keys() >= {"config", "finished"}:
+            raise ValueError(f"{self.path / STATE}: is not what a pipeline wrote: {remedy}")
         before = state["config"]
         other = sorted(key for key in before.keys() | self.config.keys() if before.get(key) != self.config.get(key))
         if other:

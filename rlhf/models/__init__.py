@@ -30,6 +30,7 @@ from .loading import (
     with_tokens,
 )
 from .parts import (
+    all_finite,
     check_token_ids,
     context_hint,
     context_length,
@@ -43,6 +44,7 @@ from .saving import check_saving, save_model
 
 __all__ = [
     "DEMO_MODEL",
+    "all_finite",
     "as_policy",
     "as_reward_model",
     "check_saving",

@@ -58,15 +58,24 @@ def resolve_model_path(path, *, trust_remote_code=False):
                 "only safetensors are read: convert them once with save_pretrained where you trust them"
             )
         raise ValueError(f"model path {name!r} holds no weights (*.safetensors)")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"model path {name!r} holds a config.json that is not JSON ({error})") from None
+    config = _read_settings(folder / "config.json", name)
+    if (folder / "generation_config.json").is_file():
+        _read_settings(folder / "generation_config.json", name)  # transformers would leave out one that it cannot read
     if config.get("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
         if config.get("auto_map"):
             raise ValueError(f"model {name!r} wants to run its own code; if you trust it, pass --trust_remote_code")
         raise ValueError(f"model {name!r} has the type {config.get('model_type')!r}, which transformers does not know")
     return folder
+
+
+def _read_settings(file, name):
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model path {name!r} holds a {file.name} that is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"model path {name!r} holds a {file.name} with a {type(found).__name__}, wants a JSON object")
+    return found
 
 
 def _cached(name):
@@ -97,7 +106,8 @@ def load_tokenizer(path, *, pad_token=None, eos_token=None, trust_remote_code=Fa
             options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"model path {str(path)!r} holds no tokenizer that can be read ({error})") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model path {str(path)!r} holds no tokenizer that can be read ({reason})") from None
     return with_tokens(tokenizer, f"the tokenizer of {str(path)!r}", pad_token=pad_token, eos_token=eos_token)
 
 
@@ -340,6 +350,10 @@ def stop_token_ids(tokenizer, model, extra=None):
                 token = tokenizer.convert_tokens_to_ids(token)
             if token is not None:
                 ids.add(int(token))
+    most = len(tokenizer)
+    for token in extra if isinstance(extra, (list, tuple)) else [extra]:
+        if isinstance(token, int) and not 0 <= token < most:
+            raise ValueError(f"stop token: got the id {token}, the tokenizer has the ids 0 to {most - 1}")
     return sorted(ids)
 
 

@@ -6,6 +6,7 @@ import itertools
 import torch
 import transformers
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rlhf_kernels.integrations.transformers import first_position, rope_limit
 from rlhf_kernels.model_head import unwrapped
@@ -104,3 +105,17 @@ def check_token_ids(model, tokenizer, ids, name="model"):
             "tokenizer is another model's, or tokens were added to it, for which "
             "model.resize_token_embeddings(len(tokenizer)) makes room"
         )
+
+
+def all_finite(model):
+    """Whether all weights of a model that train are finite numbers, on this process; a 0-d bool, or None without any.
+
+    Of sharded weights the process looks at its own part.
+    """
+    flags = []
+    for weight in model.parameters():
+        if weight.requires_grad:
+            own = getattr(weight, "ds_tensor", weight)  # of ZeRO-3
+            own = own.to_local() if isinstance(own, DTensor) else own
+            flags.append(own.detach().isfinite().all())
+    return torch.stack(flags).all() if flags else None

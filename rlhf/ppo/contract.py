@@ -3,11 +3,11 @@
 import torch
 
 from ..data import encode_completion, encode_example, encode_prompt
+from ..errors import RunError
 from ..models import load_tokenizer
 from ..models.sequences import join, response_log_probs, response_scores, response_values
 from ..rollouts.engines import gap_complaint, log_prob_gap
 from ..rollouts.sampling import sample
-from ..settings import RunError
 from ..training.probes import gap, packs, rounding, sampler_log_probs
 from .sharding import local
 from .state import in_run_precision

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data import as_text
-from ..disk import lines_of
+from ..disk import lines_of, read_object
 from .plots import Series
 
 STAGES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "dpo": "DPO"}
@@ -116,31 +116,34 @@ def pair_rows(summary: dict, only: str | None = None) -> list[PairRow]:
     return rows
 
 
-def _json_lines(path: Path) -> list[dict]:
-    """Rows of a log; a last line that is still being written is left out."""
+def _json_lines(path: Path, *fields: str) -> list[dict]:
+    """Rows of a log that hold `fields`; a last line that is still being written is left out."""
     rows = []
     if path.exists():
         for number, line in enumerate(lines_of(path), 1):
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 if line.endswith("\n"):
                     raise ValueError(f"{path}:{number}: not a line of JSON: {error}") from None
+                continue
+            lacking = [name for name in fields if not isinstance(row, dict) or name not in row]
+            if lacking:
+                raise ValueError(f"{path}:{number}: lacks {', '.join(lacking)}; is it the log of a run?")
+            rows.append(row)
     return rows
 
 
 def read_run(directory: Path, name: str) -> Run:
-    try:
-        meta = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{directory / 'run.json'}: not JSON: {error}") from None
+    meta = read_object(directory / "run.json")
+    samples = _json_lines(directory / "samples.jsonl", "step", "prompt", "completion")
     return Run(
         name,
         meta.get("stage", "?"),
-        meta.get("config", {}),
-        meta.get("summary", {}),
-        _json_lines(directory / "metrics.jsonl"),
-        [{**row, "prompt": as_text(row["prompt"])} for row in _json_lines(directory / "samples.jsonl")],
+        meta.get("config") or {},
+        meta.get("summary") or {},
+        _json_lines(directory / "metrics.jsonl", "step"),
+        [{**row, "prompt": as_text(row["prompt"])} for row in samples],
         meta.get("health"),
     )
 
@@ -170,7 +173,7 @@ def read_report(run_dir: str | Path) -> Report:
     return Report(
         run_dir.resolve().name,
         runs,
-        json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.exists() else {},
+        read_object(evaluation) if evaluation.exists() else {},
     )
 
 

@@ -28,12 +28,14 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from ..errors import RunError
+
 CHILD = Path(__file__).parent / "sandbox_child.py"
 FILE_BYTES = 16 << 20
 """Largest file that the process may write; its results are a file too."""
 
 
-class SandboxError(RuntimeError):
+class SandboxError(RunError):
     """The process could not be confined, so nothing was run; or it broke down, which no input should do."""
 
 

@@ -234,9 +234,13 @@ def parse(entry, tokens: int):
 
 def finite(reward) -> float:
     reward = reward.tolist() if hasattr(reward, "tolist") else reward
-    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+    try:
+        value = float(reward) if isinstance(reward, numbers.Real) else math.nan
+    except OverflowError:  # an integer beyond all floats
+        value = math.inf
+    if not math.isfinite(value):
         raise ValueError(f"got {reward!r}, want a finite number or None")
-    return float(reward)
+    return value
 
 
 def padded(steps: list[list[tuple[int, float]]], length: int) -> torch.Tensor:
@@ -272,7 +276,7 @@ class OwnTokens:
         for row, *sampled in zip(rows, rollouts.prompt_ids, rollouts.response_ids, rollouts.ended, strict=True):
             text = self.text(*sampled)
             completion = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            prompts.append(encode_prompt(self.tokenizer, row["prompt"], row["at"]))
+            prompts.append(encode_prompt(self.tokenizer, row["prompt"], row.get("at")))
             responses.append(encode_completion(self.tokenizer, completion, eos=sampled[-1]))
         return Rollouts(prompts, responses, list(rollouts.ended))
 

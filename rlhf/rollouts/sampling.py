@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 
 from .. import models
+from ..errors import RunError
 from ..models.sequences import per_token_log_probs
-from ..settings import RunError
 from .decoding import Texts, chunks, way_of
 
 __all__ = ["Completion", "RolloutEngine", "RolloutError", "Rollouts", "collect", "per_token_log_probs", "sample"]

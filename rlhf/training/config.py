@@ -1,6 +1,7 @@
 """The settings that the SFT, reward and preference stages share."""
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -113,6 +114,8 @@ class StageConfig(TrainingArguments):
             self.resume_from_checkpoint = True if str(self.resume_from_checkpoint).lower() == "true" else None
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
+        if self.deepspeed and importlib.util.find_spec("deepspeed") is None:
+            raise ValueError("deepspeed: got settings, but the package is not installed (pip install deepspeed)")
         super().__post_init__()
 
 

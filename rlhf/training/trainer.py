@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
-from torch.distributed.tensor import DTensor
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from .. import checkpoint, locks, models
@@ -71,6 +70,7 @@ class StageTrainer(Trainer):
         if not isinstance(args, self.config_class):
             raise ValueError(f"args: got {type(args).__name__}, wants {self.config_class.__name__}")
         check_trackers(args.report_to)
+        checkpoint.refuse_file(args.output_dir)
         check_processes(args.world_size, args.distributed_state.distributed_type)
         check_launch_settings(args.gradient_accumulation_steps)
         if model is None or isinstance(model, (str, Path)):
@@ -265,7 +265,7 @@ class StageTrainer(Trainer):
         """Raise FloatingPointError if a loss, or a weight that trains, is NaN or infinite. All processes must call."""
         checked = {"the loss": self._finite}
         if weights:
-            checked["weights of the model"] = all_finite(self.model)
+            checked["weights of the model"] = models.all_finite(self.model)
         checked = {name: finite for name, finite in checked.items() if finite is not None}
         if not checked:
             return
@@ -330,7 +330,21 @@ class StageTrainer(Trainer):
             self.evaluate()
         return self.evaluation
 
+    def create_optimizer(self, *args):
+        try:
+            return super().create_optimizer(*args)
+        except ImportError as error:  # many optimizers come with packages of their own
+            raise ValueError(f"optim: {' '.join(str(error).split())}") from None
+
+    def _determine_best_metric(self, *args, **options):
+        try:
+            return super()._determine_best_metric(*args, **options)
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
+
     def _load_best_model(self):
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(best)  # it was written under another name
         super()._load_best_model()
         self._best_is_loaded = True
 
@@ -380,20 +394,6 @@ class StageTrainer(Trainer):
             for old in checkpoint.checkpoints(output):
                 if str(old) not in keep:
                     checkpoint.remove_directory(old)
-
-
-def all_finite(model):
-    """Whether all weights of a model that train are finite numbers, on this process; a 0-d bool, or None without any.
-
-    Of sharded weights the process looks at its own part.
-    """
-    flags = []
-    for weight in model.parameters():
-        if weight.requires_grad:
-            own = getattr(weight, "ds_tensor", weight)  # of ZeRO-3
-            own = own.to_local() if isinstance(own, DTensor) else own
-            flags.append(own.detach().isfinite().all())
-    return torch.stack(flags).all() if flags else None
 
 
 def perplexity(loss):

@@ -17,7 +17,7 @@ from rlhf import _moved
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ROOT / "rlhf"
 FLOORS = (  # a room or file imports from its own room and from floors before its own
-    {"disk", "interrupt", "locks"},
+    {"disk", "errors", "interrupt", "locks"},
     {"checkpoint", "extras", "metrics", "own_code", "processes", "ranges", "same_run", "settings"},
     {"data", "environment", "stages"},
     {"models"},

@@ -98,7 +98,7 @@ def test_what_cannot_be_saved_is_known_before_the_training(home, capsys, monkeyp
     assert cli.main(arguments(home, stage)) == 2
     line = one_line(capsys)
     assert "could not be saved after the training" in line and ("temperature" in line or "division" in line)
-    assert not [name for name in names(home / "run") if name not in ("run.json", "samples.jsonl")]
+    assert not [name for name in names(home / "run") if name not in ("run.json", "samples.jsonl", ".rlhf.lock")]
 
 
 @pytest.mark.parametrize("stage", [*ROWS, "ppo"])
@@ -185,12 +185,29 @@ def test_the_best_model_is_the_one_that_is_told_of(home):
         ("ppo", ("--attn_implementation", "no_such_attention"), "attn_implementation: got 'no_such_attention'"),
         ("sft", ("--attn_implementation", "flash_attention_2"), "attn_implementation: got 'flash_attention_2'"),
         ("sft", ("--report_to", "no_such_tracker"), "report_to: got "),
+        ("dpo", ("--deepspeed", "no_such.json"), "deepspeed: got "),
+        ("sft", ("--optim", "galore_adamw", "--optim_target_modules", "attn"), "optim: You need to install"),
+        ("ppo", ("--stop_token_id", 9999), "stop token: got the id 9999"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(home, capsys, stage, flags, said):
     assert cli.main(arguments(home, stage, *flags)) == 2
     assert said in one_line(capsys)
-    assert not list(home.glob("run/*"))
+    assert not {path.name for path in home.glob("run/*")} & {"checkpoint-1", "model.safetensors"}
+
+
+def test_a_metric_that_is_not_there(home, capsys):
+    every = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1, "--metric_for_best_model", "bleu"]
+    assert cli.main(arguments(home, "sft", "--load_best_model_at_end", "true", "--eval_fraction", 0.25, *every)) == 2
+    assert "eval_bleu" in one_line(capsys)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(("content", "said"), [("{", "that is not JSON"), ("[]", "with a list, wants a JSON object")])
+def test_settings_of_a_model_that_cannot_be_read(home, capsys, file, content, said):
+    (home / "policy" / file).write_text(content)
+    assert cli.main(arguments(home, "sft")) == 2
+    assert f"holds a {file} {said}" in one_line(capsys)
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])

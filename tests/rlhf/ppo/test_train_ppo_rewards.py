@@ -148,6 +148,7 @@ def together(prompts, completions, completion_ids, **columns):
             r"got nan, want a finite number or None \(from <lambda>, for the row file:2\)",
         ),
         (constant(1.0, 0.0, 0.0, math.inf), r"got inf, want a finite number .* file:4"),
+        (constant(1.0, 0.0, 0.0, 10**400), r"got 10+, want a finite number .* file:4"),
         (constant(1.0, "2", 0.0, 0.0), r"got '2', want a finite number .* file:2"),
         (constant(1.0, 0.0, 0.0, 1j), "got 1j, want a finite number"),
         (raising, r"raising raised KeyError: 'it' \(for the row file:3\)"),

@@ -287,3 +287,20 @@ def test_a_thinned_curve_keeps_its_peaks():
     v = np.arange(100.0 * plots.MOST_POINTS)
     assert plots.means(v).tolist() == (100 * np.arange(plots.MOST_POINTS) + 49.5).tolist()
     assert len(plots.every(v)) <= plots.MOST_POINTS and not len(plots.every([]))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("run.json", "[]", "run.json: holds a list, wants a JSON object"),
+        ("run.json", "{", "run.json: not JSON"),
+        ("evaluation.json", "[]", "evaluation.json: holds a list, wants a JSON object"),
+        ("metrics.jsonl", "[1]\n", "metrics.jsonl:1: lacks step"),
+        ("samples.jsonl", '{"step": 1}\n', "samples.jsonl:1: lacks prompt, completion"),
+    ],
+)
+def test_files_that_no_run_wrote_are_named(tmp_path, file, content, said):
+    write_run(tmp_path / "run", rows=ppo_rows(3))
+    (tmp_path / "run" / file).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        report.write_report(tmp_path / "run")
