@@ -23,6 +23,7 @@ from ..rewards.scoring import Scorer, reward_functions
 from ..rollouts.engines import gap_complaint, load_engine, log_prob_gap
 from ..rollouts.sampling import RolloutError, Rollouts
 from ..settings import refuse
+from ..training.steps import WeightsMoved
 from . import sharding
 from .callbacks import Callbacks
 from .checkpoint import load_checkpoint, save_checkpoint
@@ -103,12 +104,13 @@ class PPORun:
         self.prompt_cursor = Cursor(len(self.prompts), args.seed)
         self.ptx_cursor = Cursor(len(self.texts), args.seed + 1) if self.texts else None
         self.step, self.episode, self.seconds, self.stopped, self.tokens_trained = 0, 0, {}, None, 0
-        self.contract = self.within_budget = self.begun = None
+        self.contract = self.within_budget = self.begun = self.moved = None
         self.signals = Noted()
         if resume is not None:
             load_checkpoint(self, resume)
         else:
             self.contract = check_contract(self)
+            self.moved = WeightsMoved(self.model.parameters())
         self._open_logs()
         self.callbacks = Callbacks(self, callbacks)
 
@@ -279,6 +281,17 @@ class PPORun:
         if complaint:
             self.guards.warn(self.step + 1, "rollout_gap", complaint)
         return gap
+
+    def weights_moved(self, updates: int) -> dict[str, float]:
+        """Return the share of 16-bit weights that the first iteration's optimizer steps have moved; {} later on."""
+        moved, self.moved = self.moved, None
+        share = moved.share(self.optimizer) if moved and updates else None
+        if share is None:
+            return {}
+        complaint = moved.complaint(share, updates)
+        if complaint:
+            self.guards.warn(self.step, "weights_moved", complaint)
+        return {"train/weights_moved": share}
 
     def must_be_finite(self, metrics: dict) -> dict:
         """Leave out the explained variance, which returns that do not vary have not."""

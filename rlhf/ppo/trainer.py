@@ -143,7 +143,7 @@ class PPOTrainer(PPORun):
         self.kl.update(metrics["objective/kl"], episodes)  # 10
         self.step, self.episode = self.step + 1, self.episode + episodes
         self._log_samples(begun.experience)
-        return {**metrics, **self._counters(begun.experience.rollouts)}
+        return {**metrics, **self.weights_moved(begun.updates), **self._counters(begun.experience.rollouts)}
 
     def begin(self) -> Iteration:
         """Sample, score, and estimate the advantages of the responses that this iteration learns from."""

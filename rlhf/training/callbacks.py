@@ -1,11 +1,15 @@
 """Callbacks of a stage's Trainer: its progress bar, its metrics.jsonl, and the users' own, checked."""
 
+import logging
 from typing import ClassVar
 
 from transformers import ProgressCallback, TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .. import checkpoint, models
+from .steps import WeightsMoved
+
+logger = logging.getLogger("rlhf")
 
 
 class StageProgress(ProgressCallback):
@@ -28,6 +32,27 @@ class SavingTried(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         if args.should_save:
             models.check_saving(model, processing_class, args.output_dir)
+
+
+class StepsArrive(TrainerCallback):
+    """The share of 16-bit weights that moved up to the first line of the log, there; a warning where it is low."""
+
+    moved = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        keeps_more_bits = bool(args.deepspeed)  # its engine steps fp32 copies of the weights
+        self.moved = None if state.global_step or keeps_more_bits else WeightsMoved(model.parameters())
+
+    def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
+        if self.moved is None or "loss" not in logs:
+            return
+        share = self.moved.share(optimizer)
+        if share is not None:
+            logs["train/weights_moved"] = share
+        complaint = self.moved.complaint(share, state.global_step)
+        if complaint and state.is_world_process_zero:
+            logger.warning("weights_moved: %s", complaint)
+        self.moved = None
 
 
 class MetricsFile(TrainerCallback):

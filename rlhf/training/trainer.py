@@ -19,7 +19,7 @@ from ..models.sequences import packing_pays
 from ..processes import check_launch_settings, check_processes
 from ..settings import refuse
 from .batches import make_batch
-from .callbacks import MetricsFile, SavingTried, StageProgress, check_callbacks, check_trackers
+from .callbacks import MetricsFile, SavingTried, StageProgress, StepsArrive, check_callbacks, check_trackers
 from .config import settings
 from .probes import try_model
 from .resume import GoesOn, StopAtSignal, check_record, digests, this_run, write_logged, write_record
@@ -169,7 +169,7 @@ class StageTrainer(Trainer):
             checkpoint.prepare_output_dir(output, resume=bool(resume))
             step = (int(last.name.rpartition("-")[2]) if last else 0) if resume else None
         log, stop = MetricsFile(output, step), StopAtSignal(signals, self.accelerator)
-        for callback in (log, SavingTried(), GoesOn(self, last), stop):
+        for callback in (StepsArrive(), log, SavingTried(), GoesOn(self, last), stop):
             self.remove_callback(type(callback))  # of an earlier call
             self.add_callback(callback)
         self.samples = checkpoint.JsonLines(output / "samples.jsonl", resume_step=step)

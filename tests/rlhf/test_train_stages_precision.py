@@ -1,7 +1,9 @@
 """Mixed precision in the supervised stages: whatever a stage computes of a model, it computes in the same precision."""
 
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from rlhf.preference import DPOConfig, DPOTrainer, pair_log_probs
 from rlhf.reward import RewardConfig, RewardTrainer, batch_scores
 from rlhf.sft import SFTConfig, SFTTrainer
+from rlhf.training.steps import WeightsMoved
 from tests.tiny import model_folder
 
 DEMONSTRATIONS = [{"prompt": f"the {what}", "completion": "ran up and down"} for what in ("dog", "cat", "a b", "c d")]
@@ -88,3 +91,39 @@ def test_accumulation_that_only_accelerate_was_asked_for_is_refused(make, monkey
     with pytest.raises(ValueError, match=r"^gradient_accumulation_steps: accelerate launch got 4, the run 1"):
         make(stage)
     assert make(stage, gradient_accumulation_steps=4).args.gradient_accumulation_steps == 4
+
+
+def test_the_share_of_weights_that_moved():
+    """Of those that had a gradient; weights of more bits, and frozen ones, are passed over."""
+    weight = torch.nn.Parameter(torch.ones(4, 5, dtype=torch.bfloat16))
+    others = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, dtype=torch.float16), False)]
+    moved = WeightsMoved([weight, *others])
+    moment = torch.ones(4, 5)
+    moment[0] = 0
+    with torch.no_grad():
+        weight[:2] += 1  # the first row without a gradient, the second with one
+        weight[2] += 2**-10  # less than half of the last bit
+    optimizer = SimpleNamespace(state={weight: {"exp_avg": moment}})
+    assert moved.share(optimizer) == 5 / 15
+    assert moved.share(SimpleNamespace(state={})) == 10 / 20
+    assert moved.complaint(0.5, 3) is None and moved.complaint(None, 3) is None
+    assert "only 25% of the bfloat16 weights with a gradient moved in the first 3 steps" in moved.complaint(0.25, 3)
+    assert WeightsMoved(others).share(optimizer) is None
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_steps_that_are_rounded_away_are_told(make, stage, tmp_path, caplog):
+    found = {}
+    for dtype, rate in (("bfloat16", 1e-6), ("bfloat16", 1e-1), ("float32", 1e-6)):
+        with caplog.at_level(logging.WARNING, "rlhf"):
+            trainer = make(stage, dtype=dtype, learning_rate=rate, output_dir=str(tmp_path / f"{dtype}-{rate}"))
+            trainer.train()
+        lines = (Path(trainer.args.output_dir) / "metrics.jsonl").read_text().splitlines()
+        shares = [json.loads(line).get("train/weights_moved") for line in lines]
+        told = any(record.message.startswith("weights_moved: only") for record in caplog.records)
+        found[dtype, rate] = shares[0], told
+        assert not any(shares[1:])
+        caplog.clear()
+    low, high = found["bfloat16", 1e-6], found["bfloat16", 1e-1]
+    assert low[0] < 0.1 and low[1] and high[0] > 0.9 and not high[1]
+    assert found["float32", 1e-6] == (None, False)

@@ -1,5 +1,7 @@
 """PPO in mixed precision: one precision for all forwards; what accelerate is asked for is done, or refused."""
 
+import json
+
 import pytest
 import torch
 
@@ -70,3 +72,14 @@ def test_gradients_are_not_divided_a_second_time(home, monkeypatch):
 def test_rounded_weights_are_no_weights_of_mixed_precision():
     with pytest.raises(ValueError, match=r"^bf16: got True with dtype bfloat16, want dtype float32"):
         PPOConfig(bf16=True, dtype="bfloat16")
+
+
+def test_steps_that_are_rounded_away_are_told(home):
+    home.trainer("lost", dtype="bfloat16", learning_rate=1e-7).train()
+    home.trainer("kept", bf16=True, learning_rate=1e-7).train()
+    first, second = home.rows("lost")
+    assert first["train/weights_moved"] < 0.1 and "train/weights_moved" not in second
+    assert not any("train/weights_moved" in row for row in home.rows("kept"))
+    (told,) = json.loads((home.path / "lost" / "run.json").read_text())["health"]
+    assert told["guard"] == "weights_moved" and "use --bf16 true" in told["message"]
+    assert json.loads((home.path / "kept" / "run.json").read_text())["health"] == []
