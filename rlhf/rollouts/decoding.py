@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 
-from rlhf_kernels.integrations.transformers import WINDOWS, first_position
+from rlhf_kernels.integrations.transformers import WINDOWS, first_position, has_alibi
 from rlhf_kernels.model_head import without_router_logits
 
 from ..models import unwrapped
@@ -198,13 +198,6 @@ def cache_name(inner) -> str | None:
     return next((name for name in CACHES if name in _parameters(inner)), None)
 
 
-def _has_alibi(config) -> bool:
-    of_attention = getattr(config, "attn_config", None)
-    return bool(
-        getattr(config, "alibi", False) or getattr(of_attention, "alibi", False) or config.model_type == "bloom"
-    )
-
-
 def _follows_positions(inner) -> bool:
     """Whether attention finds a token by its position_ids, wherever it stands; Llama 4 scales it by the index."""
     by_index = getattr(inner.config.get_text_config(decoder=True), "attn_temperature_tuning", False)
@@ -219,13 +212,13 @@ def _reads_padding(inner) -> bool:
     config = inner.config.get_text_config(decoder=True)
     carried = set(getattr(config, "layer_types", None) or []) - {"full_attention", *WINDOWS}
     stateful = bool(carried) or getattr(inner, "_is_stateful", False)
-    return stateful or not (_follows_positions(inner) or _has_alibi(config))
+    return stateful or not (_follows_positions(inner) or has_alibi(config))
 
 
 def reads_positions(model) -> bool:
     """Whether texts may stand anywhere in a row, as in continuous batching: told apart by position_ids, from 0 on."""
     config = unwrapped(model).config.get_text_config(decoder=True)
-    return way_of(model) == PADDED and not _has_alibi(config) and first_position(model) == 0
+    return way_of(model) == PADDED and not has_alibi(config) and first_position(model) == 0
 
 
 def _holds(model, way: Way) -> bool:

@@ -184,9 +184,16 @@ def _layers(model, config):
     return None
 
 
+def has_alibi(config) -> bool:
+    """Whether the attention of a text config has ALiBi biases, which grow with the distance in the row."""
+    of_attention = getattr(config, "attn_config", None)
+    return bool(
+        getattr(config, "alibi", False) or getattr(of_attention, "alibi", False) or config.model_type == "bloom"
+    )
+
+
 def _reads_the_index(model, config, row):
-    alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
-    if alibi or config.model_type == "bloom":
+    if has_alibi(config):
         return "its ALiBi biases follow the index in the row, and a response does not stand behind its prompt"
     if config.is_encoder_decoder:
         return "it is an encoder-decoder, whose encoder has no responses"
