@@ -11,12 +11,12 @@ from torch.autograd import forward_ad
 from . import dispatch
 
 
-def check_reverse_mode(**tensors: Tensor | None) -> None:
+def check_reverse_mode(names, tensors) -> None:
     """Raise if torch.func or forward-mode AD differentiates one of the tensors."""
     if forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
         return
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and _is_differentiated(tensor):
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is not None and _is_differentiated(tensor):
             raise NotImplementedError(
                 f"{name} is differentiated by torch.func or in forward mode, for which the ops of rlhf_kernels have no "
                 "derivative; use torch.autograd.grad or backward()"
@@ -87,18 +87,22 @@ def register(op, backward, setup_context, *, keeps_inputs=False, **differentiabl
             sources = ctx.saved_tensors if keeps_inputs else ctx.sources
             if sources is None:  # the call was made by torch.compile or vmap
                 raise RuntimeError(_twice(op._qualname))
-        with dispatch.resumed(ctx.backend), torch.no_grad():
-            gradients = backward(ctx, *grads)
-        return gradients if sources is None else differentiated_last(op._qualname, gradients, (*sources, *grads))
+        with dispatch.resumed(ctx.backend):
+            if sources is None:
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                gradients = backward(ctx, *grads)
+        return differentiated_last(op._qualname, gradients, (*sources, *grads))
 
     def call(*args):
         if torch.compiler.is_compiling():
             return op(*args)
-        check_reverse_mode(**{name: args[place] for name, place in differentiable.items()})
+        inputs = [args[place] for place in differentiable.values()]
+        check_reverse_mode(differentiable, inputs)
         results = op(*args)
         first = results if isinstance(results, Tensor) else results[0]
         if first.requires_grad and not keeps_inputs:
-            first.grad_fn.sources = [_source(args[place]) for place in differentiable.values()]
+            first.grad_fn.sources = [_source(x) for x in inputs]
         return results
 
     op.register_autograd(run, setup_context=setup)
@@ -107,4 +111,4 @@ def register(op, backward, setup_context, *, keeps_inputs=False, **differentiabl
 
 def _source(x):
     """A tensor without entries that depends on all that x depends on, and does not keep the memory of x."""
-    return x[None][:0].clone() if x is not None and x.requires_grad else None
+    return x[:0].clone() if x is not None and x.requires_grad else None

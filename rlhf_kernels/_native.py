@@ -146,7 +146,7 @@ def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     count = math.prod(shape)
     if count * dtype.itemsize < POOLED_BYTES or (buffer := _pool()) is None:
-        return torch.empty(shape, dtype=dtype, device="cpu")
+        return torch.empty(*shape or ((),), dtype=dtype, device=_HOST)  # sizes and a device are parsed faster so
     return torch.frombuffer(buffer(count * dtype.itemsize), dtype=dtype).view(shape)
 
 

@@ -210,7 +210,7 @@ def two_part_attention(query: Tensor, key: Tensor, value: Tensor, layout: Tensor
     """
     if torch.compiler.is_compiling():
         return torch.compiler.disable(_two_part_attention)(query, key, value, layout, scale)
-    check_reverse_mode(query=query, key=key, value=value)
+    check_reverse_mode(("query", "key", "value"), (query, key, value))
     return _two_part_attention(query, key, value, layout, scale)
 
 

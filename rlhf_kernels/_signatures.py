@@ -166,22 +166,21 @@ class Array(NamedTuple):
             return self.dtype
         return f"{'offsets' if self.dtype == 'cu_wide' else 'floats'}[{self.dtype}]"
 
-    @property
-    def condition(self) -> str:
+    def condition(self, place: str) -> str:
         """An expression in the arguments: whether the kernel reads and writes this one as it is."""
         x = self.name
         layout = f"{x}.is_contiguous()"
         if self.stride:
             layout = f"({x}.stride() == ({self.stride}, 1) or in_rows({x}, {self.stride}))"
         entries = f"{x}.dtype is {self.dtype_expression} and {x}.numel() == ({self.size})"
-        fits = f"({entries} and {x}.device == device and {layout})"
+        fits = f"({entries} and {x}.{place} and {layout})"
         return f"({x} is None or {fits})" if self.optional else fits
 
 
 class Signature:
     """A prototype, and the check of a call against it."""
 
-    def __init__(self, name: str, arguments: str):
+    def __init__(self, name: str, arguments: str, place: str):
         parts = _COMMA.split(arguments)
         found = [_ARRAY.fullmatch(part) for part in parts]
         self.name, self.names = name, [array["name"] if array else part for array, part in zip(found, parts)]
@@ -192,7 +191,8 @@ class Signature:
         }
         self.required = [name for name, array in self.arrays.items() if not array.optional]
         present = [f"{name} is not None" for name in self.required]
-        self.fits = self._compiled(" and ".join(present + [array.condition for array in self.arrays.values()]))
+        self.conditions = {name: array.condition(place) for name, array in self.arrays.items()}
+        self.fits = self._compiled(" and ".join([*present, *self.conditions.values()]))
 
     def _compiled(self, expression):
         """A function (device, *arguments): compiled, because it stands before every call of a kernel."""
@@ -212,7 +212,8 @@ class Signature:
         for name in self.required:
             if given[name] is None:
                 return f"{name}, got None"
-        array = next(x for x in self.arrays.values() if not self._compiled(x.condition)(device, *args))
+        fits = {name: self._compiled(condition) for name, condition in self.conditions.items()}
+        array = next(array for name, array in self.arrays.items() if not fits[name](device, *args))
         dtype, size = self._compiled(f"({array.dtype_expression}, {array.size})")(device, *args)
         x, layout = given[array.name], f"in rows as {array.stride} says" if array.stride else "dense"
         wanted = f"{array.name} as {dtype} on {device} with {size} entries, {layout}"
@@ -234,4 +235,5 @@ def _in_rows(x, stride):
 @functools.cache
 def signatures(prototypes: str) -> dict[str, Signature]:
     """{name: Signature} of CPU or CUDA."""
-    return {name: Signature(name, arguments) for name, arguments in _PROTOTYPE.findall(prototypes)}
+    place = "is_cpu" if prototypes is CPU else "device == device"
+    return {name: Signature(name, arguments, place) for name, arguments in _PROTOTYPE.findall(prototypes)}
