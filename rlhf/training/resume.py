@@ -98,12 +98,9 @@ class GoesOn(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.folder is not None:
-            device = (
-                "cpu" if args.device.type == "cpu" else args.device
-            )  # torch.load knows no cpu:0, as gloo's ranks have
-            ranks = torch.load(self.folder / LOG_STATE, weights_only=True, map_location=device)["ranks"]
+            ranks = torch.load(self.folder / LOG_STATE, weights_only=True, map_location="cpu")["ranks"]
             for name, value in ranks[args.process_index].items():
-                setattr(self.trainer, name, value)
+                setattr(self.trainer, name, value.to(args.device) if isinstance(value, torch.Tensor) else value)
 
 
 class StopAtSignal(TrainerCallback):
