@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import models
+from . import locks, models
 from .checkpoint import write_json
 from .data import encode_prompt, load_rows
 from .disk import json_bytes, prepare_output_file, write_bytes
@@ -364,6 +364,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_arguments({"max_prompts": (int | None, at_least(1))}, vars(args))
         output = args.output_file and prepare_output_file(args.output_file)
+        if output:
+            locks.hold(output, is_file=True, option="output_file")
         rows = load_rows(args.dataset_name, "prompts")[: args.max_prompts]
         table, choices = best_of_n(
             args.model_name_or_path,
@@ -386,6 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if output:
         write_bytes(output, b"".join(map(json_bytes, choices)))
+        locks.release(output, is_file=True)
         print(output)
     return 0
 

@@ -19,23 +19,26 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, err
 _held = {}
 
 
-def hold(directory: str | Path, *, option: str = "output_dir", name: str = LOCK) -> None:
+def hold(place: str | Path, *, is_file: bool = False, option: str = "output_dir") -> None:
     """Take the lock of a folder, which is made, for this process; it may hold it already.
 
     Args:
-        option: what named the folder, for the message.
-        name: the lock's file in it; other names are other locks.
+        is_file: the place is a file; other files of its folder have locks of their own.
+        option: what named the place, for messages.
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or it cannot be written.
     """
-    path = Path(os.path.realpath(directory)) / name
+    path = _lock_of(place, is_file)
     if path in _held:
         if _is(_held[path], path):
             return
         _held.pop(path).close()  # the folder was removed meanwhile
-    path.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it stays open while the lock is held
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it stays open while the lock is held
+        except OSError as error:
+            raise ValueError(f"{option}: {place} cannot be written ({error.strerror})") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -43,13 +46,13 @@ def hold(directory: str | Path, *, option: str = "output_dir", name: str = LOCK)
             holder = file.read().strip() or "another process"
             file.close()
             raise ValueError(
-                f"{option}: {directory} is being written by {holder}; wait for it, or give another place"
+                f"{option}: {place} is being written by {holder}; wait for it, or give another place"
             ) from None
         except OSError as error:
             file.close()
             if error.errno not in WITHOUT_LOCKS:
                 raise
-            logger.warning("%s: %s is on a file system without locks; start one run at a time in it", option, directory)
+            logger.warning("%s: %s is on a file system without locks; start one run at a time in it", option, place)
             return
         if _is(file, path):
             break
@@ -60,6 +63,11 @@ def hold(directory: str | Path, *, option: str = "output_dir", name: str = LOCK)
     _held[path] = file
 
 
+def _lock_of(place: str | Path, is_file: bool) -> Path:
+    place = Path(os.path.realpath(place))
+    return place.with_name(f".{place.name[:100]}.lock") if is_file else place / LOCK
+
+
 def _is(file, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
@@ -67,9 +75,12 @@ def _is(file, path: Path) -> bool:
         return False
 
 
-def release(directory: str | Path, *, name: str = LOCK) -> None:
+def release(place: str | Path, *, is_file: bool = False) -> None:
     """Give the lock back, if this process holds it."""
-    path = Path(os.path.realpath(directory)) / name
+    _drop(_lock_of(place, is_file))
+
+
+def _drop(path: Path) -> None:
     file = _held.pop(path, None)
     if file is not None:
         with contextlib.suppress(OSError):
@@ -79,12 +90,12 @@ def release(directory: str | Path, *, name: str = LOCK) -> None:
 
 
 @contextlib.contextmanager
-def released(directory: str | Path, *, name: str = LOCK):
-    """Give the lock of a folder back at the end of a block, however it ends."""
+def released(place: str | Path, *, is_file: bool = False):
+    """Give the lock of a place back at the end of a block, however it ends."""
     try:
         yield
     finally:
-        release(directory, name=name)
+        release(place, is_file=is_file)
 
 
 def _forget() -> None:
@@ -96,7 +107,7 @@ def _forget() -> None:
 @atexit.register
 def _release_all() -> None:
     for path in list(_held):
-        release(path.parent, name=path.name)
+        _drop(path)
 
 
 os.register_at_fork(after_in_child=_forget)

@@ -122,6 +122,36 @@ def test_a_signal_ends_ppo_between_two_steps(ppo_files, tmp_path, monkeypatch, c
     assert_same_run(home, "whole", "run")
 
 
+def test_a_signal_ends_a_pipeline_and_the_same_command_goes_on(home, tmp_path, monkeypatch, capfd):
+    common = {"max_steps": 3, "disable_tqdm": True, "per_device_train_batch_size": 4}
+    sections = {
+        "reward": common | {"use_cpu": True}, "ppo": common | {"response_length": 8},
+        "evaluate": {"response_length": 8, "batch_size": 4},
+    }  # fmt: skip
+    (tmp_path / "settings.yaml").write_text(json.dumps(sections))
+    argv = ["pipeline", "--model_name_or_path", str(home / "policy"), "--ranked_dataset", str(home / "reward.jsonl")]
+    argv += ["--config", str(tmp_path / "settings.yaml"), "--held_out_prompts", "4", "--quiet"]
+    assert cli.main([*argv, "--output_dir", str(tmp_path / "whole")]) == 0
+    original, calls = PPOTrainer.update, []
+
+    def update(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "update", update)
+        assert cli.main([*argv, "--output_dir", str(tmp_path / "run")]) == 143
+    assert "written; the same command goes on where it was" in capfd.readouterr().err
+    assert cli.main([*argv, "--output_dir", str(tmp_path / "run")]) == 0
+    said = capfd.readouterr().out
+    assert "Reward model: " in said and "done before" in said
+    for stage in ("reward", "ppo"):
+        first, second = (load_file(tmp_path / run / stage / "model.safetensors") for run in ("whole", "run"))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_signal_in_the_last_step_lets_the_run_finish(home, tmp_path, monkeypatch):
     original = SFTTrainer.finish
 

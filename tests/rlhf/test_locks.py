@@ -9,24 +9,30 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import checkpoint, locks
+from rlhf import checkpoint, evaluate, locks
 from rlhf.ppo import train_ppo
 from rlhf.stages import Stage, Stages
 from tests.tiny_ppo import own_home, write_files
 
 ROOT = Path(__file__).resolve().parents[2]
-HOLDER = "import sys; from rlhf import locks; locks.hold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+HOLDER = """
+import sys
+from rlhf import locks
+locks.hold(sys.argv[1], is_file=sys.argv[2] == "file")
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture
 def other(tmp_path):
-    """other(folder) -> a process that holds its lock."""
+    """other(place, "file" or "folder") -> a process that holds its lock."""
     started = []
 
-    def start(folder):
+    def start(place, kind="folder"):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], env=environment, **pipes)
+        process = subprocess.Popen([sys.executable, "-c", HOLDER, str(place), kind], env=environment, **pipes)
         started.append(process)
         assert process.stdout.readline() == "held\n"
         return process
@@ -124,3 +130,21 @@ def test_no_lock_is_left_in_a_finished_run(tmp_path):
     home = own_home(write_files(tmp_path / "files"), tmp_path / "own")
     train_ppo(home.config(max_steps=1))
     assert not list(home.path.rglob(locks.LOCK))
+
+
+def test_best_of_n_has_its_file_for_itself(tmp_path, other, capsys):
+    """Another file of the same folder is another one's."""
+    out = tmp_path / "best.jsonl"
+    process = other(out, "file")
+    locks.hold(tmp_path / "else.jsonl", is_file=True)
+    locks.release(tmp_path / "else.jsonl", is_file=True)
+    flags = ["--model_name_or_path", "demo", "--reward_model_path", "demo", "--dataset_name", "none.jsonl"]
+    with pytest.raises(SystemExit):
+        evaluate.main([*flags, "--output_file", str(out)])
+    assert f"output_file: {out} is being written by process {process.pid} of " in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"^output_dir: .*/file/run cannot be written \(Not a directory\)$"):
+        locks.hold(tmp_path / "file" / "run")
