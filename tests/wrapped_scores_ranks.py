@@ -23,6 +23,7 @@ FAMILIES = {
     "Qwen3": {**GROUPED, "head_dim": 8},
     "Mistral": GROUPED,
     "Gemma": {**GROUPED, "head_dim": 8},
+    "Granite": {**GROUPED, "logits_scaling": 2.0},  # transformers has no classifier of it
     "Gemma2": {**GROUPED, "head_dim": 8, "final_logit_softcapping": 2.0},
     "GPT2": {},
     "GPTNeoX": {},
@@ -36,7 +37,11 @@ def make(family, head):
     config = getattr(transformers, f"{family}Config")(**SHAPE, **IDS, **FAMILIES[family])
     if head == "CausalLM" and family == "GPT2":
         head = "LMHeadModel"
-    model = getattr(transformers, family + (head if head == "LMHeadModel" else f"For{head}"))(config)
+    name = family + (head if head == "LMHeadModel" else f"For{head}")
+    if hasattr(transformers, name):
+        model = getattr(transformers, name)(config)
+    else:
+        model = models.reward_model_from_policy(getattr(transformers, f"{family}ForCausalLM")(config), 0)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn(weight.shape) * 0.2)

@@ -14,11 +14,12 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
 from .image_text import language_auto_class
-from .parts import hidden_size, trunk_name, without_weights
+from .parts import brings_code, hidden_size, trunk_name, without_weights
 
 SUFFIX = "ForSequenceClassification"
 
@@ -116,12 +117,11 @@ def saved_class(config, architectures):
         A class with from_pretrained; None where neither is there.
     """
     auto_class = language_auto_class(config)
-    if auto_class is not None:
+    if auto_class is not None and type(config) in auto_class._model_mapping:
         language_model_class = auto_class._model_mapping[type(config)]
         if classifier_name(language_model_class) in architectures:
             return _made_class(without_weights(language_model_class, copy.deepcopy(config)))
-    own_code = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
-    known = own_code or type(config) in AutoModelForSequenceClassification._model_mapping
+    known = brings_code(config) or type(config) in AutoModelForSequenceClassification._model_mapping
     return AutoModelForSequenceClassification if known else None
 
 
@@ -138,11 +138,21 @@ def classifier_of(language_model):
 
 def _own_classifier(language_model):
     """transformers' classifier, without weights, where it is the language model's trunk under a linear head."""
-    mapping = AutoModelForSequenceClassification._model_mapping
-    if type(language_model.config) not in mapping:
+    config, mapping = language_model.config, AutoModelForSequenceClassification._model_mapping
+    if brings_code(language_model):
+        if "AutoModelForSequenceClassification" not in config.auto_map:
+            raise ValueError(
+                f"model: {type(language_model).__name__} has code of its own and no AutoModelForSequenceClassification "
+                "in it (config.auto_map), so a reward model of it could not be loaded again"
+            )
+        reference = config.auto_map["AutoModelForSequenceClassification"]
+        own_class = get_class_from_dynamic_module(reference, config._name_or_path, local_files_only=True)
+    elif type(config) in mapping:
+        own_class = mapping[type(config)]
+    else:
         return None
     trunk = getattr(language_model, trunk_name(language_model))
-    model = without_weights(mapping[type(language_model.config)], language_model.config)
+    model = without_weights(own_class, config)
     own = getattr(model, trunk_name(model))
     same = type(own) is type(trunk) and own.state_dict().keys() == trunk.state_dict().keys()
     return model if same and [type(head) for head in _heads(model)] == [nn.Linear] else None

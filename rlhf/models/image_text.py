@@ -6,7 +6,7 @@ import logging
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from .parts import text_config, trunk, trunk_name, without_weights
+from .parts import brings_code, text_config, trunk, trunk_name, without_weights
 
 logger = logging.getLogger("rlhf")
 
@@ -18,6 +18,8 @@ def language_auto_class(config):
         AutoModelForCausalLM; AutoModelForImageTextToText where transformers has no causal language model for `config`,
         or one that is saved under a config of its text alone for which there is none; None where neither knows it.
     """
+    if brings_code(config):
+        return AutoModelForCausalLM
     causal, text = AutoModelForCausalLM._model_mapping, config.get_text_config(decoder=True)
     if type(config) in causal:
         saved = getattr(causal[type(config)], "config_class", None)

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.integrations import unset_hf_deepspeed_config
 
 from ..data import end_of_turn_id
@@ -195,18 +195,21 @@ def _check_attention(model_class, config, attention):
 def _load_language_model(path, **options):
     """(language model, names of the weights that the folder did not hold); of an image-text model what text needs."""
     config = _config_of(path, options["trust_remote_code"])
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    auto_class = AutoModelForCausalLM if own_code else language_auto_class(config)
-    if auto_class is None:
-        raise ValueError(
-            f"model {str(path)!r} has the type {config.model_type!r}, for which transformers has no causal language "
-            "model that loads again once it is saved"
-        )
+    auto_class = language_auto_class(config)
+    _check_loads_again(auto_class, config, f"model {str(path)!r}")
     model, missing = _load(auto_class, path, config, **options)
     if auto_class is AutoModelForImageTextToText and not missing:
         model = text_model(model, f"model {str(path)!r}")
     freeze_other_parts(model)
     return model, missing
+
+
+def _check_loads_again(auto_class, config, name):
+    if auto_class is None:
+        raise ValueError(
+            f"{name} has the type {config.model_type!r}, for which transformers has no causal language model that "
+            "loads again once it is saved"
+        )
 
 
 def load_policy(path, *, dtype=torch.float32, attn_implementation=None, trust_remote_code=False, dropout=0.0):
@@ -239,6 +242,9 @@ def as_policy(model, name="model", *, dropout=0.0):
         raise ValueError(
             f"{name}: got {type(model).__name__}, wants a causal language model of transformers, or its path"
         )
+    config = unwrapped(model).config
+    if type(config).__module__.startswith("transformers."):
+        _check_loads_again(language_auto_class(config), config, name)
     check_causal(model, name)
     disable_dropout(model)
     if dropout:

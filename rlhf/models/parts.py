@@ -35,6 +35,11 @@ def without_weights(model_class, config):
         return model_class(config)
 
 
+def brings_code(thing):
+    """Whether a model or a config is of code that came with a checkpoint, which was trusted."""
+    return type(thing).__module__.startswith("transformers_modules.")
+
+
 def text_config(model):
     """The config of a model's text decoder: the model's own, or the part for text of one that takes images too."""
     return unwrapped(model).config.get_text_config(decoder=True)

@@ -1,5 +1,7 @@
 """Reward models, hidden states and contexts of architectures that keep their parts in different places."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -222,3 +224,44 @@ def test_a_model_that_looks_at_later_tokens_is_no_policy(tmp_path, family):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="looks at later tokens"):
         models.load_policy(tmp_path)
+
+
+OWN_CODE = """
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel, LlamaPreTrainedModel
+
+class HomemadeConfig(LlamaConfig):
+    model_type = "homemade"
+
+class HomemadeForCausalLM(LlamaForCausalLM):
+    config_class = HomemadeConfig
+
+class HomemadeForSequenceClassification(LlamaForSequenceClassification):
+    config_class = HomemadeConfig
+
+    def __init__(self, config):
+        LlamaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+"""
+
+
+@pytest.mark.parametrize("classifier", [True, False])
+def test_models_with_code_of_their_own(tmp_path, classifier):
+    """Their reward model is a classifier of their code; without one it could not be loaded again."""
+    policy("llama").save_pretrained(tmp_path)
+    names = {"AutoConfig": "HomemadeConfig", "AutoModelForCausalLM": "HomemadeForCausalLM"}
+    names |= {"AutoModelForSequenceClassification": "HomemadeForSequenceClassification"} if classifier else {}
+    config = json.loads((tmp_path / "config.json").read_text())
+    auto_map = {auto: f"homemade_{classifier}.{name}" for auto, name in names.items()}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "homemade", "auto_map": auto_map}))
+    (tmp_path / f"homemade_{classifier}.py").write_text(OWN_CODE)
+    assert type(models.load_policy(tmp_path, trust_remote_code=True)).__name__ == "HomemadeForCausalLM"
+    if classifier:
+        model = models.reward_model_from_policy(tmp_path, 0, trust_remote_code=True)
+        assert type(model).__name__ == "HomemadeForSequenceClassification"
+    else:
+        with pytest.raises(ValueError, match=r"no AutoModelForSequenceClassification in it .* not be loaded again"):
+            models.reward_model_from_policy(tmp_path, 0, trust_remote_code=True)

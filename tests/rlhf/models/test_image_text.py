@@ -98,9 +98,11 @@ def test_reward_model_of_an_image_text_model(tmp_path, name):
 
 def test_what_could_not_be_loaded_again_is_refused(tmp_path):
     """The text model of Llama 3.2 Vision alone: transformers has no auto class for its config."""
-    MllamaForCausalLM(CONFIGS["mllama"]().text_config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"type 'mllama_text_model', for which .* loads again once it is saved"):
-        models.load_policy(tmp_path)
+    model = MllamaForCausalLM(CONFIGS["mllama"]().text_config)
+    model.save_pretrained(tmp_path)
+    for refused in (lambda: models.load_policy(tmp_path), lambda: models.as_policy(model)):
+        with pytest.raises(ValueError, match=r"type 'mllama_text_model', for which .* loads again once it is saved"):
+            refused()
 
 
 def test_one_that_attends_both_ways_is_refused(tmp_path):
