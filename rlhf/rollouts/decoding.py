@@ -222,26 +222,27 @@ def reads_positions(model) -> bool:
 
 
 def _holds(model, way: Way) -> bool:
-    """Whether two texts of a few tokens, of which one is dropped on the way, have the logits that they have alone."""
+    """Whether texts of two prompts of a few tokens, moved and dropped, have the logits that they have alone."""
     size = model.config.get_text_config(decoder=True).vocab_size
     short, long = [[(7 * i + 3) % size for i in range(start, start + 5)] for start in (0, 11)]
     prompts = [short[: 5 if way.lengths == "one" else 2], long]
     following = torch.tensor([(5 * i + 2) % size for i in range(2)], device=model.device)
     try:
-        texts = Texts(model, prompts, 2, way)
-        found = [texts.logits[1], texts.logits[2]]
+        texts, rows = Texts(model, prompts, 2, way), [2, 1]  # one of each prompt, the second prompt's first
         if way.movable:
-            texts.keep(torch.tensor([1], device=model.device))
+            texts.keep(torch.tensor(rows, device=model.device))
+            rows = [0, 1]
+        found = [texts.logits[rows]]
         for token in following:
             texts.append(token.expand(len(texts.logits)))
-            found.append(texts.logits[0])
+            found.append(texts.logits[rows])
     except REFUSALS:
         return False
-    wholes = [*prompts, [*prompts[0], int(following[0])], [*prompts[0], *following.tolist()]]
-    wanted = torch.stack([Texts(model, [ids], 1, WHOLE).logits[0] for ids in wholes])
+    behind = [following[:count].tolist() for count in range(len(found))]
+    wanted = torch.cat([Texts(model, [[*prompt, *ids]], 1, WHOLE).logits for ids in behind for prompt in prompts[::-1]])
     finite = wanted[wanted.isfinite()]
     bound = 8 * _epsilon(model, wanted.dtype) ** 0.5 * finite.abs().max() if finite.numel() else 0.0
-    return torch.allclose(torch.stack(found), wanted, rtol=0, atol=float(bound), equal_nan=True)
+    return torch.allclose(torch.cat(found), wanted, rtol=0, atol=float(bound), equal_nan=True)
 
 
 def _epsilon(model, dtype) -> float:

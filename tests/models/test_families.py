@@ -23,7 +23,7 @@ FAMILIES = (
 )  # fmt: skip
 REFUSED = dict.fromkeys(
     ("bloom", "gpt_neo", "mpt", "falcon, ALiBi", "qwen3_next", "qwen3_5", "lfm2", "mamba", "mamba2", "jamba", "bamba",
-     "falcon_h1", "nemotron_h", "granitemoehybrid", "recurrent_gemma", "rwkv", "bart"), ("packing",)
+     "falcon_h1", "minimax", "nemotron_h", "granitemoehybrid", "recurrent_gemma", "rwkv", "bart"), ("packing",)
 )  # fmt: skip
 """{family: claims that it must refuse}; every other claim, of these families too, must hold."""
 
@@ -48,16 +48,64 @@ def test_page_is_of_the_pinned_transformers():
     assert [*families(), *table.VARIANTS] == [name for name in rows if name not in table.WORDS.values()]
 
 
-def test_wrong_values_are_seen(monkeypatch):
-    """A sampler whose temperature is off by a hundredth, and padded rows whose positions are off by one."""
-    sample, per_token = sampling.sample, checks.per_token_log_probs
-    monkeypatch.setattr(
-        sampling, "sample", lambda *a, temperature, **k: sample(*a, temperature=1.01 * temperature, **k)
-    )
-    monkeypatch.setattr(checks, "per_token_log_probs", lambda m, p, r, **k: per_token(m, [q[1:] for q in p], r, **k))
-    answers = checks.check("llama")
-    assert answers["sampler"].startswith("WRONG") and answers["rows"].startswith("WRONG")
-    assert answers["packing"].startswith("WRONG") and answers["log-probs"] == "ok"
+def _hotter(right):
+    return lambda *args, temperature, **options: right(*args, temperature=1.003 * temperature, **options)
+
+
+def _moved(right):
+    return lambda *args: 1.001 * right(*args)
+
+
+def _other_weights(right):
+    def load(*args, **options):
+        model = right(*args, **options)
+        model.lm_head.weight.data *= 1.001
+        return model
+
+    return load
+
+
+def _noise_in_training(right):
+    def spoil(model, inputs, output):
+        if model.training:
+            output.logits *= 1.001
+
+    def load(*args, **options):
+        model = right(*args, **options)
+        model.register_forward_hook(spoil)
+        return model
+
+    return load
+
+
+def _all_in_sight(right):
+    """Each response sees those before it in its row."""
+
+    def inputs(model, packed):
+        mask = torch.ones_like(packed.attention_mask).tril()
+        return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": mask}
+
+    return inputs
+
+
+FAULTS = {
+    "load": (models, "load_policy", _other_weights),
+    "log-probs": (checks, "linear_logprobs_from_model", _hotter),
+    "rows": (checks, "per_token_log_probs", _hotter),
+    "packing": (checks, "packed_inputs", _all_in_sight),
+    "sampler": (sampling, "sample", _hotter),
+    "train mode": (models, "load_policy", _noise_in_training),
+    "reward model": (models, "token_scores", _moved),
+}
+
+
+@pytest.mark.parametrize("claim", checks.CLAIMS)
+def test_a_small_fault_is_seen(claim, tmp_path, monkeypatch):
+    """Each check fails when what it checks is off by some thousandths, and says by how much."""
+    owner, name, spoil = FAULTS[claim]
+    monkeypatch.setattr(owner, name, spoil(getattr(owner, name)))
+    answers = checks._check(checks._case("llama", {}, tmp_path), [claim])
+    assert answers[claim].startswith("WRONG")
 
 
 def test_answers_of_errors(monkeypatch):
