@@ -90,6 +90,8 @@ class StageTrainer(Trainer):
         train, self.held_out = self.encode(train, "training"), self.encode(held_out, "held-out")
         read = (ids for row in (*train, *self.held_out) for ids in (row["prompt"], *row["responses"]))
         models.check_token_ids(model, tokenizer, itertools.chain.from_iterable(read))
+        if hasattr(model, "get_base_model"):
+            check_merge(model, "model")
         self.can_pack = may_pack(args, model)
         if not (args.fsdp or args.deepspeed):  # sharded weights are tried whole, where they were loaded
             model.to(args.device)
@@ -112,8 +114,6 @@ class StageTrainer(Trainer):
             model = add_adapters(args, model, self.task_type, peft_config)
         elif peft_config is not None:
             raise ValueError("peft_config: got one with a model that has adapters already")
-        else:
-            check_merge(model, "model")
         if self.task_type == "CAUSAL_LM":
             models.linear_head(model)  # found now, while the weights are whole
         super().__init__(
