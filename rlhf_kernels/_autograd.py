@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
-from . import dispatch
+from ._choice import chosen, resumed
 
 
 def check_reverse_mode(names, tensors) -> None:
@@ -79,7 +79,7 @@ def register(op, backward, setup_context, *, keeps_inputs=False, **differentiabl
 
     def setup(ctx, inputs, output):
         setup_context(ctx, inputs, output)
-        ctx.backend, ctx.sources = dispatch.chosen(), None
+        ctx.backend, ctx.sources = chosen(), None
 
     def run(ctx, *grads):
         sources = None
@@ -87,7 +87,7 @@ def register(op, backward, setup_context, *, keeps_inputs=False, **differentiabl
             sources = ctx.saved_tensors if keeps_inputs else ctx.sources
             if sources is None:  # the call was made by torch.compile or vmap
                 raise RuntimeError(_twice(op._qualname))
-        with dispatch.resumed(ctx.backend):
+        with resumed(ctx.backend):
             if sources is None:
                 return backward(ctx, *grads)
             with torch.no_grad():

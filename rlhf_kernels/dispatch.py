@@ -9,7 +9,6 @@ The module rlhf_kernels.<backend>.<op> has the functions `<name>_fwd` and `<name
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from types import ModuleType
 
 import torch
 
+from ._choice import block, chosen
 from ._presence import anywhere, missing, on_cpu, on_gpu, on_nvidia
 
 Applies = Callable[[torch.device, torch.dtype, tuple[int, ...]], bool]
@@ -36,19 +36,7 @@ TABLE: dict[str, list[tuple[str, Applies]]] = {
     "packing": [_REFERENCE],
 }
 
-
-class _Block:
-    """A `with backend(name)` block."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-
 BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(row[0] for rows in TABLE.values() for row in rows))
-
-_UNSAID = object()
-_own = contextvars.ContextVar("backend", default=_UNSAID)  # the choice of this thread or task; None: automatic
-_open: list[_Block] = []  # the blocks that any thread is in, the latest last
 
 
 def _module(name: str, op: str) -> ModuleType:
@@ -59,26 +47,6 @@ def _check_backend(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source} names the unknown backend {name!r}; known backends: {', '.join(BACKENDS)}")
     return name
-
-
-def chosen() -> str | None:
-    """The backend of this thread's innermost `with backend` block; if it is in none, of the latest block of all."""
-    own = _own.get()
-    if own is not _UNSAID:
-        return own
-    latest = _open[-1:]  # in one step: other threads may change the list
-    return latest[0].name if latest else None
-
-
-@contextlib.contextmanager
-def resumed(name: str | None) -> Iterator[None]:
-    """This thread chooses again what `chosen` gave, in whatever thread that was."""
-    before = _own.get()
-    _own.set(name)
-    try:
-        yield
-    finally:
-        _own.set(before)
 
 
 def _explicit() -> tuple[str, str] | None:
@@ -135,13 +103,8 @@ def backend(name: str) -> Iterator[None]:
         >>> advantages
         tensor([[2., 1.]])
     """
-    block = _Block(_check_backend(name, "backend()"))
-    _open.append(block)
-    try:
-        with resumed(name):
-            yield
-    finally:
-        _open.remove(block)
+    with block(_check_backend(name, "backend()")):
+        yield
 
 
 class _Backends(dict):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import rlhf_kernels
-from rlhf_kernels import _native, dispatch
+from rlhf_kernels import _choice, _native, dispatch
 from rlhf_kernels._presence import missing
 from tests.kernels.calls import ON_BACKENDS, build, results
 
@@ -182,7 +182,7 @@ def test_blocks_of_two_threads_overlap():
         own, outside = threads[0].result()
         assert own == "reference.advantages"
         assert outside == threads[1].result() == "cpu.advantages"
-    assert dispatch.chosen() is None and not dispatch._open
+    assert dispatch.chosen() is None and not _choice._open
 
 
 @NO_CPU
