@@ -225,8 +225,11 @@ def _pieces(count, size):
 
 
 def _in_rows(x, stride):
-    """Whether the rows of x are dense, and `stride` entries apart; a tensor of one dimension has one row."""
-    if x.dim() != 2:
+    """Whether the rows of x are dense, and `stride` entries apart; a tensor of one dimension has one row.
+
+    An empty one is, whatever its strides: no entry is read.
+    """
+    if x.dim() != 2 or not x.numel():
         return x.is_contiguous()
     rows, columns = x.shape
     return (columns <= 1 or x.stride(1) == 1) and (rows <= 1 or x.stride(0) == stride)

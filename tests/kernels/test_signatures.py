@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rlhf_kernels as rk
 from rlhf_kernels import _native, _signatures, dispatch
 from tests.kernels.calls import GPU, build, results, serving
 
@@ -119,3 +120,9 @@ def test_a_refusal_names_the_argument_and_what_is_wrong_with_it():
         _native.run("whiten_fwd_f32", x, 4, *good[3:])
     with pytest.raises(TypeError, match="whiten_fwd_f32 takes 9 arguments, got 3"):
         _native.run(*good[:4])
+
+
+def test_empty_rows_fit_whatever_their_strides():
+    logits = torch.zeros(0, 4)[:, ::2]
+    found = [rk.logprobs_from_logits(logits, torch.zeros(0, dtype=torch.int64)), rk.entropy_from_logits(logits)]
+    assert [list(x.shape) for x in found] == [[0], [0]]
