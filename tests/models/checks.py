@@ -330,7 +330,7 @@ def _planned(model, prompt, steps, start):
 @torch.no_grad()
 def _decodes_wrongly(case):
     """By the model alone: an unpadded prompt, its response token by token with the cache, against one forward."""
-    ids = torch.tensor([PROMPTS[0] + RESPONSES[0][0]])
+    ids = torch.tensor([PROMPTS[0] + RESPONSES[0][-1]])
     first, logits = len(PROMPTS[0]), []
     with _evaluating(case.policy) as model:
         try:

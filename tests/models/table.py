@@ -21,7 +21,7 @@ from tests.models.tiny_configs import families
 
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- make test-models: begin -->", "<!-- make test-models: end -->"
-TIMEOUT = 120  # seconds
+TIMEOUT = 600  # seconds, for a machine that is busy with much else
 WORDS = {
     "ok": "yes",
     "refused": "refused",
@@ -45,11 +45,16 @@ VARIANTS = {  # of configs that people have, and that compute something else
         "gemma4_text",
         {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     ),
+    "gemma4_text, shared keys": (
+        "gemma4_text",
+        {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
     "inkling_text, padded vocabulary": ("inkling_text", {"unpadded_vocab_size": 98}),
     "llama, dynamic rope": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 10}),
     "llama, tied head": ("llama", {"tie_word_embeddings": True}),
     "mixtral, output_router_logits": ("mixtral", {"output_router_logits": True}),
     "mixtral, router_jitter_noise": ("mixtral", {"router_jitter_noise": 0.1}),
+    "opt, narrow embeddings": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
     "phi3, longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 10}),
 }
 

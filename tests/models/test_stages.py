@@ -15,9 +15,9 @@ from tests.tiny_reward import rankings
 
 QUICK = ("llama", "gpt2")
 FAMILIES = (
-    "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox",
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox",
     "phi3", "opt", "falcon", "bloom", "gpt_oss", "olmo2", "deepseek_v3", "smollm3", "starcoder2", "stablelm", "gptj",
-    "glm4", "gemma3", "gemma4", "qwen3_next", "qwen3_5", "lfm2", "mamba", "mamba2", "granite", "cohere",
+    "glm4", "gemma3", "gemma4", "llama4", "qwen3_next", "qwen3_5", "lfm2", "mamba", "mamba2", "granite", "cohere",
     "olmoe", "falcon_h1", "glm4_moe", "granitemoehybrid",
 )  # fmt: skip
 

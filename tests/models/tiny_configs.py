@@ -27,7 +27,8 @@ SIZES = (  # of a field whose whole name matches: the first that does, where the
     (r"context_length|seq_length|model_max_length", CONTEXT),
     (WINDOWS, WIDE),
     (r"mamba_d_head|d_head", 8),
-    (r"n_mamba_heads|linear_num_key_heads|(index|indexer)_n_heads", 2),
+    (r"n_mamba_heads|linear_num_key_heads", 2),
+    (r"index_n_heads", 8),  # of fewer, all give a key the score 0 so often that keys tie
     (r"mamba_(n|num)_heads", 8),
     (r"\w*(key_value|kv)_heads|kv_n_heads|num_query_groups|o_groups", 2),
     (r"\w*_heads?", 4),
