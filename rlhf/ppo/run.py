@@ -87,11 +87,11 @@ class PPORun:
         self.resumes = checkpoint.wants_resume(args.resume_from_checkpoint)
         resume = checkpoint.resolve_checkpoint(args.output_dir, args.resume_from_checkpoint)
         self.output_dir = Path(args.output_dir)
-        if self.accelerator.is_main_process:
-            checkpoint.prepare_output_dir(self.output_dir, resume=self.resumes)
         self.engine = load_engine(args.rollout_engine, batch_size=args.local_rollout_batch_size)
         self.guards = HealthGuards(args)  # 18
         self._load_data(train_dataset)
+        if self.accelerator.is_main_process:
+            checkpoint.prepare_output_dir(self.output_dir, resume=self.resumes)
         set_seed(args.seed + self.rank)
         load_networks(self, resume)
         if self.accelerator.is_main_process:
