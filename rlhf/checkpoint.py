@@ -177,9 +177,12 @@ def remove_directory(path: Path) -> None:
 
 
 def refuse_file(output_dir: str | Path) -> None:
-    """Raise ValueError where a run directory is to be, and a file is."""
-    if Path(output_dir).exists() and not Path(output_dir).is_dir():
-        raise ValueError(f"output_dir: {output_dir} is a file; give a directory")
+    """Raise ValueError where a run directory is to be, and a file is, or a link that leads nowhere."""
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir: {path} is a file; give a directory")
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"output_dir: {path} is a link to {os.readlink(path)}, which is not there; give a directory")
 
 
 def prepare_output_dir(output_dir: str | Path, *, resume: bool) -> Path:

@@ -63,6 +63,9 @@ class DPOTrainer(StageTrainer):
             compute_metrics=compute_metrics, quantization_config=quantization_config,
         )  # fmt: skip
 
+    def also_compared(self):
+        return {} if self.ref_model is None else {"ref_model": self.ref_model}
+
     def load_model(self, args, model, tokenizer):
         options = training.model_options(args)
         if isinstance(self.ref_model, (str, Path)):

@@ -100,8 +100,8 @@ class RewardTrainer(StageTrainer):
             return training_examples(self.tokenizer, rows, self.args)
         return training.encode_rows(self.tokenizer, decided(rows), ("completions",), self.args, what=what)
 
-    def rows_of_run(self):
-        return {**super().rows_of_run(), "demonstrations": self.demonstrations}
+    def also_compared(self):
+        return {"demonstrations": self.demonstrations}
 
     def before_training(self):
         rows, options = self.demonstrations, {"what": "demonstration"}

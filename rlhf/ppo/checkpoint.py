@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "health_explained_variance", "health_clip_fraction", "health_patience",
 )  # fmt: skip
 """Settings that a resumed run may have otherwise: where things lie, how long it goes on, what it writes and guards."""
+DATA = ("dataset_name", "ptx_dataset_name")
 
 
 def save_checkpoint(trainer, directory: Path) -> None:
@@ -83,7 +84,7 @@ def load_checkpoint(trainer, directory: Path) -> None:
     state = json.loads((directory / "trainer_state.json").read_text(encoding="utf-8"))
     if "run" not in state:
         raise ValueError(f"resume_from_checkpoint: {directory} was written by another version or another stage")
-    check_same_run(state["run"], _run(trainer), directory, data=("dataset_name", "ptx_dataset_name"))
+    check_same_run(state["run"], _run(trainer), directory, DATA, tuple(trainer.weights))
     trainer.step, trainer.episode, trainer.kl.value = state["global_step"], state["episode"], state["kl_coef"]
     trainer.stopped, trainer.seconds = state["stopped"], state["seconds"]
     if (trainer.stopped or "").startswith("on_health") and trainer.args.on_health != "stop":
@@ -115,11 +116,11 @@ def _load_optimizer(optimizer, state: dict) -> None:
 
 
 def _run(trainer) -> dict:
-    """What must be the same for a run to go on: settings, data, processes."""
+    """What must be the same for a run to go on: settings, data, the models that stay as they are, processes."""
     settings = {name: value for name, value in dataclasses.asdict(trainer.args).items() if name not in MAY_CHANGE}
     run = {"num_processes": trainer.world, **settings}
     if trainer.args.lr_scheduler_type != "constant":
         run["max_steps"] = trainer.iterations  # such a schedule looks to the end
     prompts = [row["prompt_ids"] for row in trainer.prompts]
-    data = {"dataset_name": prompts, "ptx_dataset_name": trainer.texts}
-    return {**run, **{name: digest(ids) for name, ids in data.items()}}
+    data = {name: digest(ids) for name, ids in zip(DATA, (prompts, trainer.texts), strict=True)}
+    return {**run, **data, **trainer.weights}

@@ -11,6 +11,7 @@ from .. import models
 from ..models.adapters import AdaptersOff, add_adapters, load_adapters
 from ..rewards.scoring import own_tokens
 from ..rollouts.sampling import warn_ignored_sampling_settings
+from ..same_run import weights_digest
 from .config import PPOConfig
 
 PATHS = {"model": "sft_model_path", "reward_model": "reward_model_path", "value_model": "value_model_path"}
@@ -116,6 +117,8 @@ def load_networks(run, resume: Path | None) -> None:
     run.share_width = None  # 12
     if wanted and models.share_prompts(networks, longest):
         run.share_width = models.hidden_size(run.policy)
+    fixed = {"sft_model_path": run.reference or run.policy, "reward_model_path": run.reward_model}
+    run.weights = {name: weights_digest(model) for name, model in fixed.items() if model is not None}
     if args.use_peft:  # 17
         _put_adapters(run, resume)
     own = (run.policy, None if args.use_peft else run.reference, run.value, run.reward_model)

@@ -11,13 +11,13 @@ from transformers import TrainerCallback
 from ..checkpoint import write_json
 from ..interrupt import Interrupted
 from ..processes import agreed_signal
-from ..same_run import check_same_run, digest
+from ..same_run import check_same_run, digest, weights_digest
 
 RECORD, LOG_STATE = "same_run.json", "log_state.pt"
 LOGGED = ("_sums", "_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
 """Attributes of a trainer (all but the first are transformers') that a line of the log is made of."""
 MAY_CHANGE = {
-    # where things lie; the rows themselves must be the same
+    # where things lie; the rows and the weights themselves must be the same
     "model_name_or_path", "dataset_config", "dataset_train_split", "dataset_test_split", "output_dir",
     "trust_remote_code",
     # what is told and kept
@@ -36,12 +36,12 @@ MAY_CHANGE = {
     "gradient_checkpointing", "gradient_checkpointing_kwargs",
 }  # fmt: skip
 """Settings that a resumed run may have otherwise."""
-DATA = ("dataset_name", "eval_dataset_name", "demonstrations")
+DATA, WEIGHTS = ("dataset_name", "eval_dataset_name", "demonstrations"), ("model_name_or_path", "ref_model")
 LENGTH = ("max_steps", "num_train_epochs")
 
 
 def this_run(trainer) -> dict:
-    """What must be the same for a run to go on: the stage, the processes, the settings and the rows."""
+    """What must be the same for a run to go on: the stage, the processes, the settings, the rows and the model."""
     args = trainer.args
     free = MAY_CHANGE | (set(LENGTH) if args.lr_scheduler_type.value == "constant" else set())
     settings = {
@@ -52,9 +52,16 @@ def this_run(trainer) -> dict:
     return {"stage": args.stage, "num_processes": args.world_size, **settings, **trainer.digests}
 
 
-def digests(rows: dict) -> dict:
-    """{setting: a name of the content of its rows}; where they stand in a file does not count."""
-    return {name: digest([_content(example) for example in examples]) for name, examples in rows.items()}
+def digests(trainer) -> dict:
+    """{setting: a name of the content of its rows, or of its model}; where they lie does not count."""
+    rows = {"dataset_name": trainer.train_dataset, "eval_dataset_name": trainer.held_out}
+    compared = {**rows, "model_name_or_path": trainer.model, **trainer.also_compared()}
+    return {
+        name: weights_digest(content)
+        if isinstance(content, torch.nn.Module)
+        else digest([_content(example) for example in content])
+        for name, content in compared.items()
+    }
 
 
 def _content(example):
@@ -79,7 +86,7 @@ def check_record(run: dict, folder: Path) -> None:
     theirs = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     if theirs["stage"] != run["stage"]:
         raise ValueError(f"resume_from_checkpoint: {folder} was written by rlhf {theirs['stage']}, not {run['stage']}")
-    check_same_run(theirs, run, folder, data=DATA)
+    check_same_run(theirs, run, folder, DATA, WEIGHTS)
 
 
 def write_logged(trainer, folder: Path | None) -> None:

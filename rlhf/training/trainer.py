@@ -127,7 +127,7 @@ class StageTrainer(Trainer):
             optimizers=optimizers,
         )
         self.check_sharding()
-        self.digests = digests(self.rows_of_run())
+        self.digests = digests(self)
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)  # metrics.jsonl has it all
         if self.pop_callback(ProgressCallback):
@@ -191,9 +191,9 @@ class StageTrainer(Trainer):
         self.after_saving()
         return result
 
-    def rows_of_run(self):
-        """{setting: rows} of what a resumed run must have the same."""
-        return {"dataset_name": self.train_dataset, "eval_dataset_name": self.held_out}
+    def also_compared(self):
+        """{setting: rows, or a model} that a resumed run must have the same, besides its rows and its model."""
+        return {}
 
     def before_training(self):
         """What a stage computes once the run directory is there."""

@@ -288,3 +288,9 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path, umask, mode):
         os.umask(before)
     modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*") if path.is_file()]
     assert modes == [mode, mode]
+
+
+def test_an_output_dir_that_is_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"^output_dir: .*run is a link to .*gone, which is not there"):
+        checkpoint.prepare_output_dir(tmp_path / "run", resume=False)

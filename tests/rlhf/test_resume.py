@@ -1,4 +1,4 @@
-"""A run of sft, reward or dpo goes on as the same run only: other settings, rows or processes are errors with names."""
+"""A run of sft, reward or dpo goes on as the same run only: other settings, rows, models or processes are errors."""
 
 import json
 import shutil
@@ -26,6 +26,7 @@ def begun(tmp_path_factory):
     """A folder with a policy, rows, and a run of each stage of which two of four steps are done."""
     path = tmp_path_factory.mktemp("runs")
     model_folder(path / "policy")
+    model_folder(path / "policy-other", seed=1)
     for stage in STAGES:
         write_jsonl(path / f"{stage}.jsonl", rows_of(stage))
         write_jsonl(path / f"{stage}-other.jsonl", rows_of(stage, seed=1))
@@ -51,7 +52,8 @@ def resume(path, stage, run, **changes):
 CHANGES = [
     *((stage, change) for stage in STAGES for change in (
         {"learning_rate": 0.5}, {"seed": 7}, {"eval_fraction": 0.5}, {"per_device_train_batch_size": 2},
-        {"dataset_name": "other"}, {"weight_decay": 0.1}, {"lr_scheduler_type": "linear"}, {"adam_beta2": 0.5},
+        {"dataset_name": "other"}, {"model_name_or_path": "policy"},
+        {"weight_decay": 0.1}, {"lr_scheduler_type": "linear"}, {"adam_beta2": 0.5},
     )),
     ("sft", {"dropout": 0.1}), ("sft", {"eval_dataset_name": "held-out"}), ("reward", {"ties": "half"}),
     ("reward", {"demonstrations": "sft"}), ("dpo", {"beta": 0.5}), ("dpo", {"loss_type": "ipo"}),
@@ -61,7 +63,8 @@ CHANGES = [
 @pytest.mark.parametrize(("stage", "change"), CHANGES)
 def test_another_run_is_not_gone_on_with(begun, capsys, stage, change):
     ((name, value),) = change.items()
-    file = {"other": f"{stage}-other.jsonl", "held-out": "held-out.jsonl", "sft": "sft.jsonl"}.get(value)
+    file = {"other": f"{stage}-other.jsonl", "held-out": "held-out.jsonl", "sft": "sft.jsonl", "policy": "policy-other"}
+    file = file.get(value)
     log = (begun / stage / "metrics.jsonl").read_text()
     assert resume(begun, stage, begun / stage, **{name: begun / file if file else value}) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]

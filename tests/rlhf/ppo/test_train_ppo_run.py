@@ -229,3 +229,16 @@ def test_an_output_dir_that_holds_a_run_is_refused(home):
     train_ppo(home.config(max_steps=1))
     with pytest.raises(ValueError, match="already holds a run"):
         train_ppo(home.config(max_steps=1))
+
+
+@pytest.mark.parametrize("setting", ["sft_model_path", "reward_model_path"])
+def test_a_run_does_not_go_on_with_another_reference_or_reward_model(home, setting):
+    options = {"use_peft": True} if setting == "sft_model_path" else {}
+    train_ppo(home.config(max_steps=1, save_steps=1, **options))
+    other = models.load_policy(home.path / "llama") if options else models.load_reward_model(home.path / "llama-rm")
+    with torch.no_grad():
+        next(other.parameters()).add_(1e-3)
+    models.save_model(other, make_tokenizer(), home.path / "other")
+    again = home.config(max_steps=2, resume_from_checkpoint="true", **options, **{setting: str(home.path / "other")})
+    with pytest.raises(ValueError, match=f"^{setting}: holds other weights than when .*checkpoint-1 was written"):
+        train_ppo(again)
