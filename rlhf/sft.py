@@ -5,6 +5,7 @@ prompt and the end token: the prompt is read but not learned; the end token (EOS
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -113,7 +114,7 @@ class SFTTrainer(StageTrainer):
             tokens += len(batch["labels"])
         if self.state.global_step < self.state.max_steps and not self.is_over:
             self.write_samples(examples)
-        return {"loss": total / tokens, "perplexity": training.perplexity(total / tokens)}
+        return {"loss": total / tokens, "perplexity": perplexity(total / tokens)}
 
     def before_training(self):
         """Try whether completions can be sampled; where the weights are sharded, they are not yet."""
@@ -190,3 +191,7 @@ def train_sft(args: SFTConfig):
     """Fine-tune a language model on demonstrations; returns the run directory, which holds the model."""
     SFTTrainer(args=args).train()
     return Path(args.output_dir)
+
+
+def perplexity(loss):
+    return math.exp(loss) if loss < 700 else math.inf

@@ -57,7 +57,8 @@ class TrunkClassifier:
             "inputs_embeds": inputs_embeds, "use_cache": False, **kwargs,
         }  # fmt: skip
         outputs = self.base_model(**{name: value for name, value in inputs.items() if value is not None})
-        scores = self.score(outputs.last_hidden_state)
+        hidden = outputs.last_hidden_state.to(self.score.weight.dtype)  # Mamba's trunk gives fp32 under bf16 weights
+        scores = self.score(hidden)
         kept = torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device)
         if attention_mask is not None and attention_mask.dim() == 2:
             kept = attention_mask.bool()

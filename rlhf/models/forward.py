@@ -175,6 +175,11 @@ def score_head(model):
     raise ValueError(f"{type(model).__name__} has no linear scalar head named `score`, so it cannot be a reward model")
 
 
+def _read_by(head, hidden):
+    """A scalar head on hidden states, which some trunks give in fp32 whatever their weights are (Mamba)."""
+    return head(hidden.to(head.weight.dtype))
+
+
 def check_score_head(model, name="model"):
     """Raise unless the scores of a sequence classifier are a linear map of its trunk's hidden states at each token."""
     score_head(unwrapped(model))
@@ -186,7 +191,7 @@ def check_score_head(model, name="model"):
     try:
         with torch.no_grad(), _told(name, model):
             model(**model_inputs(model, ids))
-            expected = hidden_states(model, ids)
+            expected = hidden_states(model, ids).to(read[0].dtype)
     finally:
         handle.remove()
         model.train(was_training)
@@ -216,7 +221,7 @@ def token_scores(model, input_ids, attention_mask=None, position_ids=None):
     if is_wrapped(model):
         scores = _scores_in_forward(model, model_inputs(model, input_ids, attention_mask, position_ids))
     else:
-        scores = score_head(inner)(hidden_states(model, input_ids, attention_mask, position_ids))
+        scores = _read_by(score_head(inner), hidden_states(model, input_ids, attention_mask, position_ids))
     return scores.squeeze(-1).float() - float(getattr(inner.config, "reward_bias", 0.0))
 
 

@@ -24,7 +24,7 @@ from .classifiers import classifier_of, saved_class
 from .dropout import disable_dropout, set_residual_dropout
 from .forward import check_causal, check_score_head, is_classifier, score_head
 from .image_text import freeze_other_parts, language_auto_class, text_model
-from .parts import quiet, text_config, trunk_name, unwrapped, without_weights
+from .parts import quiet, refuse_compiled, text_config, trunk_name, unwrapped, without_weights
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "base"
@@ -237,6 +237,7 @@ def as_policy(model, name="model", *, dropout=0.0):
     Args:
         name: what it is called in messages.
     """
+    refuse_compiled(model, name)
     is_module = isinstance(model, nn.Module) and hasattr(model, "get_output_embeddings")
     if not is_module or unwrapped(model).get_output_embeddings() is None:
         raise ValueError(
@@ -287,6 +288,7 @@ def as_reward_model(model, name="reward_model"):
     Args:
         name: what it is called in messages.
     """
+    refuse_compiled(model, name)
     if not isinstance(model, nn.Module) or not is_classifier(model):
         raise ValueError(f"{name}: got {type(model).__name__}, wants a sequence classifier of transformers")
     if model.config.num_labels != 1:
@@ -310,6 +312,7 @@ def reward_model_from_policy(
             PEFT merged into them). Any architecture: see `rlhf.models.classifiers`.
     """
     if isinstance(policy, nn.Module):
+        refuse_compiled(policy, "model")
         language_model = _copy_of(policy)
     else:
         options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}

@@ -35,6 +35,28 @@ def without_weights(model_class, config):
         return model_class(config)
 
 
+@contextlib.contextmanager
+def use_cache_kept(model):
+    """Leave `use_cache` of a model's config, which transformers' Trainer overwrites, as it is, or absent."""
+    settings = vars(unwrapped(model).config)
+    before = {name: value for name, value in settings.items() if name == "use_cache"}
+    try:
+        yield
+    finally:
+        settings.pop("use_cache", None)
+        settings.update(before)
+
+
+def refuse_compiled(model, name):
+    """Raise ValueError for a model that torch.compile has wrapped: its parts would run past what was compiled."""
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        raise ValueError(
+            f"{name}: got a {type(inner).__name__} wrapped by torch.compile, wants the model itself "
+            "(model.compile() compiles it in place; sft and dpo have --torch_compile true)"
+        )
+
+
 def brings_code(thing):
     """Whether a model or a config is of code that came with a checkpoint, which was trusted."""
     return type(thing).__module__.startswith("transformers_modules.")

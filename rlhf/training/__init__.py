@@ -5,7 +5,7 @@ from .batches import batch_inputs, encode_rows, make_batch, response_log_probs
 from .callbacks import MetricsFile, StageProgress
 from .config import StageConfig, settings
 from .stage import load_data, load_stage_tokenizer, model_options, set_max_length
-from .trainer import StageTrainer, logger, may_pack, perplexity
+from .trainer import StageTrainer, logger, may_pack
 
 __all__ = [
     "MetricsFile",
@@ -21,7 +21,6 @@ __all__ = [
     "may_pack",
     "model_options",
     "option",
-    "perplexity",
     "response_log_probs",
     "set_max_length",
     "settings",

@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ..data import rows_of
 from ..interrupt import deferred
 from ..models.adapters import add_adapters, check_merge, merged, merged_whole
 from ..models.dropout import residual_dropout_off
+from ..models.parts import use_cache_kept
 from ..models.sequences import packing_pays
 from ..processes import check_launch_settings, check_processes
 from ..settings import refuse
@@ -116,16 +116,17 @@ class StageTrainer(Trainer):
             raise ValueError("peft_config: got one with a model that has adapters already")
         if self.task_type == "CAUSAL_LM":
             models.linear_head(model)  # found now, while the weights are whole
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=self.held_out or None,
-            data_collator=self.collate,
-            processing_class=tokenizer,
-            callbacks=list(callbacks or ()),
-            optimizers=optimizers,
-        )
+        with use_cache_kept(model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train,
+                eval_dataset=self.held_out or None,
+                data_collator=self.collate,
+                processing_class=tokenizer,
+                callbacks=list(callbacks or ()),
+                optimizers=optimizers,
+            )
         self.check_sharding()
         self.digests = digests(self)
         self.model_accepts_loss_kwargs = True
@@ -394,7 +395,3 @@ class StageTrainer(Trainer):
             for old in checkpoint.checkpoints(output):
                 if str(old) not in keep:
                     checkpoint.remove_directory(old)
-
-
-def perplexity(loss):
-    return math.exp(loss) if loss < 700 else math.inf

@@ -1,10 +1,18 @@
 """The stages on models that have no classifier in transformers, and on tokenizers that are larger than their model."""
 
 import json
+import math
 
 import pytest
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+)
 
 from rlhf import (
     DPOConfig,
@@ -68,6 +76,23 @@ def test_granite_from_its_reward_model_to_ppo(tmp_path, use_peft):
         value = models.load_reward_model(tmp_path / "ppo" / "checkpoint-1" / "value")
         assert all(torch.equal(value.state_dict()[name], weight) for name, weight in trainer.value.state_dict().items())
         assert not torch.equal(value.score.weight, reward_model.score.weight)
+
+
+def test_mamba_2_in_bf16_from_its_reward_model_to_ppo(tmp_path):
+    """Its trunk gives fp32 hidden states to the bf16 heads of the reward model and the value network."""
+    tokenizer, sizes = word_tokenizer(), {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "state_size": 8}
+    torch.manual_seed(0)
+    config = Mamba2Config(
+        vocab_size=len(tokenizer), num_hidden_layers=1, n_groups=1, pad_token_id=0, eos_token_id=2, **sizes
+    )
+    models.save_model(Mamba2ForCausalLM(config), tokenizer, tmp_path / "policy")
+    args = RewardConfig(output_dir=str(tmp_path / "reward"), dtype="bfloat16", learning_rate=1e-2, **RUN)
+    RewardTrainer(str(tmp_path / "policy"), args=args, train_dataset=RANKED).train()
+    trainer = ppo(tmp_path, str(tmp_path / "policy"), str(tmp_path / "reward"), dtype="bfloat16", packing="false")
+    trainer.train()
+    assert trainer.value.score.weight.dtype == torch.bfloat16
+    rows = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert math.isfinite(rows[-1]["objective/scores"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,18 @@ import torch
 from transformers import AutoModelForSequenceClassification, EarlyStoppingCallback, TrainerCallback
 
 import rlhf
-from rlhf import DPOConfig, DPOTrainer, PPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer, data, models
+from rlhf import (
+    DPOConfig,
+    DPOTrainer,
+    PPOConfig,
+    PPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+    data,
+    models,
+)
 from rlhf.ppo import train_ppo
 from rlhf.preference import pair_log_probs
 from rlhf.reward import train_reward
@@ -104,6 +115,39 @@ def test_reward_models_start_from_paths(tmp_path, policy, options, kind):
         settings = RewardTrainer(None, config, train_dataset=RANKED)
         argument = RewardTrainer(kind(start), RewardConfig(**options("run")), train_dataset=RANKED)
         assert same(settings.model, argument.model)
+
+
+@pytest.mark.parametrize("before", [True, False, None])
+def test_the_models_use_cache_is_kept(tmp_path, policy, options, before):
+    """In the object and in what is saved, the checkpoint too; None: without one, as some that take images."""
+    model, args = models.load_policy(policy), options("run", max_steps=2, save_steps=1, save_strategy="steps")
+    del model.config.use_cache
+    if before is not None:
+        model.config.use_cache = before
+    SFTTrainer(model, SFTConfig(**args), train_dataset=STORIES, processing_class=word_tokenizer()).train()
+    saved = [json.loads((tmp_path / "run" / name / "config.json").read_text()) for name in (".", "checkpoint-1")]
+    for config in (vars(model.config), *saved):
+        assert config.get("use_cache") is before
+
+
+def test_a_model_wrapped_by_torch_compile_is_refused(tmp_path, policy, options):
+    message = "^{}: got a {} wrapped by torch.compile, wants the model itself .*$"
+    model = torch.compile(models.load_policy(policy))
+    for trainer_class, rows in ((SFTTrainer, STORIES), (RewardTrainer, RANKED), (DPOTrainer, PAIRS)):
+        with pytest.raises(ValueError, match=message.format("model", "LlamaForCausalLM")):
+            trainer_class(
+                model, args=trainer_class.config_class(**options("run")), train_dataset=rows,
+                processing_class=word_tokenizer(),
+            )  # fmt: skip
+    classifier = torch.compile(models.reward_model_from_policy(policy, 0))
+    with pytest.raises(ValueError, match=message.format("reward_model", "LlamaForSequenceClassification")):
+        models.as_reward_model(classifier)
+    args = PPOConfig(output_dir=str(tmp_path / "ppo"), response_length=4, max_steps=1)
+    with pytest.raises(ValueError, match=message.format("model", "LlamaForCausalLM")):
+        PPOTrainer(
+            args, word_tokenizer(), model, reward_model=models.reward_model_from_policy(policy, 0),
+            train_dataset=[{"prompt": "the"}],
+        )  # fmt: skip
 
 
 def test_early_stopping(policy, options):

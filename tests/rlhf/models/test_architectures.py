@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -119,6 +120,29 @@ def test_transformers_loads_a_reward_model_of_granite(tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
     torch.testing.assert_close(loaded.eval()(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("family", ["bart", "granite", "llama4_text", "mamba2"])
+def test_transformers_loads_any_reward_model_as_a_trunk_and_a_head(tmp_path, family):
+    """The other lines of docs/models.md: the language model's own hidden states under `score.weight`."""
+    model = models.reward_model_from_policy(policy(family), 0, pad_token_id=0).eval()
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert report["missing_keys"] <= {"lm_head.weight"} and report["unexpected_keys"] == {"score.weight"}
+    assert not report["mismatched_keys"]
+    head = load_file(tmp_path / "model.safetensors")["score.weight"]
+    hidden = loaded.eval()(IDS, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close((hidden @ head.T).squeeze(-1), models.token_scores(model, IDS))
+
+
+def test_scores_where_the_trunk_is_fp32_and_the_head_bf16():
+    """Mamba 2 keeps fp32 hidden states (residual_in_fp32) whatever its weights are."""
+    model = models.reward_model_from_policy(policy("mamba2").bfloat16(), 0, pad_token_id=0).eval()
+    hidden = trunk(model)(IDS).last_hidden_state
+    assert hidden.dtype == torch.float32 and model.score.weight.dtype == torch.bfloat16
+    expected = (hidden.bfloat16() @ model.score.weight.T).squeeze(-1).float()
+    torch.testing.assert_close(models.token_scores(model, IDS), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(model(IDS).logits.flatten().float(), expected[:, -1], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("family", ["granite", "bart"])
