@@ -10,7 +10,9 @@ whole, the hooks of every wrapper have run, and the hidden states are exactly th
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import threading
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,6 +33,9 @@ class _Found(NamedTuple):
 
 
 _found: weakref.WeakKeyDictionary[nn.Module, _Found] = weakref.WeakKeyDictionary()
+
+_turns: weakref.WeakKeyDictionary[nn.Module, contextlib.AbstractContextManager] = weakref.WeakKeyDictionary()
+_probing = threading.RLock()  # torch's random generators, which a probe puts back, belong to all threads
 
 
 class ModelHead(NamedTuple):
@@ -80,24 +85,49 @@ def _head_of(model: nn.Module) -> nn.Linear:
     return head
 
 
+def _turn(head: nn.Linear) -> contextlib.AbstractContextManager:
+    """The lock of those who replace this head's forward; a thread that has it may take it again."""
+    return _turns.setdefault(head, threading.RLock())  # in one step, so that all threads get the same
+
+
+def _for_this_thread(replacement: Callable[[Tensor], Tensor], otherwise: Callable) -> Callable:
+    """A forward that computes the replacement in the thread that asks for it, and in all others what it was."""
+    thread = threading.get_ident()
+
+    def forward(*args, **kwargs):
+        # torch.compile knows no threads: a compiled model computes the replacement.
+        if torch.compiler.is_dynamo_compiling() or threading.get_ident() == thread:
+            return replacement(*args, **kwargs)
+        return otherwise(*args, **kwargs)
+
+    return forward
+
+
 @contextlib.contextmanager
 def _replaced(head: nn.Linear, forward: Callable[[Tensor], Tensor]):
     """head(x) computes forward(x) inside the block, between the hooks that others have put on it.
 
+    Only in this thread: others compute the head meanwhile, or wait for their turn to replace it.
+
     accelerate keeps the forward that it has wrapped as _old_forward, and has the weights at hand while that runs.
     Through the instance's dict, torch.compile sees that in the end nothing has changed.
     """
-    own = vars(head)
-    name = "_old_forward" if "_old_forward" in own and "_hf_hook" in own else "forward"
-    before = own.get(name)
-    own[name] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del own[name]
-        else:
-            own[name] = before
+    # Not is_compiling(), which is True in every thread while one of them compiles.
+    traced = torch.compiler.is_dynamo_compiling()
+    with contextlib.nullcontext() if traced else _turn(head):
+        own = vars(head)
+        name = "_old_forward" if "_old_forward" in own and "_hf_hook" in own else "forward"
+        before = own.get(name)
+        if not traced:
+            forward = _for_this_thread(forward, before or functools.partial(type(head).forward, head))
+        own[name] = forward
+        try:
+            yield
+        finally:
+            if before is None:
+                del own[name]
+            else:
+                own[name] = before
 
 
 def text_config(model: nn.Module):
@@ -141,7 +171,7 @@ def _probed(model: nn.Module, head: nn.Linear) -> tuple[Tensor, Tensor, list]:
         torch.set_grad_enabled(True)  # from here on to the end of no_grad below: a factor that is trained shows itself
         return probe.to(hidden.device).expand(*hidden.shape[:-1], -1).clone()
 
-    with torch.no_grad(), torch.random.fork_rng(), _replaced(head, forward):
+    with _replaced(head, forward), _probing, torch.random.fork_rng(), torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.int64, device=_token_device(model))
         logits = model(input_ids=token, use_cache=False, **without_router_logits(model)).logits
     return probes[0], logits, shapes
@@ -192,14 +222,19 @@ def _plain(scale: float) -> float:
 def _numbers(model: nn.Module) -> list:
     """The numbers of the config and the factors of the model itself, by which what follows its head may change."""
     places = ((model.config, (int, float)), (text_config(model), (int, float)), (model, (float,)))
-    return [[(name, x) for name, x in vars(place).items() if type(x) in types] for place, types in places]
+    # Another thread's forward may write into the dicts meanwhile: they are copied first.
+    return [[(name, x) for name, x in list(vars(place).items()) if type(x) in types] for place, types in places]
 
 
 def _known(model: nn.Module) -> _Found:
     """What `_after_head` says, measured once for the numbers that there are now."""
     known, numbers = _found.get(model), _numbers(model)
     if known is None or known.numbers != numbers:
-        known = _found[model] = _Found(numbers, _after_head(model, _head_of(model)))
+        head = _head_of(model)
+        with _turn(head):
+            known = _found.get(model)  # by now another thread may have measured it
+            if known is None or known.numbers != numbers:
+                known = _found[model] = _Found(numbers, _after_head(model, head))
     return known
 
 
@@ -249,7 +284,8 @@ def call_with_head(model: nn.Module, function: Callable[[Tensor, ModelHead], Ten
     """Run a causal language model with a function of the hidden states in the place of its LM head.
 
     Gradients flow through the function and the model as they would through logits, also under DDP, FSDP2 and gradient
-    checkpointing. While the call runs, the head is replaced: do not run the model in another thread meanwhile.
+    checkpointing. Calls on one model from several threads take turns, and the model's own forward may run beside them;
+    but run a model that is compiled, or a compiled function that makes the call, in one thread at a time.
 
     Args:
         model: as in `find_head`.
