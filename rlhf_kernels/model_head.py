@@ -131,8 +131,8 @@ def _replaced(head: nn.Linear, forward: Callable[[Tensor], Tensor]):
 
 
 def text_config(model: nn.Module):
-    """The config of the language model in a model of transformers, which may be a part of its config."""
-    config = model.config
+    """The config of a model's text decoder: the model's own, or the part for text of one that takes images too."""
+    config = unwrapped(model).config
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 

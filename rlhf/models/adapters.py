@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from .forward import is_classifier, model_inputs, token_scores, unwrapped
+from .parts import text_config
 
 logger = logging.getLogger("rlhf")
 ALL_LINEAR = "all-linear"
@@ -281,6 +282,5 @@ def check_merge(model, setting):
 
 def _outputs(model):
     """The logits, or scores, of a few tokens."""
-    size = model.config.get_text_config().vocab_size
-    ids = torch.arange(1, 9, device=model.device)[None] % size
+    ids = torch.arange(1, 9, device=model.device)[None] % text_config(model).vocab_size
     return token_scores(model, ids) if is_classifier(model) else model(**model_inputs(model, ids)).logits.float()

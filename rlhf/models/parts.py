@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rlhf_kernels.integrations.transformers import first_position, rope_limit
-from rlhf_kernels.model_head import unwrapped
+from rlhf_kernels.model_head import text_config, unwrapped
 
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 
@@ -60,11 +60,6 @@ def refuse_compiled(model, name):
 def brings_code(thing):
     """Whether a model or a config is of code that came with a checkpoint, which was trusted."""
     return type(thing).__module__.startswith("transformers_modules.")
-
-
-def text_config(model):
-    """The config of a model's text decoder: the model's own, or the part for text of one that takes images too."""
-    return unwrapped(model).config.get_text_config(decoder=True)
 
 
 def hidden_size(model):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_kernels.integrations.transformers import WINDOWS, first_position, has_alibi
-from rlhf_kernels.model_head import without_router_logits
+from rlhf_kernels.model_head import text_config, without_router_logits
 
 from ..models import unwrapped
 
@@ -200,7 +200,7 @@ def cache_name(inner) -> str | None:
 
 def _follows_positions(inner) -> bool:
     """Whether attention finds a token by its position_ids, wherever it stands; Llama 4 scales it by the index."""
-    by_index = getattr(inner.config.get_text_config(decoder=True), "attn_temperature_tuning", False)
+    by_index = getattr(text_config(inner), "attn_temperature_tuning", False)
     return "position_ids" in _parameters(inner) and not by_index
 
 
@@ -209,7 +209,7 @@ def _reads_padding(inner) -> bool:
 
     ALiBi biases need no positions: shifted, they grow by the same number for all keys of a query.
     """
-    config = inner.config.get_text_config(decoder=True)
+    config = text_config(inner)
     carried = set(getattr(config, "layer_types", None) or []) - {"full_attention", *WINDOWS}
     stateful = bool(carried) or getattr(inner, "_is_stateful", False)
     return stateful or not (_follows_positions(inner) or has_alibi(config))
@@ -217,13 +217,13 @@ def _reads_padding(inner) -> bool:
 
 def reads_positions(model) -> bool:
     """Whether texts may stand anywhere in a row, as in continuous batching: told apart by position_ids, from 0 on."""
-    config = unwrapped(model).config.get_text_config(decoder=True)
+    config = text_config(model)
     return way_of(model) == PADDED and not has_alibi(config) and first_position(model) == 0
 
 
 def _holds(model, way: Way) -> bool:
     """Whether texts of two prompts of a few tokens, moved and dropped, have the logits that they have alone."""
-    size = model.config.get_text_config(decoder=True).vocab_size
+    size = text_config(model).vocab_size
     short, long = [[(7 * i + 3) % size for i in range(start, start + 5)] for start in (0, 11)]
     prompts = [short[: 5 if way.lengths == "one" else 2], long]
     following = torch.tensor([(5 * i + 2) % size for i in range(2)], device=model.device)

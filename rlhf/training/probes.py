@@ -54,7 +54,7 @@ def try_model(model, examples, *, packing: str, samples: bool) -> bool:
     name = type(models.unwrapped(model)).__name__
 
     def values(examples, packed=False):
-        batch = make_batch(examples, 0, packed=packed, hidden_size=model.config.get_text_config().hidden_size)
+        batch = make_batch(examples, 0, packed=packed, hidden_size=models.hidden_size(model))
         return batch_values(model, {field: tensor.to(model.device) for field, tensor in batch.items()})
 
     padded, again = values(rows), values(rows)
