@@ -8,7 +8,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -27,11 +27,17 @@ class SFTConfig(StageConfig):
     dropout: float = option(
         0.0, "Dropout on the residual blocks' outputs, a probability (paper: 0.2).", within(0, 1, open_high=True)
     )
+    learn_turns: Literal["all", "last"] = option(
+        "all", "Which assistant turns of a chat are learned: all, or the last; a message's `weight: 0` leaves it out."
+    )
     num_samples: int = option(4, "Held-out prompts to write sample completions for, at each evaluation.", at_least(0))
     sample_length: int = option(64, "Most tokens of a sample completion.", at_least(1))
 
     stage: ClassVar[str] = "sft"
-    groups: ClassVar[dict] = {**StageConfig.groups, "the method": ("dropout", "num_samples", "sample_length")}
+    groups: ClassVar[dict] = {
+        **StageConfig.groups,
+        "the method": ("learn_turns", "dropout", "num_samples", "sample_length"),
+    }
     paper: ClassVar[dict] = {
         "learning_rate": "9.65e-6 at 1.3B and 6B, 5.03e-6 at 175B",
         "per_device_train_batch_size": "32, at 175B 8",

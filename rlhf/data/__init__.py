@@ -12,10 +12,12 @@ from .chat import (
     pad_batch,
 )
 from .files import DataError
-from .rows import KINDS, load_rows, rows_of, split_rows
+from .messages import Chat
+from .rows import KINDS, load_rows, reading, rows_of, split_rows
 
 __all__ = [
     "KINDS",
+    "Chat",
     "DataError",
     "as_text",
     "check_chats",
@@ -27,6 +29,7 @@ __all__ = [
     "fit_prompt",
     "load_rows",
     "pad_batch",
+    "reading",
     "rows_of",
     "split_rows",
 ]

@@ -13,7 +13,20 @@ KINDS = ("sft", "ranked", "preference", "unpaired", "prompts", "text")
 _SHOWN_ERRORS = 10
 
 
-def load_rows(name_or_path, kind, *, split="train", config=None, columns=False):
+def reading(args):
+    """How a run's settings say that data are read, as options of `load_rows` and `rows_of`."""
+    return {
+        "column_map": args.columns,
+        "data_format": args.data_format,
+        "bad_rows": args.bad_rows,
+        "num_proc": args.dataset_num_proc,
+    }
+
+
+def load_rows(
+    name_or_path, kind, *, split="train", config=None, columns=False, column_map=None, data_format="auto",
+    bad_rows="error", num_proc=None,
+):  # fmt: skip
     """Read and check every row of a data file (or of a set of the `datasets` package) before it is used.
 
     Args:
@@ -35,7 +48,7 @@ def load_rows(name_or_path, kind, *, split="train", config=None, columns=False):
     return _checked(read(str(name_or_path), kind, split, config), f"{name_or_path}:1", kind, columns)
 
 
-def rows_of(rows, kind, *, name, columns=False):
+def rows_of(rows, kind, *, name, columns=False, column_map=None, data_format="auto", bad_rows="error", num_proc=None):
     """Check rows that are in memory as `load_rows` checks those of a file.
 
     Args:

@@ -20,6 +20,24 @@ class PPOConfig:
     dataset_name: str | None = option(None, "Prompts: a jsonl, json or parquet file, or a data set's name.")
     dataset_config: str | None = option(None, "Configuration of a named data set.")
     dataset_train_split: str = option("train", "Split of a named data set.")
+    columns: str | None = option(
+        None, "Which columns hold what: prompt=instruction+input; paths into nested rows: prompt=turns[0].text."
+    )
+    data_format: str = option("auto", "How a public data set is read (see `rlhf data --formats`). auto: recognised.")
+    bad_rows: Literal["error", "skip"] = option(
+        "error", "Rows that cannot be used: stop and list them, or leave them out and count them."
+    )
+    dataset_num_proc: int | None = option(
+        None, "Processes that read and encode large data. None: one for each core.", at_least(1)
+    )
+    max_prompt_length: int | None = option(
+        None, "Most tokens of a prompt. None: what response_length leaves of the model's context.", at_least(1)
+    )
+    long_prompts: Literal["truncate", "drop", "error"] = option(
+        "truncate",
+        "A prompt that is too long: cut its left end (of a chat: its oldest turns), drop it, or stop.",
+    )
+    chat_template: str | None = option(None, "Chat template for a model without one: chatml, or a file with one.")
     output_dir: str = option("runs/ppo", "Folder of the run.")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "Weights' type.")
     bf16: bool = option(False, "Mixed precision: products in bfloat16 of weights that stay float32.")

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import checkpoint, models
-from ..data import DataError, as_text, encode_prompt, load_rows, rows_of
+from ..data import DataError, as_text, encode_prompt, load_rows, reading, rows_of
 from ..interrupt import Interrupted, Noted
 from ..models.adapters import merged, merged_whole
 from ..models.sequences import Batch, by_length, cheapest_cut, join, policy_loss, response_values, text_loss
@@ -117,12 +117,12 @@ class PPORun:
     def _load_data(self, train_dataset) -> None:
         args = self.args
         self.tokenizer = self.given.tokenizer(args)
-        columns = bool(self.reward_functions)
+        read = {"columns": bool(self.reward_functions), **reading(args)}
         if train_dataset is None:
             where = {"split": args.dataset_train_split, "config": args.dataset_config}
-            self.prompts = load_rows(args.dataset_name, "prompts", columns=columns, **where)
+            self.prompts = load_rows(args.dataset_name, "prompts", **where, **read)
         else:
-            self.prompts = rows_of(train_dataset, "prompts", name="train_dataset", columns=columns)
+            self.prompts = rows_of(train_dataset, "prompts", name="train_dataset", **read)
         for number, row in enumerate(self.prompts):
             row["prompt_ids"], row["row_number"] = encode_prompt(self.tokenizer, row["prompt"], row["at"]), number
             if not row["prompt_ids"]:

@@ -28,9 +28,21 @@ class StageConfig(TrainingArguments):
     max_length: int | None = option(
         None, "Tokens of prompt and response; default: the model's context, at most 1024.", at_least(2)
     )
-    long_prompts: Literal["truncate", "error"] = option(
-        "truncate", "A prompt that is too long: cut its left end, or stop with an error."
+    long_prompts: Literal["truncate", "drop", "error"] = option(
+        "truncate",
+        "A prompt that is too long: cut its left end (of a chat: its oldest turns), drop the row, or stop.",
     )
+    columns: str | None = option(
+        None, "Which columns hold what: prompt=instruction+input,completion=output; paths: completions[].text."
+    )
+    data_format: str = option("auto", "How a public data set is read (see `rlhf data --formats`); auto: recognised.")
+    bad_rows: Literal["error", "skip"] = option(
+        "error", "Rows that cannot be used: stop and list them, or leave them out and count them."
+    )
+    dataset_num_proc: int | None = option(
+        None, "Processes that read and encode large data. Default: one for each core.", at_least(1)
+    )
+    chat_template: str | None = option(None, "Chat template for a model without one: chatml, or a file with one.")
     packing: Literal["auto", "true", "false"] = option(
         "auto", "Prompts and responses share rows instead of padding; auto: where the model can and it saves time."
     )
@@ -74,8 +86,8 @@ class StageConfig(TrainingArguments):
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "model and data": (
             "model_name_or_path", "dataset_name", "dataset_config", "dataset_train_split", "eval_dataset_name",
-            "dataset_test_split", "eval_fraction", "max_length", "long_prompts", "pad_token", "eos_token",
-            "trust_remote_code",
+            "dataset_test_split", "eval_fraction", "data_format", "columns", "bad_rows", "dataset_num_proc",
+            "max_length", "long_prompts", "chat_template", "pad_token", "eos_token", "trust_remote_code",
         ),
         "the method": (),
         "optimisation": (

@@ -17,13 +17,14 @@ def load_data(args, kind, train_dataset=None, eval_dataset=None):
         raise ValueError(
             "dataset_name: got none, wants the data to train on (--dataset_name FILE, or in Python train_dataset)"
         )
-    options = {"config": args.dataset_config}
+    read = data.reading(args)
+    options = {"config": args.dataset_config, **read}
     if train_dataset is None:
         rows = data.load_rows(args.dataset_name, kind, split=args.dataset_train_split, **options)
     else:
-        rows = data.rows_of(train_dataset, kind, name="train_dataset")
+        rows = data.rows_of(train_dataset, kind, name="train_dataset", **read)
     if eval_dataset is not None:
-        return rows, data.rows_of(eval_dataset, kind, name="eval_dataset")
+        return rows, data.rows_of(eval_dataset, kind, name="eval_dataset", **read)
     if args.eval_dataset_name:
         return rows, data.load_rows(args.eval_dataset_name, kind, split=args.dataset_test_split, **options)
     try:
