@@ -1,0 +1,153 @@
+"""Which format rows are in, and the conversion of them into our fields."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .. import columns
+from ..files import Bad, DataError
+from . import chats, dialogues, instructions, maths, own, pairs, ranked
+
+logger = logging.getLogger("rlhf")
+
+FORMATS = {
+    format.name: format
+    for room in (pairs, ranked, chats, maths, instructions, own)
+    for format in room.FORMATS
+}  # fmt: skip
+OWN, CHAT = "own", ":chat"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How raw rows become rows in our fields.
+
+    Args:
+        name: of the format; None: our own fields, or those that --columns names.
+        note: what is made of the rows, for people; "" if there is nothing to say.
+        each: raw row -> rows in our fields, none or several; raises Bad.
+        whole: in place of `each` where rows belong together: iterator of (at, raw row) -> iterator of (at, row), a Bad
+            in place of a row that cannot be used; else None.
+    """
+
+    name: str | None
+    note: str
+    each: Callable
+    whole: Callable | None = None
+
+
+def conversion(kind, column_map, data_format, first_rows):
+    """The conversion of rows into our fields for a kind of rows.
+
+    Args:
+        kind: as in `load_rows`.
+        column_map: a --columns string, or a dict {field: where}; None: none.
+        data_format: the name of a format, "own" (our own fields), or "auto": our own fields where the first rows have
+            them, else the format that they are in. With ":chat" behind it, prompts in text become messages.
+        first_rows: some raw rows, from the beginning.
+    Raises:
+        ValueError: column_map or data_format cannot be read.
+        DataError: the format does not hold rows of that kind; the first rows are in different formats.
+    """
+    name, chat, rest = data_format.partition(CHAT)
+    if rest:
+        raise ValueError(f"data_format: got {data_format!r}, wants the name of a format, or the name and {CHAT!r}")
+    first_rows = [raw for raw in first_rows if isinstance(raw, dict)]
+    if column_map:
+        if name not in ("auto", OWN):
+            raise ValueError(f"data_format: got {data_format!r} beside columns, which say the same thing; give one")
+        made = _mapped(columns.parse(column_map, kind), first_rows)
+    else:
+        found = _named(name, kind) if name != "auto" else _recognised(kind, first_rows)
+        made = _made(found, kind) if found else Conversion(None, "", lambda raw: [raw])
+    return _as_chat(made) if chat else made
+
+
+def _mapped(parsed, first_rows):
+    held = {name for raw in first_rows for name in raw}
+    for parts in parsed.values():
+        for part in parts:
+            if first_rows and isinstance(part, columns.Path) and part.column not in held:
+                logger.warning("columns: none of the first %d rows has %r", len(first_rows), part.column)
+    return Conversion(None, "", lambda raw: [columns.apply(parsed, raw)])
+
+
+def _named(name, kind):
+    wanted = name.lower().replace("_", "-")
+    if wanted == OWN:
+        return None
+    if wanted not in FORMATS:
+        raise ValueError(f"data_format: got {name!r}, wants auto, {OWN}, {', '.join(FORMATS)}")
+    if kind not in FORMATS[wanted].kinds:
+        raise DataError(_holds_others(FORMATS[wanted], kind))
+    return FORMATS[wanted]
+
+
+def _holds_others(format, kind):
+    return f"data_format: {format.name} holds rows of the kind {', '.join(format.kinds)}, not {kind}"
+
+
+def _recognised(kind, first_rows):
+    """The format of the first rows; None: our own, or one that is not known."""
+    found = {}
+    for raw in first_rows:
+        names = _formats_of(raw, kind)
+        if names:
+            found.setdefault(names[0], raw)
+    if len(found) > 1:
+        looks = "; ".join(f"{name} ({', '.join(map(repr, raw))})" for name, raw in found.items())
+        raise DataError(f"data_format: the first rows are in different formats: {looks}; say which it is")
+    if found:
+        return FORMATS.get(next(iter(found)))
+    for format in FORMATS.values():
+        if format.auto and any(map(format.detect, first_rows)) and not any(own.holds(raw, kind) for raw in first_rows):
+            raise DataError(_holds_others(format, kind))
+    return None
+
+
+def _formats_of(raw, kind):
+    """Names of the formats that a row is in, the likeliest first."""
+    fitting = [format for format in FORMATS.values() if format.auto and kind in format.kinds and format.detect(raw)]
+    is_own = own.holds(raw, kind)
+    if is_own:
+        fitting = [format for format in fitting if kind in format.over_own]
+    return [format.name for format in fitting] + [OWN] * is_own
+
+
+def _made(format, kind):
+    note = format.kinds[kind]
+    if format.group is None:
+        return Conversion(format.name, note, lambda raw: format.convert(raw, kind))
+    return Conversion(format.name, note, lambda raw: format.convert([raw], kind), _grouped(format, kind))
+
+
+def _grouped(format, kind):
+    def whole(found):
+        groups = {}
+        for at, raw in found:
+            if not isinstance(raw, dict):
+                yield at, raw
+                continue
+            try:
+                groups.setdefault(format.group(raw), (at, []))[1].append(raw)
+            except Bad as error:
+                yield at, error
+        for at, raws in groups.values():
+            try:
+                yield from [(at, row) for row in format.convert(raws, kind)]
+            except Bad as error:
+                yield at, error
+
+    return whole
+
+
+def _as_chat(made):
+    def each(raw):
+        return [dialogues.as_chat(row) for row in made.each(raw)]
+
+    def whole(found):
+        for at, row in made.whole(found):
+            yield at, dialogues.as_chat(row) if isinstance(row, dict) else row
+
+    note = "; ".join(filter(None, (made.note, "prompts in text become messages")))
+    return Conversion(made.name, note, each, whole if made.whole else None)
