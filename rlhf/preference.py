@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy
 import torch
 from accelerate.utils import gather_object
 
 from rlhf_kernels import preference_loss
 
 from . import models, training
+from .data.store import Mapped
 from .ranges import above, at_least, option, within
 from .training import StageConfig, StageTrainer
 
@@ -136,13 +138,14 @@ class DPOTrainer(StageTrainer):
         if not self.is_sharded:
             self.model.to(self.args.device)
         model.eval()
+        found = numpy.empty((len(examples), 2), numpy.float32)
         with self.accelerator.split_between_processes(list(range(len(examples))), apply_padding=True) as own:
-            batches = self.batches([examples[index] for index in own])
+            batches = self.batches(Mapped(examples.__getitem__, own))
             with self.accelerator.autocast():  # as the log-probs that they are held against
-                rows = [row for batch in batches for row in pair_log_probs(model, batch)[0].tolist()]
-            found = dict(gather_object(list(zip(own, rows, strict=True))))
-        for index, example in enumerate(examples):
-            example["ref_log_probs"] = found[index]
+                values = [pair_log_probs(model, batch)[0].float().cpu().numpy() for batch in batches]
+            for numbers, rows in gather_object([(own, numpy.concatenate(values))]):
+                found[numbers] = rows
+        examples.add("ref_log_probs", found)
 
     def evaluate_rows(self, examples):
         sums = {}

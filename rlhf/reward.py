@@ -7,6 +7,8 @@ example and never part. At the end the scores are shifted so that demonstrations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -16,6 +18,8 @@ from rlhf_kernels import bradley_terry_loss, plackett_luce_loss
 
 from . import data, models, training
 from .data import rankings
+from .data.examples import Examples
+from .data.store import Mapped, take
 from .ranges import at_least, option
 from .reports.reward_model import labeler_agreement, ranking_report, report_table
 from .training import StageConfig, StageTrainer, logger
@@ -88,8 +92,8 @@ class RewardTrainer(StageTrainer):
         )  # fmt: skip
 
     def check_data(self, args, train, held_out):
-        check_margins(args, train + held_out)
-        self.agreement = labeler_agreement(train + held_out)
+        check_margins(args, chain(train, held_out))
+        self.agreement = labeler_agreement(chain(train, held_out))
         self.demonstrations = data.load_rows(args.demonstrations, "sft") if args.demonstrations else best_ranked(train)
 
     def load_model(self, args, model, tokenizer):
@@ -106,8 +110,7 @@ class RewardTrainer(StageTrainer):
     def before_training(self):
         rows, options = self.demonstrations, {"what": "demonstration"}
         self.demonstrations = training.encode_rows(self.tokenizer, rows, ("completion",), self.args, **options)
-        for example in self.demonstrations:
-            example["row"] = {**example["row"], "ranks": [0]}
+        self.demonstrations.rows = Mapped(_alone, rows)
 
     def finish(self):
         summary = {**self.last_evaluation(), **self.agreement}
@@ -157,8 +160,13 @@ class RewardTrainer(StageTrainer):
         scores, loss = self.scores(examples)
         if not all(math.isfinite(score) for group in scores for score in group):
             raise FloatingPointError(f"step {self.state.global_step}: scores are not finite; lower --learning_rate")
-        known = {example["row"].get("labeler") for example in self.train_dataset}
-        return {"loss": loss, **ranking_report(scores, [example["row"] for example in examples], known)}
+        return {"loss": loss, **ranking_report(scores, [example["row"] for example in examples], self.labelers)}
+
+    @cached_property
+    def labelers(self):
+        """Those of the training rankings."""
+        examples = Examples.of(self.train_dataset)
+        return {examples.row(number).get("labeler") for number in range(len(examples))}
 
 
 def calibrate(trainer, demonstrations):
@@ -200,25 +208,36 @@ def training_examples(tokenizer, rows, args):
     ties = args.ties == "half" and args.loss_type == "bradley_terry"
     rows = rows if ties else decided(rows)
     examples = training.encode_rows(tokenizer, rows, ("completions",), args, what="training")
-    return rankings.apart(examples, ties=ties) if args.comparisons == "shuffled" else examples
+    return examples.pairs(ties=ties) if args.comparisons == "shuffled" else examples
 
 
 def best_ranked(rows):
     """The best-ranked response of each row (the first of several), as demonstrations."""
-    best = [row["completions"][row["ranks"].index(min(row["ranks"]))] for row in rows]
-    return [{"prompt": row["prompt"], "completion": text, "at": row["at"]} for row, text in zip(rows, best)]
+    return Mapped(_best, rows)
+
+
+def _best(row):
+    best = row["ranks"].index(min(row["ranks"]))
+    return {"prompt": row["prompt"], "completion": row["completions"][best], "at": row["at"]}
+
+
+def _alone(row):
+    return {**row, "ranks": [0]}
 
 
 def check_margins(args, rows):
     """Margins belong to pairs, which a ranking as a whole does not have."""
+    if args.loss_type != "plackett_luce":
+        return
     at = next((row["at"] for row in rows if "margins" in row), None)
-    if at and args.loss_type == "plackett_luce":
+    if at:
         raise ValueError(f"loss_type: plackett_luce knows no margins, but {at} holds one; use bradley_terry")
 
 
 def decided(rows):
     """The rows that have a pair: not all responses tied."""
-    kept = [row for row in rows if len(set(row["ranks"])) > 1]
-    if len(kept) < len(rows):
-        logger.warning("left out %d of %d rankings: all their responses are tied", len(rows) - len(kept), len(rows))
-    return kept
+    kept = [number for number, row in enumerate(rows) if len(set(row["ranks"])) > 1]
+    if len(kept) == len(rows):
+        return rows
+    logger.warning("left out %d of %d rankings: all their responses are tied", len(rows) - len(kept), len(rows))
+    return take(rows, kept)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy
 import torch
 
 from . import data, models, training
+from .data.examples import Examples
 from .models.sequences import label_loss
 from .ranges import at_least, option, within
 from .training import StageConfig, StageTrainer
@@ -103,7 +105,9 @@ class SFTTrainer(StageTrainer):
         merged = {}
         for number, example in enumerate(examples):
             key = tuple(example["prompt"]) if "prompt" in example["row"] else number  # plain texts stay apart
-            merged.setdefault(key, {**example, "responses": []})["responses"] += example["responses"]
+            whole = merged.setdefault(key, {**example, "responses": [], "learned": []})
+            whole["responses"] += example["responses"]
+            whole["learned"] += example.get("learned") or [None] * len(example["responses"])
         return super().collate(list(merged.values()))
 
     def count_items(self, batch):
@@ -145,7 +149,8 @@ class SFTTrainer(StageTrainer):
             self.append_samples(examples, completions)
 
     def shown(self, examples):
-        return [example for example in examples if "prompt" in example["row"]][: self.args.num_samples]
+        examples = Examples.of(examples)
+        return [examples[number] for number in numpy.flatnonzero(~examples.is_text)[: self.args.num_samples]]
 
     def sample_completions(self, examples, most=None):
         """Completions of prompts, at most `most` tokens each, without touching the run's random numbers.

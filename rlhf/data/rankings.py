@@ -1,4 +1,4 @@
-"""A ranking of K completions: what its row may say beside the order, its pairs, and a ranking taken apart into pairs.
+"""A ranking of K completions: what its row may say beside the order, and its pairs.
 
 Optional fields of a ranked row:
 
@@ -110,24 +110,6 @@ def decided_pairs(ranks):
     """[(better, worse), ...], the index pairs of all completions that are not tied."""
     ordered = (sorted(pair, key=lambda index: ranks[index]) for pair in combinations(range(len(ranks)), 2))
     return [(better, worse) for better, worse in ordered if ranks[better] != ranks[worse]]
-
-
-def apart(examples, *, ties=False):
-    """Every pair of every ranking as an example of its own, of the weight of its ranking.
-
-    Args:
-        examples: of `training.encode_rows`.
-        ties: True makes examples of the tied pairs too.
-    """
-    found = []
-    for example in examples:
-        row = example["row"]
-        ranks = row["ranks"]
-        tied = [pair for pair in combinations(range(len(ranks)), 2) if ranks[pair[0]] == ranks[pair[1]]] if ties else []
-        for pair in decided_pairs(ranks) + tied:
-            responses = [example["responses"][index] for index in pair]
-            found.append({**example, "responses": responses, "row": keep(row, pair)})
-    return found
 
 
 def tensors(rows):

@@ -187,8 +187,10 @@ def labeler_agreement(rows):
     """
     decided = {}
     for row in rows:
+        if "labeler" not in row:
+            continue
         texts = [json.dumps(text) for text in row["completions"]]
-        for better, worse in row.get("pairs", decided_pairs(row["ranks"])) if "labeler" in row else ():
+        for better, worse in row.get("pairs", decided_pairs(row["ranks"])):
             pair = (json.dumps(row["prompt"]), *sorted((texts[better], texts[worse])))
             decided.setdefault(pair, {}).setdefault(row["labeler"], texts[better])
     agreed = [

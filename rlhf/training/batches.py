@@ -4,70 +4,21 @@ A batch holds rows of tokens and says which of their hidden states matter, so th
 once, its responses behind it) go through one and the same loss.
 """
 
-import logging
+import itertools
 
 import torch
 
 from rlhf_kernels import pack_responses
 
 from .. import data, models
-from ..data import rankings
+from ..data.examples import encode_rows
 from ..models.sequences import label_log_probs
 
-logger = logging.getLogger("rlhf")
-
-
-def encode_rows(tokenizer, rows, names, args, *, what):
-    """Ids of each row's prompt and completions: {"prompt": ids, "responses": [ids, ...], "row": row}.
-
-    All completions of a row get the same prompt, cut on the left so that the longest completion fits. A row with a
-    completion that does not fit is dropped (of a ranking, that completion only, as long as a pair is left). Both are
-    counted and told.
-
-    Args:
-        names: fields that hold completions, or one field that holds a list of them.
-        what: the name of these rows in messages.
-    Raises:
-        ValueError: no row is left; a long prompt under long_prompts="error".
-    """
-    encoded, dropped, cut = [], 0, 0
-    for row in rows:
-        prompt, responses = _encode_row(tokenizer, row, names)
-        if not prompt:
-            raise data.DataError(f"{row['at']}: the {'text' if 'text' in row else 'prompt'} gives no tokens")
-        if names == ("completions",) and max(map(len, responses)) >= args.max_length:
-            kept = [index for index, ids in enumerate(responses) if len(ids) < args.max_length]
-            row = rankings.keep(row, kept)
-            responses = [responses[index] for index in kept] if len(set(row["ranks"])) > 1 else responses
-        room = args.max_length - max(map(len, responses))
-        if room < 1:
-            dropped += 1
-            continue
-        fitted = data.fit_prompt(tokenizer, prompt, room, args.long_prompts, f"{row['at']}: ")
-        cut += len(fitted) < len(prompt)
-        encoded.append({"prompt": fitted, "responses": responses, "row": row})
-    limit = f"max_length {args.max_length}"
-    if cut:
-        logger.warning("cut the left end of %d of %d %s prompts to fit into %s", cut, len(rows), what, limit)
-    if dropped:
-        logger.warning("dropped %d of %d %s rows: a completion alone fills %s", dropped, len(rows), what, limit)
-    if rows and not encoded:
-        raise ValueError(f"max_length: got {args.max_length}, too short for every completion of the {what} rows")
-    return encoded
-
-
-def _encode_row(tokenizer, row, names):
-    if "text" in row:
-        ids = data.encode_text(tokenizer, row["text"])
-        return (ids[:1], [ids[1:]]) if len(ids) > 1 else ([], [[]])  # the end alone
-    texts = row["completions"] if names == ("completions",) else [row[name] for name in names]
-    return data.encode_prompt(tokenizer, row["prompt"], row["at"]), [
-        data.encode_completion(tokenizer, text) for text in texts
-    ]
+__all__ = ["batch_inputs", "batch_scores", "batch_values", "encode_rows", "make_batch", "response_log_probs"]
 
 
 def make_batch(examples, pad_id, *, packed, hidden_size=768):
-    """One forward pass over examples of `encode_rows`.
+    """One forward pass over examples of `encode_rows`. Tokens that are not `learned` are read, and are no labels.
 
     Returns:
         input_ids [B, T]; position_ids [B, T]; attention_mask [B, T] bool, or if packed, for `models.model_inputs`:
@@ -79,10 +30,26 @@ def make_batch(examples, pad_id, *, packed, hidden_size=768):
     prompts, responses = [ex["prompt"] for ex in examples], [ex["responses"] for ex in examples]
     if packed:
         rows = pack_responses(prompts, responses, pad_token_id=pad_id)
-        fields = rows._asdict()
-        layout = fields.pop("layout")
-        return {**fields, "attention_mask": layout if rows.two_part_is_faster(hidden_size) else rows.attention_mask}
-    return _padded(prompts, responses, pad_id)
+        batch = rows._asdict()
+        layout = batch.pop("layout")
+        batch["attention_mask"] = layout if rows.two_part_is_faster(hidden_size) else rows.attention_mask
+    else:
+        batch = _padded(prompts, responses, pad_id)
+    if any("learned" in example for example in examples):
+        batch.update(_learned(batch, examples))
+    return batch
+
+
+def _learned(batch, examples):
+    """The labels of a batch that are learned, and which response each of them belongs to."""
+    masks = []
+    for example in examples:
+        learned = example.get("learned") or [None] * len(example["responses"])
+        masks += [mask or [True] * len(ids) for mask, ids in zip(learned, example["responses"], strict=True)]
+    keep = torch.tensor(list(itertools.chain.from_iterable(masks)), dtype=torch.bool)
+    kept = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
+    fields = {name: batch[name][keep] for name in ("label_rows", "labels")}
+    return {**fields, "cu_responses": kept[batch["cu_responses"]]}
 
 
 def _padded(prompts, responses, pad_id):

@@ -6,9 +6,11 @@ what is sampled from is what is scored. A few forwards tell, before any step is 
 
 import logging
 
+import numpy
 import torch
 
 from .. import models
+from ..data.examples import Examples
 from ..models.sequences import join, response_log_probs
 from ..rollouts.decoding import Texts, way_of
 from .batches import batch_values, make_batch
@@ -33,9 +35,14 @@ def gap(first, second, dtype) -> float:
 
 
 def longest(examples) -> list[dict]:
-    """A few of the longest examples, each with a few of its responses."""
-    order = sorted(examples, key=lambda row: len(row["prompt"]) + max(map(len, row["responses"])), reverse=True)
-    return [{**row, "responses": sorted(row["responses"], key=len)[-RESPONSES:]} for row in order[:ROWS]]
+    """A few of the longest examples, each with a few of its responses, of which all tokens are looked at."""
+    examples = Examples.of(examples)
+    order = numpy.argsort(-examples.lengths, kind="stable")[:ROWS]
+    rows = [examples[number] for number in order]
+    return [
+        {"prompt": row["prompt"], "responses": sorted(row["responses"], key=len)[-RESPONSES:], "row": row["row"]}
+        for row in rows
+    ]
 
 
 @torch.no_grad()
@@ -102,11 +109,13 @@ def packs(off: float, most: float, what: str, packing: str) -> bool:
 
 
 def _sampling_gap(model, examples) -> float:
-    order = sorted((row for row in examples if "prompt" in row["row"]), key=lambda row: len(row["prompt"]))
-    if not order:
+    examples = Examples.of(examples)
+    asked = numpy.flatnonzero(~examples.is_text)
+    if not len(asked):
         return 0.0
-    prompts = [order[0]["prompt"], order[-1]["prompt"]]
-    tokens = [order[0]["responses"][0][0], order[-1]["responses"][0][0]]
+    order = asked[numpy.argsort(examples.prompt_lengths[asked], kind="stable")]
+    ends = [examples[order[0]], examples[order[-1]]]
+    prompts, tokens = [row["prompt"] for row in ends], [row["responses"][0][0] for row in ends]
     scored, _ = response_log_probs(model, join(prompts, [[token] for token in tokens], model.device), temperature=1.0)
     return gap(sampler_log_probs(model, prompts, tokens), scored, model.dtype)
 

@@ -9,9 +9,10 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from ..checkpoint import write_json
+from ..data import store
 from ..interrupt import Interrupted
 from ..processes import agreed_signal
-from ..same_run import check_same_run, digest, weights_digest
+from ..same_run import check_same_run, weights_digest
 
 RECORD, LOG_STATE = "same_run.json", "log_state.pt"
 LOGGED = ("_sums", "_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
@@ -57,16 +58,9 @@ def digests(trainer) -> dict:
     rows = {"dataset_name": trainer.train_dataset, "eval_dataset_name": trainer.held_out}
     compared = {**rows, "model_name_or_path": trainer.model, **trainer.also_compared()}
     return {
-        name: weights_digest(content)
-        if isinstance(content, torch.nn.Module)
-        else digest([_content(example) for example in content])
+        name: weights_digest(content) if isinstance(content, torch.nn.Module) else store.digest(content).hex()[:16]
         for name, content in compared.items()
     }
-
-
-def _content(example):
-    row = {name: value for name, value in example.get("row", example).items() if name != "at"}
-    return [example.get("prompt"), example.get("responses"), row]
 
 
 def _plain(value):

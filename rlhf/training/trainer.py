@@ -1,6 +1,5 @@
 """transformers' Trainer with what the SFT, reward and preference stages have in common."""
 
-import itertools
 import logging
 from contextlib import nullcontext
 from pathlib import Path
@@ -88,8 +87,7 @@ class StageTrainer(Trainer):
         set_max_length(args, model)
         self.args, self.tokenizer = args, tokenizer
         train, self.held_out = self.encode(train, "training"), self.encode(held_out, "held-out")
-        read = (ids for row in (*train, *self.held_out) for ids in (row["prompt"], *row["responses"]))
-        models.check_token_ids(model, tokenizer, itertools.chain.from_iterable(read))
+        models.check_token_ids(model, tokenizer, [rows.largest_id for rows in (train, self.held_out)])
         if hasattr(model, "get_base_model"):
             check_merge(model, "model")
         self.can_pack = may_pack(args, model)

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 
 from rlhf import cli, data, evaluate, models, reward, training
-from rlhf.data import rankings
+from rlhf.data.examples import Examples
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.reward import train_reward
 from rlhf.rollouts.sampling import Rollouts
@@ -166,7 +166,7 @@ def test_shuffled_pairs_meet_each_response_k_minus_1_times(settings, tmp_path):
     alone = make_trainer(
         settings(dataset_name=path, per_device_train_batch_size=1, eval_strategy="no", save_strategy="no")
     )
-    alone.train_dataset = rankings.apart(whole.train_dataset)
+    alone.train_dataset = whole.train_dataset.pairs()
     assert len(alone.train_dataset) == sum(math.comb(len(ex["responses"]), 2) for ex in whole.train_dataset)
     updates, collate = Counter(), alone.data_collator
 
@@ -188,7 +188,7 @@ def test_shuffled_pairs_have_the_loss_of_their_rankings(settings, tmp_path):
     """At one parameter vector: the mean over all pairs is the mean of the prompts' losses, weighed by C(K, 2)."""
     args = settings(dataset_name=write_jsonl(tmp_path / "plain.jsonl", tiny_reward.rankings(6)), dtype="float64")
     trainer = make_trainer(args)
-    pairs = rankings.apart(trainer.train_dataset)
+    pairs = trainer.train_dataset.pairs()
     losses = [trainer.compute_loss(trainer.model, trainer.collate([ex])).item() for ex in trainer.train_dataset]
     counts = [math.comb(len(ex["responses"]), 2) for ex in trainer.train_dataset]
     assert sorted(set(counts)) == [1, 6, 36]
@@ -197,7 +197,7 @@ def test_shuffled_pairs_have_the_loss_of_their_rankings(settings, tmp_path):
     assert_same(shuffled, expected)
     nine = [ex for ex in trainer.train_dataset if len(ex["responses"]) == 9]
     losses = [
-        trainer.compute_loss(trainer.model, trainer.collate(part)).item() for part in (nine, rankings.apart(nine))
+        trainer.compute_loss(trainer.model, trainer.collate(part)).item() for part in (nine, Examples.of(nine).pairs())
     ]
     assert_same(losses[0], losses[1])
 

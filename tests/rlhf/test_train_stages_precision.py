@@ -65,7 +65,7 @@ def test_losses_and_evaluations_are_of_bf16_products(make, stage):
 
 def test_dpo_holds_mixed_log_probs_against_mixed_ones(make):
     trainer = make("dpo", bf16=True)
-    examples = list(trainer.train_dataset)
+    examples = trainer.train_dataset
     batch = trainer.collate(examples)
     trainer.model.eval()
     with torch.no_grad():

@@ -5,6 +5,7 @@ import torch
 
 from rlhf import data
 from rlhf.data import rankings
+from rlhf.data.examples import Examples
 from tests.tiny import write_jsonl
 
 ROW = {"prompt": "a", "completions": ["b", "c", "d"], "ranks": [0, 1, 1]}
@@ -82,11 +83,11 @@ def test_decided_pairs():
 def test_apart_makes_every_pair_an_example():
     row = {**ROW, "margins": MATRIX, "weight": 2.0, "labeler": "ann"}
     example = {"prompt": [1], "responses": [[2], [3], [4]], "row": row}
-    found = rankings.apart([example])
+    found = Examples.of([example]).pairs()
     assert [ex["responses"] for ex in found] == [[[2], [3]], [[2], [4]]]
     assert all(ex["row"]["ranks"] == [0, 1] and ex["row"]["weight"] == 2.0 and ex["prompt"] == [1] for ex in found)
     assert [ex["row"]["margins"][0][1] for ex in found] == [1.5, 2]
-    with_ties = rankings.apart([example], ties=True)
+    with_ties = Examples.of([example]).pairs(ties=True)
     assert [ex["row"]["ranks"] for ex in with_ties] == [[0, 1], [0, 1], [1, 1]]
 
 
