@@ -1,10 +1,13 @@
 """Rows that cannot be used: all of them told by file and line, as one error, or left out and counted."""
 
 import logging
+import re
 
 from .files import DataError
 
 logger = logging.getLogger("rlhf")
+
+SHOWN = 100
 
 
 class Problems:
@@ -23,9 +26,47 @@ class Problems:
         self.found.append((at, str(reason)))
 
     def settle(self, total):
-        """Raise, or tell, what was found among `total` rows."""
-        lines = [f"{at}: {reason}" for at, reason in self.found]
-        if lines and self.bad_rows == "error":
-            raise DataError("\n".join(lines))
-        if lines:
-            logger.warning("left out %d of %d rows:\n%s", len(lines), total, "\n".join(lines))
+        """Raise, or tell, what was found among `total` rows; where all of them are bad it raises in any case."""
+        if not self.found:
+            return
+        bad = len({at for at, _ in self.found})
+        if self.bad_rows == "error" or bad >= total:
+            raise DataError("\n".join(self._listed()))
+        logger.warning("left out %d of %d rows:\n%s", bad, total, "\n".join(by_reason(self.found)))
+
+    def _listed(self):
+        lines = [f"{at}: {reason}" for at, reason in self.found[:SHOWN]]
+        rest = self.found[SHOWN:]
+        if rest:
+            lines += [f"and {len(rest)} more:", *by_reason(rest)]
+        return lines
+
+
+def by_reason(found):
+    """One line for each reason among (at, reason) pairs, with all its places; lines in a row as "file:3-7"."""
+    groups = {}
+    for at, reason in found:
+        groups.setdefault(_NAMED.sub("*", reason), (reason, []))[1].append(at)
+    return [f"{', '.join(_places(places))}: {reason}" for reason, places in groups.values()]
+
+
+_NAMED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+(?:\.\d+)?")  # what differs from row to row
+_PLACE = re.compile(r"(.*?[:\[])(\d+)(\]?)", re.DOTALL)
+
+
+def _places(places):
+    """ "file:3", "file:4", "file:5", "file:9" as "file:3-5,9"; places of another form as they are."""
+    spans = []
+    for at in places:
+        found = _PLACE.fullmatch(at)
+        start, number, end = (found[1], int(found[2]), found[3]) if found else (at, None, "")
+        last = spans[-1] if spans else None
+        if last is None or number is None or last["of"] != (start, end):
+            spans.append({"of": (start, end), "runs": [] if number is None else [[number, number]]})
+        elif last["runs"] and number == last["runs"][-1][1] + 1:
+            last["runs"][-1][1] = number
+        else:
+            last["runs"].append([number, number])
+    for span in spans:
+        runs = ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in span["runs"])
+        yield f"{span['of'][0]}{runs}{span['of'][1]}"

@@ -10,8 +10,10 @@ Optional fields of a ranked row:
   loss takes all pairs of the ranking, as the paper's does.
 """
 
+import contextlib
 import math
 from itertools import combinations
+from numbers import Real
 
 OPTIONAL = ("weight", "margin", "margins", "labeler", "pairs")
 
@@ -19,17 +21,44 @@ OPTIONAL = ("weight", "margin", "margins", "labeler", "pairs")
 def ranks_of(name, values, count):
     """Ranks 0, 1, ... (lower is better, equal is a tie) from a row's `ranks` (lower is better) or `scores` (higher is).
 
+    Numbers may be written as strings.
+
     Raises:
         ValueError: no list of `count` finite numbers.
     """
     if not isinstance(values, list) or len(values) != count:
         got = f"{len(values)}" if isinstance(values, list) else type(values).__name__
         raise ValueError(f"`{name}` must be a list as long as `completions` ({count}), got {got}")
-    for value in values:
-        if not _is_finite(value):
+    numbers = [_number(value) for value in values]
+    for number, value in zip(numbers, values):
+        if not _is_finite(number):
             raise ValueError(f"`{name}` must hold finite numbers, got {value!r}")
-    better_first = sorted(set(values), reverse=name == "scores")
-    return [better_first.index(value) for value in values]
+    better_first = sorted(set(numbers), reverse=name == "scores")
+    return [better_first.index(number) for number in numbers]
+
+
+def _number(value):
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
+def ranks_of_row(raw, count):
+    """Ranks of a row that holds `ranks`, `scores`, or both that say the same order.
+
+    Raises:
+        ValueError: what is wrong with one of them, or one puts above what the other puts below.
+    """
+    found = [ranks_of(name, raw[name], count) for name in ("ranks", "scores") if name in raw]
+    for i, j in combinations(range(count), 2):
+        if len(found) > 1 and (found[0][i] - found[0][j]) * (found[1][i] - found[1][j]) < 0:
+            raise ValueError(
+                f"`ranks` (lower is better) and `scores` (higher is better) contradict each other: completions {i} and "
+                f"{j} have the ranks {raw['ranks'][i]} and {raw['ranks'][j]}, the scores {raw['scores'][i]} and "
+                f"{raw['scores'][j]}; give one of the two"
+            )
+    return found[0]
 
 
 def optional_fields(raw, count):
@@ -63,7 +92,7 @@ def optional_fields(raw, count):
 
 def _is_finite(value):
     try:
-        return type(value) in (int, float) and math.isfinite(value)
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer beyond all floats
         return False
 

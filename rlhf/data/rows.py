@@ -1,16 +1,26 @@
 """Reading the user's data: every row is checked before any training starts, and a bad one is named by file and line."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
 
 from . import rankings
 from .files import Bad, DataError, read
+from .messages import (
+    Chat,
+    after_last_question,
+    check_answer,
+    joined,
+    lacks,
+    messages_of,
+    prompt_of,
+    text_of,
+    with_template_inputs,
+)
+from .problems import Problems
 
 KINDS = ("sft", "ranked", "preference", "unpaired", "prompts", "text")
-
-
-_SHOWN_ERRORS = 10
 
 
 def reading(args):
@@ -37,15 +47,16 @@ def load_rows(
             `chosen` + `rejected`), "unpaired" (`prompt` + `completion` + `label`), "prompts", "text" (or a text file).
         split, config: which split of a folder or of a named data set, and which configuration of the latter.
         columns: True keeps the other fields of a row too, unchecked.
+        bad_rows: "error" raises for them, "skip" leaves them out and tells how many and why.
     Returns:
         Dicts with the fields of their kind and (but for `columns`) no other, and `at`, the place a row came from
-        ("file:line"). A string `context` has been put before the prompt, one empty line between. Ranks are integers,
-        lower is better.
+        ("file:line"). A prompt of messages is a Chat and its completions are lists of messages; else all are strings.
+        Ranks are integers, lower is better.
     Raises:
         DataError: what is wrong, by file and line; also when the file is missing or holds no rows.
     """
     _check_kind(kind)
-    return _checked(read(str(name_or_path), kind, split, config), f"{name_or_path}:1", kind, columns)
+    return _checked(read(str(name_or_path), kind, split, config), f"{name_or_path}:1", kind, columns, bad_rows)
 
 
 def rows_of(rows, kind, *, name, columns=False, column_map=None, data_format="auto", bad_rows="error", num_proc=None):
@@ -53,7 +64,7 @@ def rows_of(rows, kind, *, name, columns=False, column_map=None, data_format="au
 
     Args:
         rows: dicts, in a list or a `datasets.Dataset`; or a file, as in `load_rows`. A field that is None is absent.
-        kind, columns: as in `load_rows`.
+        kind, columns, column_map, data_format, bad_rows, num_proc: as in `load_rows`.
         name: the argument that holds the rows, for messages.
     Returns:
         As `load_rows`; `at` is `name[index]`.
@@ -63,18 +74,17 @@ def rows_of(rows, kind, *, name, columns=False, column_map=None, data_format="au
     """
     _check_kind(kind)
     if isinstance(rows, (str, Path)):
-        return load_rows(rows, kind, columns=columns)
+        options = {"column_map": column_map, "data_format": data_format, "bad_rows": bad_rows, "num_proc": num_proc}
+        return load_rows(rows, kind, columns=columns, **options)
     if isinstance(rows, dict):
         raise ValueError(f"{name}: got a {type(rows).__name__} of {', '.join(map(str, rows))}, wants one split's rows")
     if not hasattr(rows, "__iter__"):
         raise ValueError(f"{name}: got {type(rows).__name__}, wants a list of dicts, a datasets.Dataset or a file")
-    return _checked(_in_memory(rows, name), name, kind, columns)
+    return _checked(_in_memory(rows, name), name, kind, columns, bad_rows)
 
 
 def _in_memory(rows, name):
     for index, row in enumerate(rows):
-        if isinstance(row, dict):
-            row = {field: value for field, value in row.items() if value is not None}
         yield f"{name}[{index}]", row
 
 
@@ -83,100 +93,83 @@ def _check_kind(kind):
         raise ValueError(f"kind: got {kind!r}, wants one of {', '.join(KINDS)}")
 
 
-def _checked(found, name, kind, columns):
-    """The rows among ("place", row) pairs, all of them good, or a DataError that lists the bad ones."""
-    rows, problems = [], []
-    for at, raw in found:
+def _checked(found, name, kind, columns, bad_rows):
+    """The rows among ("place", row) pairs; the bad ones are an error, or left out."""
+    rows, problems, total = [], Problems(bad_rows), 0
+    for total, (at, raw) in enumerate(found, start=1):  # noqa: B007
         try:
             if isinstance(raw, Bad):
                 raise raw
-            if not isinstance(raw, dict):
-                raise Bad(f"a row must be a JSON object with named fields, got {type(raw).__name__}")
-            row = _CHECKS[kind](raw)
-            _check_unicode(row)
-            rows.append({**(raw if columns else {}), **row, "at": at})
+            rows.append({**check_row(raw, kind, columns=columns), "at": at})
         except Bad as error:
-            problems.append(f"{at}: {error}")
-    if len(problems) > _SHOWN_ERRORS:
-        problems[_SHOWN_ERRORS:] = [f"... and {len(problems) - _SHOWN_ERRORS} more bad rows"]
-    if problems:
-        raise DataError("\n".join(problems))
+            problems.add(at, error)
+    problems.settle(total)
     if not rows:
         raise DataError(f"{name}: holds no rows")
     return rows
 
 
-def _check_unicode(value, name=""):
-    """Half a surrogate pair, as JSON may hold by an escape, is a character of Python's strings, but no text."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise Bad(f"`{name}` holds half a surrogate pair, {value[error.start]!a}, which is no text") from None
-    elif isinstance(value, (dict, list)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            _check_unicode(item, f"{name}[{key}]" if name else key)
+def check_row(raw, kind, *, columns=False):
+    """The fields of one row in the form that `load_rows` gives, without `at`.
+
+    Raises:
+        Bad: what is wrong with it.
+    """
+    if not isinstance(raw, dict):
+        raise Bad(f"a row must be a JSON object with named fields, got {type(raw).__name__}")
+    raw = {name: value for name, value in raw.items() if value is not None}
+    row = _CHECKS[kind](raw)
+    return {**raw, **row} if columns else row
 
 
 def _field(raw, name):
     if name not in raw:
-        raise Bad(f"lacks the field `{name}` (has {', '.join(map(repr, raw)) or 'no fields'})")
+        raise Bad(lacks(raw, name))
     return raw[name]
 
 
-def _messages(name, value):
-    for message in value:
-        if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
-            raise Bad(f"`{name}` as a list must hold messages {{'role': ..., 'content': ...}} with string values")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+def _dialogue(raw):
+    """The checked `messages` of a row, the last one an assistant's, and the index of the first that is none's."""
+    value = raw["messages"]
+    messages = messages_of("messages", value) if isinstance(value, list) else []
+    opening = next((index for index, message in enumerate(messages) if message["role"] != "assistant"), len(messages))
+    if opening >= len(messages) - 1 or messages[-1]["role"] != "assistant":
+        raise Bad("`messages` must hold at least two messages, the last one of the role 'assistant'")
+    return messages, opening
 
 
-def _text(name, value):
-    if not isinstance(value, str):
-        raise Bad(f"`{name}` must be a string, got {type(value).__name__}")
-    if not value.strip():
-        raise Bad(f"`{name}` is empty")
-    return value
-
-
-def _prompt(raw):
-    value = _field(raw, "prompt")
-    context = raw.get("context")
-    if context is not None and not isinstance(context, str):
-        raise Bad(f"`context` must be a string, got {type(context).__name__}")
-    if isinstance(value, list):
-        messages = _messages("prompt", value)
-        if not messages or not any(message["content"].strip() for message in messages):
-            raise Bad("`prompt` is empty")
-        if context:
-            messages[-1] = {**messages[-1], "content": f"{context}\n\n{messages[-1]['content']}"}
-        return messages
-    value = _text("prompt", value)
-    return f"{context}\n\n{value}" if context else value
-
-
-def _completion(name, value):
-    """A string, or a list with one assistant message (kept as a list: it then ends with the chat's end of turn)."""
-    if isinstance(value, list):
-        messages = _messages(name, value)
-        if len(messages) != 1 or messages[0]["role"] != "assistant":
-            raise Bad(f"`{name}` as a list must hold one message of the role 'assistant'")
-        _text(name, messages[0]["content"])
-        return messages
-    return _text(name, value)
+def _split_dialogue(raw, messages, cut):
+    prompt = with_template_inputs(raw, prompt_of("messages", messages[:cut]))
+    check_answer("messages", messages[cut:], cut)
+    return {"prompt": prompt, "completion": messages[cut:]}
 
 
 def _check_sft(raw):
     if "messages" in raw:
-        value = raw["messages"]
-        messages = _messages("messages", value) if isinstance(value, list) else []
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise Bad("`messages` must hold at least two messages, the last one of the role 'assistant'")
-        prompt = _prompt({**raw, "prompt": messages[:-1]})
-        return {"prompt": prompt, "completion": _completion("messages", messages[-1:])}
+        messages, opening = _dialogue(raw)
+        roles = [message["role"] for message in messages]
+        return _split_dialogue(raw, messages, roles.index("assistant", opening))
     if "prompt" not in raw and "text" in raw:
-        return {"text": _text("text", raw["text"])}
-    return {"prompt": _prompt(raw), "completion": _completion("completion", _field(raw, "completion"))}
+        return {"text": text_of("text", raw["text"])}
+    return _prompt_and_completion(raw)
+
+
+def _prompt_and_completion(raw):
+    _field(raw, "prompt")
+    prompt, (completion,) = joined(raw, {"completion": _field(raw, "completion")})
+    return {"prompt": prompt, "completion": completion}
+
+
+def _check_unpaired(raw):
+    label = _field(raw, "label")
+    if label not in (0, 1):
+        raise Bad(f"`label` must be true (desired) or false, got {label!r}")
+    if "messages" in raw:
+        messages, _ = _dialogue(raw)
+        row = _split_dialogue(raw, messages, after_last_question(messages))
+    else:
+        row = _prompt_and_completion(raw)
+    return {**row, "label": bool(label)}
 
 
 def _check_ranked(raw):
@@ -185,48 +178,38 @@ def _check_ranked(raw):
         prompt, completions = row["prompt"], [row["chosen"], row["rejected"]]
         raw = {"ranks": [0, 1], **{name: raw[name] for name in ("weight", "margin", "labeler") if name in raw}}
     else:
-        prompt, completions = _prompt(raw), _completions(raw)
-    name = "ranks" if "ranks" in raw or "scores" not in raw else "scores"
-    values, count = _field(raw, name), len(completions)
+        completions = _field(raw, "completions")
+        if not isinstance(completions, list):
+            raise Bad(f"`completions` must be a list, got {type(completions).__name__}")
+        if len(completions) < 2:
+            raise Bad(f"`completions` must hold at least two completions to rank, got {len(completions)}")
+        if "ranks" not in raw and "scores" not in raw:
+            raise Bad(lacks(raw, "ranks"))
+        prompt, completions = joined(raw, {f"completions[{i}]": value for i, value in enumerate(completions)})
     try:
-        ranked = {"ranks": rankings.ranks_of(name, values, count), **rankings.optional_fields(raw, count)}
+        ranks = rankings.ranks_of_row(raw, len(completions))
+        optional = rankings.optional_fields(raw, len(completions))
     except ValueError as error:
         raise Bad(str(error)) from None
-    return {"prompt": prompt, "completions": completions, **ranked}
-
-
-def _completions(raw):
-    completions = _field(raw, "completions")
-    if not isinstance(completions, list):
-        raise Bad(f"`completions` must be a list, got {type(completions).__name__}")
-    if len(completions) < 2:
-        raise Bad(f"`completions` must hold at least two completions to rank, got {len(completions)}")
-    return [_completion(f"completions[{index}]", value) for index, value in enumerate(completions)]
+    return {"prompt": prompt, "completions": completions, "ranks": ranks, **optional}
 
 
 def _check_preference(raw):
-    answers = {name: _completion(name, _field(raw, name)) for name in ("chosen", "rejected")}
-    return {"prompt": _prompt(raw), **answers}
-
-
-def _check_unpaired(raw):
-    label = _field(raw, "label")
-    if label not in (0, 1):
-        raise Bad(f"`label` must be true (desired) or false, got {label!r}")
-    return {**_check_sft({name: raw[name] for name in raw if name != "text"}), "label": bool(label)}
+    prompt, (chosen, rejected) = joined(raw, {name: _field(raw, name) for name in ("chosen", "rejected")})
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _check_prompts(raw):
     if "prompt" not in raw and "messages" in raw:
-        messages = _messages("messages", raw["messages"]) if isinstance(raw["messages"], list) else []
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        raw = {**raw, "prompt": messages}
-    return {"prompt": _prompt(raw)}
+        messages = messages_of("messages", raw["messages"]) if isinstance(raw["messages"], list) else []
+        raw = {**raw, "prompt": messages[: after_last_question(messages)]}
+    if "prompt" not in raw and isinstance(raw.get("chosen"), list):
+        return {"prompt": _check_preference(raw)["prompt"]}
+    return {"prompt": with_template_inputs(raw, prompt_of("prompt", _field(raw, "prompt")))}
 
 
 def _check_text(raw):
-    return {"text": _text("text", _field(raw, "text"))}
+    return {"text": text_of("text", _field(raw, "text"))}
 
 
 _CHECKERS = (_check_sft, _check_ranked, _check_preference, _check_unpaired, _check_prompts, _check_text)
@@ -235,10 +218,29 @@ _CHECKERS = (_check_sft, _check_ranked, _check_preference, _check_unpaired, _che
 _CHECKS = dict(zip(KINDS, _CHECKERS))
 
 
+def plain(row):
+    """A row of `load_rows` as fields that JSON can hold and `load_rows` reads back to the same row; without `at`."""
+    found = {name: value for name, value in row.items() if name != "at"}
+    prompt = row.get("prompt")
+    if isinstance(prompt, Chat):
+        inputs = {"tools": prompt.tools, "chat_template_kwargs": prompt.template_kwargs}
+        found = {**found, "prompt": list(prompt), **{name: value for name, value in inputs.items() if value}}
+    return found
+
+
+def prompt_digest(row):
+    """16 bytes that stand for a row's prompt with its tools and chat_template_kwargs (or for its text)."""
+    prompt = row["prompt"] if "prompt" in row else row["text"]
+    inputs = [prompt.tools, prompt.template_kwargs] if isinstance(prompt, Chat) else [None, None]
+    text = json.dumps([prompt, *inputs], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 def split_rows(rows, fraction, seed):
     """Hold out a share of the rows, split by prompt: no prompt is on both sides. The same seed gives the same split.
 
     Args:
+        rows: a sequence of rows. Its `digests` (`prompt_digest` of each) and `take(indices)` are used if it has them.
         fraction: share of the prompts to hold out, in [0, 1). Above 0, at least one prompt is held out and one kept.
     Returns:
         (train, held_out), both in the order of `rows`.
@@ -247,13 +249,17 @@ def split_rows(rows, fraction, seed):
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: got {fraction}, wants a number in [0, 1)")
+    take = getattr(rows, "take", None) or (lambda indices: [rows[index] for index in indices])
     if fraction == 0:
-        return list(rows), []
-    keys = [json.dumps(row.get("prompt", row.get("text")), sort_keys=True) for row in rows]
+        return take(range(len(rows))), []
+    digests = getattr(rows, "digests", None)
+    keys = list(map(prompt_digest, rows)) if digests is None else list(map(bytes, digests))
     prompts = sorted(set(keys))
     if len(prompts) < 2:
         raise ValueError(f"rows: got {len(prompts)} distinct prompt, wants at least 2 to hold one out")
     random.Random(seed).shuffle(prompts)
     held = set(prompts[: min(max(round(fraction * len(prompts)), 1), len(prompts) - 1)])
-    pairs = list(zip(rows, keys))
-    return [row for row, key in pairs if key not in held], [row for row, key in pairs if key in held]
+    sides = ([], [])
+    for index, key in enumerate(keys):
+        sides[key in held].append(index)
+    return take(sides[0]), take(sides[1])

@@ -189,7 +189,7 @@ def test_trap_23_a_chat_is_trained_and_scored_up_to_its_end_of_turn(settings, tm
 
 
 def test_training_learns_and_reports(settings, capsys):
-    run = train_reward(settings(num_train_epochs=6, eval_fraction=0.25))
+    run = train_reward(settings(num_train_epochs=8, eval_fraction=0.25))
     summary = json.loads((run / "run.json").read_text())["summary"]
     assert summary["eval/accuracy"] > 0.9
     assert set(summary["eval/accuracy_by_k"]) == {"2", "4", "9"}

@@ -105,3 +105,23 @@ def test_real_rankings_hold_judged_pairs(shared_data):
     rows = data.load_rows(shared_data / "rankings.jsonl", "ranked")
     judged = [(row["ranks"][i], row["ranks"][j]) for row in rows for i, j in row.get("pairs", ())]
     assert len(judged) == 2104 and all(better < worse for better, worse in judged)
+
+
+def test_ranks_and_scores_must_agree(tmp_path):
+    both = {**ROW, "scores": [9, 2, 2]}
+    assert load(tmp_path, both)[0]["ranks"] == [0, 1, 1]
+    assert load(tmp_path, {**both, "scores": [9, 2, 3]})[0]["ranks"] == [0, 1, 1]  # the scores are only finer
+    for scores in ([2, 9, 2], [1, 2, 3]):
+        with pytest.raises(
+            data.DataError, match=r"rows\.jsonl:2: `ranks` .* and `scores` .* contradict each other: compl"
+        ):
+            load(tmp_path, both, {**both, "scores": scores})
+    with pytest.raises(data.DataError, match="`scores` must be a list as long as"):
+        load(tmp_path, {**both, "scores": [1]})
+
+
+def test_numbers_may_be_written_as_strings(tmp_path):
+    assert load(tmp_path, {**ROW, "ranks": ["2", " 10", "1.5"]})[0]["ranks"] == [1, 2, 0]
+    for value in ("first", "nan", "inf", "", "1e999"):
+        with pytest.raises(data.DataError, match=f"`ranks` must hold finite numbers, got '{value}'"):
+            load(tmp_path, {**ROW, "ranks": ["1", "2", value]})

@@ -1,0 +1,195 @@
+"""Rows: every bad one is named, and what is read has one form."""
+
+import random
+
+import pytest
+
+from rlhf import data
+from rlhf.data import Chat
+from rlhf.data import rows as rows_module
+from tests.tiny import WORDS, write_jsonl
+
+TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+
+RANKED = {"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1]}
+SFT = {"prompt": "a", "completion": "b"}
+GOOD = {
+    "sft": SFT,
+    "ranked": RANKED,
+    "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "unpaired": {"prompt": "a", "completion": "b", "label": True},
+    "prompts": {"prompt": "a"},
+    "text": {"text": "a"},
+}
+BAD = [
+    ("sft", '{"prompt": "a", ', "is not JSON"),
+    ("sft", "[1]", "must be a JSON object"),
+    ("sft", {"prompt": "a"}, "lacks the field `completion`"),
+    ("sft", {"completion": "a"}, "lacks the field `prompt`"),
+    ("sft", {"prompt": "", "completion": "b"}, "`prompt` is empty"),
+    ("sft", {"prompt": " \n", "completion": "b"}, "`prompt` is empty"),
+    ("sft", {"prompt": "a", "completion": ""}, "`completion` is empty"),
+    ("sft", {"prompt": 3, "completion": "b"}, "`prompt` must be a string, got int"),
+    (
+        "sft",
+        {"prompt": "a", "completion": ["b"]},
+        "`completion[0]` must be a message {'role': ..., 'content': ...}, got str",
+    ),
+    ("sft", {"messages": [{"role": "user", "content": "a"}]}, "at least two messages"),
+    ("sft", {"messages": [{"role": "user", "content": "a"}] * 2}, "of the role 'assistant'"),
+    ("sft", {"prompt": [], "completion": "b"}, "`prompt` is empty"),
+    ("ranked", {**RANKED, "ranks": [0]}, "as long as `completions` (2), got 1"),
+    ("ranked", {**RANKED, "ranks": [0, 1, 2]}, "as long as `completions` (2), got 3"),
+    ("ranked", {**RANKED, "ranks": 0}, "as long as `completions` (2), got int"),
+    ("ranked", {**RANKED, "ranks": [0, None]}, "must hold finite numbers, got None"),
+    ("ranked", {**RANKED, "ranks": [0, True]}, "must hold finite numbers, got True"),
+    ("ranked", '{"prompt": "a", "completions": ["b", "c"], "scores": [1, NaN]}', "must hold finite numbers, got nan"),
+    ("ranked", {"prompt": "a", "completions": ["b", "c"]}, "lacks the field `ranks`"),
+    ("ranked", {**RANKED, "completions": ["b"], "ranks": [0]}, "at least two completions to rank, got 1"),
+    ("ranked", {**RANKED, "completions": [], "ranks": []}, "at least two completions to rank, got 0"),
+    ("ranked", {**RANKED, "completions": "bc"}, "`completions` must be a list, got str"),
+    ("ranked", {**RANKED, "completions": ["b", " "]}, "`completions[1]` is empty"),
+    ("ranked", {**RANKED, "prompt": ""}, "`prompt` is empty"),
+    ("preference", {"prompt": "a", "chosen": "b"}, "lacks the field `rejected`"),
+    ("unpaired", {**SFT, "label": "yes"}, "`label` must be true"),
+    ("prompts", {"text": "a"}, "lacks the field `prompt`"),
+    ("text", {"text": ""}, "`text` is empty"),
+    ("sft", r'{"prompt": "a", "completion": "x \ud83d y"}', r"`completion` holds half a surrogate pair, '\ud83d'"),
+    ("ranked", r'{"prompt": "a", "completions": ["b", "\udc00"], "ranks": [0, 1]}', "`completions[1]` holds half"),
+    ("preference", r'{"prompt": "a", "chosen": "\ud83d", "rejected": "c"}', "`chosen` holds half a surrogate pair"),
+    ("prompts", r'{"prompt": [{"role": "user", "content": "\ud83d"}]}', "`prompt[0][content]` holds half a surrogate"),
+    ("text", r'{"text": "\ud83d \ude00"}', "`text` holds half a surrogate pair"),
+    ("text", '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "is JSON that cannot be read"),
+    ("text", '{"text": ' + "1" * 10_000 + "}", "is JSON that cannot be read (Exceeds the limit"),
+    (
+        "ranked",
+        '{"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1' + "0" * 400 + "]}",
+        "must hold finite numbers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "line", "reason"), BAD)
+def test_bad_line_is_named(tmp_path, kind, line, reason):
+    path = write_jsonl(tmp_path / "rows.jsonl", [GOOD[kind], line, GOOD[kind]])
+    with pytest.raises(data.DataError) as caught:
+        data.load_rows(path, kind)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:2: ") and reason in message
+    assert "\n" not in message
+
+
+def test_every_bad_line_is_reported(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [SFT, "{", SFT, {"prompt": "a"}, *["{"] * 20])
+    with pytest.raises(data.DataError) as caught:
+        data.load_rows(path, "sft")
+    lines = str(caught.value).split("\n")
+    assert [line.split(": ")[0] for line in lines] == [f"{path}:{n}" for n in (2, 4, *range(5, 25))]
+
+
+def test_very_many_bad_lines_are_grouped_by_reason(tmp_path):
+    """The first hundred one by one; of the others each line stands once, in the group of its reason."""
+    bad = [*["{"] * 100, *[{"prompt": f"{n}", "completion": " "} for n in range(300)], {"prompt": "a"}, "{", SFT, "{"]
+    path = write_jsonl(tmp_path / "rows.jsonl", [SFT, *bad])
+    with pytest.raises(data.DataError) as caught:
+        data.load_rows(path, "sft")
+    lines = str(caught.value).split("\n")
+    assert lines[99].startswith(f"{path}:101: is not JSON") and lines[100] == "and 303 more:"
+    assert lines[101] == f"{path}:102-401: `completion` is empty"
+    assert lines[102] == f"{path}:402: lacks the field `completion` (has 'prompt')"
+    assert lines[103].startswith(f"{path}:403,405: is not JSON") and len(lines) == 104
+
+
+def test_bad_rows_are_left_out_when_asked(tmp_path, caplog):
+    path = write_jsonl(tmp_path / "rows.jsonl", [SFT, "{", {"prompt": "a"}, {"prompt": "b"}, {**SFT, "prompt": "b"}])
+    with caplog.at_level("WARNING", logger="rlhf"):
+        rows = data.load_rows(path, "sft", bad_rows="skip")
+    assert [row["prompt"] for row in rows] == ["a", "b"]
+    told = caplog.messages[0].split("\n")
+    assert told[0] == "left out 3 of 5 rows:" and told[1].startswith(f"{path}:2: is not JSON")
+    assert told[2:] == [f"{path}:3-4: lacks the field `completion` (has 'prompt')"]
+    with caplog.at_level("WARNING", logger="rlhf"):
+        data.rows_of([SFT, {}, {}, 3], "sft", name="rows", bad_rows="skip")
+    assert caplog.messages[1].split("\n")[1:] == [
+        "rows[1-2]: lacks the field `prompt` (has no fields)",
+        "rows[3]: a row must be a JSON object with named fields, got int",
+    ]
+    with pytest.raises(data.DataError, match=r"rows\[0\]: lacks the field `prompt`"):
+        data.rows_of([{}], "sft", name="rows", bad_rows="skip")
+
+
+def test_kinds_are_normalised(tmp_path):
+    def load(kind, *rows):
+        return [{k: v for k, v in row.items() if k != "at"} for row in data.load_rows(write(rows), kind)]
+
+    def write(rows):
+        return write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+    assert load("sft", {**SFT, "extra": 1}) == [SFT]
+    assert load("sft", {**SFT, "context": "c"}) == [SFT]
+    assert load("sft", {"messages": [user, answer]}) == [{"prompt": [user], "completion": [answer]}]
+    assert load("sft", {"text": "a b"}) == [{"text": "a b"}]
+    assert load("ranked", RANKED) == [RANKED]
+    scored = {"prompt": "a", "completions": ["b", "c", "d"], "scores": [0.5, 2.5, 0.5]}
+    assert load("ranked", scored)[0]["ranks"] == [1, 0, 1]
+    assert load("ranked", {**RANKED, "ranks": [7, 3]})[0]["ranks"] == [1, 0]
+    assert load("ranked", GOOD["preference"]) == [RANKED]
+    assert load("preference", GOOD["preference"]) == [GOOD["preference"]]
+    assert load("unpaired", {**SFT, "label": 0}) == [{**SFT, "label": False}]
+    assert load("prompts", SFT, {"messages": [user, answer]}) == [{"prompt": "a"}, {"prompt": [user]}]
+
+
+def test_split_is_by_prompt_and_repeats():
+    generator = random.Random(0)
+    rows = [{"prompt": generator.choice(WORDS[:20]), "n": n} for n in range(200)]
+    train, held_out = data.split_rows(rows, 0.25, seed=3)
+    assert {row["prompt"] for row in train}.isdisjoint({row["prompt"] for row in held_out})
+    assert len({row["prompt"] for row in held_out}) == 5
+    assert sorted(row["n"] for row in train + held_out) == list(range(200))
+    assert data.split_rows(rows, 0.25, seed=3) == (train, held_out)
+    assert data.split_rows(rows, 0.25, seed=4) != (train, held_out)
+    assert data.split_rows(rows, 0, seed=3) == (rows, [])
+    assert len(data.split_rows(rows[:2], 0.001, seed=0)[1]) == 1
+    with pytest.raises(ValueError, match="at least 2"):
+        data.split_rows([rows[0]], 0.5, seed=0)
+    with pytest.raises(ValueError, match="fraction"):
+        data.split_rows(rows, 1.0, seed=0)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [r'{"text": "\ud83d\ude00"}'])
+    assert data.load_rows(path, "text")[0]["text"] == "\N{GRINNING FACE}"
+
+
+def test_rows_in_memory_are_text_too():
+    with pytest.raises(data.DataError, match=r"rows\[1\]: `prompt` holds half a surrogate pair"):
+        data.rows_of([{"prompt": "a"}, {"prompt": "\ud83d"}], "prompts", name="rows")
+
+
+def test_the_split_takes_digests_and_indices():
+    """Rows that lie elsewhere are split as a list of them is, without being read."""
+
+    class Stored(list):
+        def __iter__(self):
+            raise AssertionError("read")
+
+        def take(self, indices):
+            return [self[index] for index in indices]
+
+    rows = [{"prompt": f"{n % 7}"} for n in range(30)]
+    stored = Stored(rows)
+    stored.digests = [rows_module.prompt_digest(row) for row in rows]
+    assert data.split_rows(stored, 0.3, seed=1) == data.split_rows(rows, 0.3, seed=1)
+
+
+def test_a_digest_is_of_all_that_the_prompt_is():
+    user = [{"role": "user", "content": "a"}]
+    different = [
+        {"prompt": "a"}, {"text": "b"}, {"prompt": Chat(user)}, {"prompt": Chat(user, tools=TOOLS)},
+        {"prompt": Chat(user, template_kwargs={"enable_thinking": False})}, {"prompt": Chat(user * 2)},
+    ]  # fmt: skip
+    digests = [rows_module.prompt_digest(row) for row in different]
+    assert len(set(digests)) == len(different) and {len(digest) for digest in digests} == {16}
+    turned = {"prompt": Chat([{"content": "a", "role": "user"}]), "completion": "c"}
+    assert rows_module.prompt_digest(turned) == digests[2]
