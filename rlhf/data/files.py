@@ -1,9 +1,12 @@
-"""Where rows come from: jsonl, json, parquet and text files, folders of them, and sets of the `datasets` package."""
+"""Rows of files, of folders of files and of sets of the `datasets` package, with their places."""
 
 from pathlib import Path
 
 from .chunks import Bad, Chunk, DataError
-from .readers import READERS, chunks_of_set, read_text
+from .readers import read_text
+from .sources import FORMATS, files_of
+from .streams import COMPRESSED, ending
+from .tables import chunks_of_set
 
 __all__ = ["Bad", "Chunk", "DataError", "fingerprint", "read", "read_chunks", "size"]
 
@@ -18,50 +21,45 @@ def read_chunks(name, kind, split, config):
     """Yield the chunks that `name` holds, in order; those of a file of lines are not parsed yet.
 
     Args:
-        name: a file, a folder, or a name that `datasets.load_dataset` knows.
+        name: a file, a folder, a pattern of names (`shards/*.jsonl`), or a name that `datasets.load_dataset` knows.
         kind: of the rows, as in `load_rows`; plain text is read for "text" alone.
-        split, config: which split of a folder or a named set, and which configuration of the latter.
+        split, config: which split of a folder or a named set, and which configuration of it.
     Raises:
         DataError: nothing of that name, or it cannot be read; what is wrong with one row stands in its place.
     """
-    path = _file(name, split)
-    if path is None:
+    files = files_of(name, split, config)
+    if files is None:
         yield from chunks_of_set(name, _named(name, split, config))
         return
-    reader = READERS.get(path.suffix.lower())
-    if reader is None or (reader is read_text and kind != "text"):
-        raise DataError(f"{name}:1: {kind} data comes as .jsonl, .json or .parquet (plain text also as .txt)")
-    yield from reader(path)
+    for path in files:
+        reader = FORMATS.get(ending(path))
+        if reader is None or (reader is read_text and kind != "text"):
+            known = ", ".join(form for form in FORMATS if form != ".txt")
+            raise DataError(
+                f"{path}: {kind} data comes as {known} (plain text also as .txt), all but the tables also packed as "
+                f"{', '.join(COMPRESSED)}"
+            )
+        yield from reader(path, split)
 
 
 def fingerprint(name, split, config):
     """What would be read, as JSON values: files with their sizes and times, or a named set as `datasets` knows it."""
-    path = _file(name, split)
-    if path is None:
+    files = files_of(name, split, config)
+    if files is None:
         return [["datasets", str(name), config, split, _named(name, split, config)._fingerprint]]
-    state = path.stat()
-    return [[str(path.resolve()), state.st_size, state.st_mtime_ns]]
+    states = [(path.resolve(), path.stat()) for path in files]
+    return [[str(path), split, state.st_size, state.st_mtime_ns] for path, state in states]
 
 
 def size(name, split, config):
     """Bytes of what would be read."""
-    path = _file(name, split)
-    return _named(name, split, config).data.nbytes if path is None else path.stat().st_size
-
-
-def _file(name, split):
-    """The file that a name and a split mean; None where there is none of that name."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        files = [path / f"{split}{end}" for end in (".jsonl", ".json", ".parquet", ".txt")]
-        path = next((file for file in files if file.is_file()), None)
-        if path is None:
-            raise DataError(f"{name}:1: the folder holds no {split}.jsonl, .json, .parquet or .txt")
-    return path if path.is_file() else None
+    files = files_of(name, split, config)
+    return _named(name, split, config).data.nbytes if files is None else sum(path.stat().st_size for path in files)
 
 
 def _named(name, split, config):
-    if Path(name).suffix.lower() in READERS:
+    """The set that the package `datasets` has under a name."""
+    if ending(name) in FORMATS or str(name).startswith(("/", "./", "../", "~")):
         raise DataError(f"{name}: no such file")
     try:
         import datasets
@@ -73,4 +71,5 @@ def _named(name, split, config):
     try:
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:
-        raise DataError(f"{name}:1: no such file, and datasets.load_dataset says: {error}") from None
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name}: no such file, and datasets.load_dataset says: {reason}") from None
