@@ -4,13 +4,13 @@ from .chat import (
     as_text,
     check_chats,
     encode_completion,
-    encode_example,
     encode_prompt,
     encode_text,
     end_of_turn_id,
-    fit_prompt,
+    end_of_turn_ids,
     pad_batch,
 )
+from .encoding import Encoded, TooLong, encode_row, encode_sampled
 from .files import DataError
 from .messages import Chat
 from .rows import KINDS, load_rows, reading, rows_of, split_rows
@@ -19,14 +19,17 @@ __all__ = [
     "KINDS",
     "Chat",
     "DataError",
+    "Encoded",
+    "TooLong",
     "as_text",
     "check_chats",
     "encode_completion",
-    "encode_example",
     "encode_prompt",
+    "encode_row",
+    "encode_sampled",
     "encode_text",
     "end_of_turn_id",
-    "fit_prompt",
+    "end_of_turn_ids",
     "load_rows",
     "pad_batch",
     "reading",

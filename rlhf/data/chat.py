@@ -1,39 +1,44 @@
-"""Prompts, completions and chats as token ids. All stages encode here, so all see the same ids.
+"""Conversations as their chat template renders them, and strings, as token ids.
 
-A prompt and a completion are tokenised apart and joined as ids, so the ids that trained the reward model are the ids
-that the policy samples.
+A template is a program of the tokenizer's: what it writes is what the model reads, so nothing is put beside it here.
 """
 
-import contextlib
+import functools
+import inspect
+import weakref
+from contextlib import suppress
 
-from .files import DataError
+from .files import Bad, DataError
+
+LONGEST_REASON = 500
 
 
 def encode_prompt(tokenizer, prompt, at=None):
-    """Token ids of a prompt: a string, or a list of messages rendered with the tokenizer's chat template.
+    """Token ids of a prompt: a string, or messages (with a Chat's tools and template_kwargs) as the template has them.
 
-    BOS comes first if and only if the tokenizer puts it there by itself; an EOS that the tokenizer adds is taken off.
+    BOS comes first if and only if the tokenizer, or the template, puts it there, and once; an EOS that the tokenizer
+    adds is taken off. Messages that end with one of the assistant's are continued, others ask for an answer.
 
     Args:
         at: where the prompt comes from ("file:line"), for messages.
     Raises:
         DataError: messages without a chat template, or messages that it refuses.
     """
-    if not isinstance(prompt, str):
-        at = f"{at}: " if at else ""
-        if not getattr(tokenizer, "chat_template", None):
-            raise DataError(
-                f"{at}prompt: got a list of messages, but the tokenizer has no chat template; give a string"
-            )
-        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-        try:
-            return list(tokenizer.apply_chat_template(prompt, **options))
-        except Exception as error:  # a template is a program: whatever it raises is about these messages
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(f"{at}the tokenizer's chat template refuses the messages: {reason}") from error
-    ids = list(tokenizer(prompt, verbose=False).input_ids)
-    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
+    if isinstance(prompt, str):
+        return encode_string(tokenizer, prompt)
+    try:
+        return tokens_of(tokenizer, render_prompt(tokenizer, prompt, prompt))
+    except Bad as error:
+        raise DataError(f"{at}: {error}" if at else str(error)) from error
+
+
+def encode_string(tokenizer, text):
+    """Ids of a string that something goes on from, as `encode_prompt` gives them."""
+    ids = list(tokenizer(text, verbose=False).input_ids)
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids.pop()
+    while ids[:2] == [tokenizer.bos_token_id] * 2:  # the tokenizer's own, before one that is written in the text
+        del ids[0]
     return ids
 
 
@@ -41,70 +46,163 @@ def encode_completion(tokenizer, completion, *, eos=True):
     """Token ids of a completion as it stands: nothing is put before it, and the end token comes once, at the end.
 
     Args:
-        completion: a string, or a list of one assistant message; the latter ends with the chat template's end of turn.
+        completion: a string, which goes on from a prompt that is a string.
         eos: True adds the end token unless the ids already end with it; False leaves it off.
     """
-    is_chat = not isinstance(completion, str)
-    text = completion[0]["content"] if is_chat else completion
-    ids = _encode_continuation(tokenizer, text)
-    if eos:
-        end = end_of_turn_id(tokenizer) if is_chat else None
-        end = tokenizer.eos_token_id if end is None else end
-        if not ids or ids[-1] != end:
-            ids.append(end)
+    ids = _encode_continuation(tokenizer, completion)
+    if eos and ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
     return ids
 
 
 def _encode_continuation(tokenizer, text):
     """Ids of text that goes on from something. Some tokenizers put a space before any string: then encode it after a
     line break, and take the line break off again."""
+    anchor = tokens_of(tokenizer, "\n")
+    puts_space = len(anchor) > 1 and tokens_of(tokenizer, "\n\n")[: len(anchor)] == anchor
+    joined = tokens_of(tokenizer, "\n" + text) if puts_space else []
+    return joined[len(anchor) :] if joined and joined[: len(anchor)] == anchor else tokens_of(tokenizer, text)
 
-    def encode(string):
-        return list(tokenizer(string, add_special_tokens=False, verbose=False).input_ids)
 
-    anchor = encode("\n")
-    puts_space = len(anchor) > 1 and encode("\n\n")[: len(anchor)] == anchor
-    joined = encode("\n" + text) if puts_space else []
-    return joined[len(anchor) :] if joined and joined[: len(anchor)] == anchor else encode(text)
+def encode_text(tokenizer, text):
+    """Token ids of a whole text: as a prompt, and EOS once at the end."""
+    ids = encode_string(tokenizer, text)
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+
+def tokens_of(tokenizer, text):
+    """Ids of a text in which all special tokens are written out."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def render(tokenizer, chat, messages, **options):
+    """What the chat template makes of messages, as text.
+
+    Args:
+        chat: what brings `tools` and `template_kwargs`, if it has them.
+        options: add_generation_prompt or continue_final_message, of transformers.
+    Raises:
+        Bad: there is no template, or it refuses the messages.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise Bad(
+            "prompt: got a list of messages, but the tokenizer has no chat template; name one with --chat_template "
+            "(chatml, or a file with one), or give a string"
+        )
+    more = getattr(chat, "template_kwargs", None) or {}
+    taken = sorted(_options() & set(more))
+    if taken:
+        raise Bad(f"chat_template_kwargs: got {taken[0]}, wants names that the template itself reads")
+    try:
+        tools = getattr(chat, "tools", None)
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options, **more)
+    except Exception as error:  # a template is a program: whatever it raises is about these messages
+        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+        raise Bad(f"the tokenizer's chat template refuses the messages: {reason}") from error
+
+
+@functools.cache
+def _options():
+    """Names of what `apply_chat_template` takes itself, which a template does not read."""
+    from transformers import PreTrainedTokenizerBase
+
+    return set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}
+
+
+def render_prompt(tokenizer, chat, messages):
+    """The text that an answer to the messages goes on from."""
+    is_begun = bool(messages) and messages[-1].get("role") == "assistant"
+    return render(
+        tokenizer, chat, messages, **{"continue_final_message" if is_begun else "add_generation_prompt": True}
+    )
 
 
 def end_of_turn_id(tokenizer):
     """The token that closes an assistant's turn in the tokenizer's chat template, or None where there is no such."""
-    if not getattr(tokenizer, "chat_template", None):
-        return None
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text = ""
-    for system in ([], [{"role": "system", "content": "c"}]):  # which some templates want
-        with contextlib.suppress(Exception):  # a template is a program: whatever it raises is about these messages
-            text = text or tokenizer.apply_chat_template(system + turn, tokenize=False)
-    if "b" not in text:
-        return None
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    tail = tokenizer(text[text.rindex("b") + 1 :], add_special_tokens=False).input_ids
-    return next((token for token in tail if token in special), None)
+    return next(iter(end_of_turn_ids(tokenizer)), None)
 
 
-def encode_example(tokenizer, row, *, max_length, long_prompts="truncate"):
-    """Token ids and labels of one row: the loss counts the completion (and its EOS), not the prompt.
+def end_of_turn_ids(tokenizer):
+    """All tokens that close an assistant's turn in the tokenizer's chat template, that of a plain answer first."""
+    return [tokenizer.convert_tokens_to_ids(token) for token in _template_tokens(tokenizer)[1]]
+
+
+def end_of_turn(tokenizer, text, start):
+    """The length of a rendered conversation up to and with the token that ends its last turn.
+
+    A template may write more behind that (a line break, another token). Where no token ends the turn: the whole length.
 
     Args:
-        row: {"prompt", "completion"} or {"text"}, of `load_rows`.
-        max_length: tokens; what the row may fill.
-        long_prompts: "truncate" cuts a too long prompt at its left end (a leading BOS stays); "error" raises.
-    Returns:
-        {"input_ids": list of int, "labels": list of int with -100 on the prompt}. The last label is the end token.
-    Raises:
-        ValueError: completion, EOS and one prompt token do not fit into max_length; a long prompt under "error".
+        start: length of the text at which the last turn begins.
     """
-    at = f"{row['at']}: " if "at" in row else ""
-    is_text = "text" in row
-    answer = encode_text(tokenizer, row["text"]) if is_text else encode_completion(tokenizer, row["completion"])
-    room = max_length - len(answer)
-    if room < (0 if is_text else 1):
-        raise ValueError(f"{at}the text to learn fills {len(answer)} tokens, too many for max_length {max_length}")
-    prompt_ids = [] if is_text else encode_prompt(tokenizer, row["prompt"], row.get("at"))
-    prompt = [] if is_text else fit_prompt(tokenizer, prompt_ids, room, long_prompts, at)
-    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+    tokens, ends = _template_tokens(tokenizer)
+    end, found = len(text), len(text)
+    while end > start:
+        end = start + len(text[start:end].rstrip())
+        if not text.endswith(tokens, start, end):
+            break
+        token = max((token for token in tokens if text.endswith(token, start, end)), key=len)
+        end -= len(token)
+        if token in ends:
+            found = end + len(token)
+    return found
+
+
+_KNOWN = weakref.WeakKeyDictionary()
+_QUESTION, _THOUGHT, _ANSWER = "Qqa", "Qqb", "Qqc"
+
+
+def _template_tokens(tokenizer):
+    """(all tokens that are written out in a rendered text, those of them that end an assistant's turn)."""
+    key = (repr(tokenizer.chat_template), len(tokenizer))
+    if _KNOWN.get(tokenizer, (None,))[0] != key:
+        added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+        added |= dict.fromkeys(filter(None, tokenizer.all_special_tokens), True)
+        tokens = tuple(token for token in added if token.strip())
+        _KNOWN[tokenizer] = (key, tokens, _ends(tokenizer, tokens, added) if tokenizer.chat_template else [])
+    return _KNOWN[tokenizer][1:]
+
+
+def _ends(tokenizer, tokens, is_special):
+    """The tokens that end a turn, found by rendering some: one that is the last, one that is not, calls of a tool."""
+    asked, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
+    thoughtful = {**answer, "reasoning_content": _THOUGHT, "thinking": _THOUGHT}
+    function = {"name": "find", "arguments": {"key": _ANSWER}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "callfind1", "type": "function"}]}
+    call["tool_calls"][0]["function"] = function
+    parameters = {"type": "object", "properties": {"key": {"type": "string", "description": "key"}}}
+    tool = {"type": "function", "function": {"name": "find", "description": "find", "parameters": parameters}}
+
+    def rendered(*messages, **options):
+        for system in ([], [{"role": "system", "content": "s"}]):  # which some templates want
+            with suppress(Exception):  # a template is a program
+                return tokenizer.apply_chat_template([*system, *messages], tokenize=False, **options)
+        return ""
+
+    last = _written(tokens, rendered(asked, answer).rpartition(_ANSWER)[2])
+    within = _written(tokens, _between(rendered(asked, thoughtful), _THOUGHT, _ANSWER))
+    earlier = _written(tokens, _between(rendered(asked, answer, asked), _ANSWER, _QUESTION))
+    ends = [*last[:1], *(token for token in earlier[:1] if token not in within)]
+    for more in ({}, {"builtin_tools": ["find"]}):  # some end a call of these by a token of its own
+        text = rendered(asked, call, tools=[tool], **more).rpartition(_ANSWER)[2]
+        found = [token for token in _written(tokens, text) if is_special[token]]
+        ends += found[-1:] if not set(found) & set(ends) else []
+    return list(dict.fromkeys(ends))
+
+
+def _between(text, first, last):
+    behind = text.partition(first)[2]
+    return behind.partition(last)[0] if last in behind else ""
+
+
+def _written(tokens, text):
+    """The tokens that are written out in a text, in order."""
+    found, at = [], 0
+    while at < len(text):
+        token = max((token for token in tokens if text.startswith(token, at)), key=len, default=None)
+        found += [] if token is None else [token]
+        at += len(token or " ")
+    return found
 
 
 def check_chats(tokenizer, rows):
@@ -116,24 +214,7 @@ def check_chats(tokenizer, rows):
 
 def as_text(text):
     """A prompt or completion as one string, for people: messages are joined by line breaks."""
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
-
-
-def encode_text(tokenizer, text):
-    """Token ids of a whole text: as a prompt, and EOS once at the end."""
-    ids = encode_prompt(tokenizer, text)
-    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
-
-
-def fit_prompt(tokenizer, prompt_ids, room, long_prompts="truncate", at=""):
-    """Make a prompt fit into `room` tokens by cutting its left end; a leading BOS stays."""
-    if len(prompt_ids) <= room:
-        return prompt_ids
-    if long_prompts == "error":
-        raise ValueError(f"{at}the prompt has {len(prompt_ids)} tokens, longer than the {room} that fit")
-    if prompt_ids[0] == tokenizer.bos_token_id and room > 1:
-        return [prompt_ids[0], *prompt_ids[len(prompt_ids) - room + 1 :]]
-    return prompt_ids[len(prompt_ids) - room :]
+    return text if isinstance(text, str) else "\n".join(str(message.get("content") or "") for message in text)
 
 
 def pad_batch(sequences, pad_id, side="right"):

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import sys
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,8 +11,8 @@ from typing import NamedTuple
 import numpy
 
 from . import rankings, store
-from .chat import encode_completion, encode_prompt, encode_text, fit_prompt
-from .files import Bad, DataError
+from .encoding import TooLong, encode_row
+from .files import Bad
 from .problems import Problems
 
 logger = logging.getLogger("rlhf")
@@ -177,49 +176,6 @@ class Packer:
         )
 
 
-class TooLong(Bad):
-    """A row that does not fit into max_length."""
-
-
-class Encoded(NamedTuple):
-    """One example's ids; `learned`: None, or for each response None or a list of bool. `cut`: the prompt was."""
-
-    prompt: list
-    responses: list
-    learned: list | None
-    cut: bool
-
-
-def encode_row(tokenizer, row, names, *, max_length, long_prompts="truncate", learn_turns="all"):
-    """A row as a list of Encoded.
-
-    Raises:
-        Bad: what is wrong with the row; TooLong where it cannot fit.
-    """
-    try:
-        if "text" in row:
-            ids = encode_text(tokenizer, row["text"])
-            prompt, responses = (ids[:1], [ids[1:]]) if len(ids) > 1 else ([], [[]])  # the end alone
-        else:
-            texts = row["completions"] if names == ("completions",) else [row[name] for name in names]
-            prompt = encode_prompt(tokenizer, row["prompt"])
-            responses = [encode_completion(tokenizer, text) for text in texts]
-    except DataError as error:
-        raise Bad(str(error)) from None
-    if not prompt:
-        raise Bad(f"the {'text' if 'text' in row else 'prompt'} gives no tokens")
-    room = max_length - max(map(len, responses))
-    if room < 1:
-        raise TooLong(f"a completion alone fills max_length {max_length}")
-    if len(prompt) > room and long_prompts == "drop":
-        raise TooLong(f"the prompt has {len(prompt)} tokens, longer than the {room} that fit")
-    try:
-        fitted = fit_prompt(tokenizer, prompt, room, long_prompts)
-    except ValueError as error:
-        raise Bad(str(error)) from None
-    return [Encoded(fitted, responses, None, len(fitted) < len(prompt))]
-
-
 @dataclass
 class Encoder:
     """How rows become examples; `encode` collects them in `packer`, and counts what it does to rows that are too long.
@@ -255,14 +211,10 @@ class Encoder:
         last pair."""
         try:
             return encode_row(self.tokenizer, row, self.names, **self.options), None
-        except TooLong:
-            if self.names != ("completions",):
+        except TooLong as error:
+            places = error.fits
+            if self.names != ("completions",) or len({row["ranks"][place] for place in places}) < 2:
                 raise
-        (whole,) = encode_row(self.tokenizer, row, self.names, **{**self.options, "max_length": sys.maxsize})
-        limit = self.options["max_length"]
-        places = [place for place, ids in enumerate(whole.responses) if len(ids) < limit]
-        if len({row["ranks"][place] for place in places}) < 2:
-            raise TooLong(f"fewer than two completions fit into max_length {limit}")
         return encode_row(self.tokenizer, rankings.keep(row, places), self.names, **self.options), places
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.integrations import unset_hf_deepspeed_config
 
-from ..data import end_of_turn_id
+from ..data import end_of_turn_ids
 from .adapters import merged
 from .classifiers import classifier_of, saved_class
 from .dropout import disable_dropout, set_residual_dropout
@@ -345,11 +345,11 @@ def _copy_of(policy):
 
 
 def stop_token_ids(tokenizer, model, extra=None):
-    """All ids that end a response: EOS of the tokenizer, every EOS of the model's generation config, the end of turn of
+    """All ids that end a response: EOS of the tokenizer, each EOS of the model's generation config, what ends a turn in
     the chat template, and `extra` (an id, a token, or a list of them). Sorted, without repeats.
     """
     generation = getattr(model, "generation_config", None)
-    found = [tokenizer.eos_token_id, getattr(generation, "eos_token_id", None), end_of_turn_id(tokenizer), extra]
+    found = [tokenizer.eos_token_id, getattr(generation, "eos_token_id", None), end_of_turn_ids(tokenizer), extra]
     ids = set()
     for entry in found:
         for token in entry if isinstance(entry, (list, tuple)) else [entry]:

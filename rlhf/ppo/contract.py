@@ -2,7 +2,7 @@
 
 import torch
 
-from ..data import encode_completion, encode_example, encode_prompt
+from ..data import encode_prompt, encode_row
 from ..errors import RunError
 from ..models import load_tokenizer
 from ..models.sequences import join, response_log_probs, response_scores, response_values
@@ -136,24 +136,28 @@ def _check_ids(trainer, rows, rollouts, check) -> None:
     for row, response in zip(rows, rollouts.response_ids, strict=True):
         text = tokenizer.decode(response, skip_special_tokens=True)
         wrong += encode_prompt(other, row["prompt"]) != row["prompt_ids"]
-        wrong += encode_completion(other, text) != encode_completion(tokenizer, text)
+        wrong += _trained(other, row, text) != _trained(tokenizer, row, text)
     meaning = "the reward model's tokenizer gives other ids than the policy's (see --reward_tokenizer auto)"
     check("reward_ids", wrong, meaning, 0)
 
 
+def _trained(tokenizer, row, text) -> list[int]:
+    """The ids on which a reward model is trained for that answer to the prompt of a row."""
+    (found,) = encode_row(tokenizer, {"prompt": row["prompt"], "completion": text}, ("completion",), max_length=2**31)
+    return found.prompt + found.responses[0]
+
+
 def _check_own_ids(trainer, rows, rollouts, check) -> None:
-    """A reward model with another tokenizer must read what `encode_example` makes of the text, as in its training."""
+    """A reward model with another tokenizer must read what `encode_row` makes of the text, as in its training."""
     own, wrong = trainer.own_tokens, 0
     encoded = own(rows, rollouts)
     for row, *sampled, prompt, response in zip(
         rows, rollouts.prompt_ids, rollouts.response_ids, rollouts.ended, encoded.prompt_ids,
         encoded.response_ids,
     ):  # fmt: skip
-        text = own.text(*sampled)
-        answer = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-        example = {"prompt": row["prompt"], "completion": answer}
-        trained = encode_example(own.tokenizer, example, max_length=2**31)["input_ids"]
-        wrong += prompt + response != (trained if sampled[-1] else trained[:-1])
+        trained = _trained(own.tokenizer, row, own.text(*sampled))
+        read = prompt + response
+        wrong += read != (trained if sampled[-1] else trained[: len(read)])
     check("reward_ids", wrong, "the reward model would read other ids than those of its training", 0)
     size = trainer.reward_model.get_input_embeddings().num_embeddings
     largest = max(max(ids) for ids in (*encoded.prompt_ids, *encoded.response_ids) if ids)

@@ -22,7 +22,8 @@ import numbers
 import torch
 
 from .. import models
-from ..data import encode_completion, encode_prompt
+from ..data import DataError, encode_prompt, encode_sampled
+from ..data.files import Bad
 from ..metrics import Averages
 from ..models.sequences import join, response_scores
 from ..own_code import load_named
@@ -255,8 +256,8 @@ def padded(steps: list[list[tuple[int, float]]], length: int) -> torch.Tensor:
 class OwnTokens:
     """Prompts and responses as the ids on which a reward model with another tokenizer was trained.
 
-    A response is decoded with the policy's tokenizer, without the token that ended it, and encoded by the functions
-    that encoded the reward model's training data; one that was cut off gets no end token.
+    A response is decoded with the policy's tokenizer, without the token that ended it, and encoded as the reward
+    model's training data were, a chat by its own template; one that was cut off gets no end token.
     """
 
     def __init__(self, policy_tokenizer, tokenizer):
@@ -274,10 +275,12 @@ class OwnTokens:
     def __call__(self, rows: list[dict], rollouts: Rollouts) -> Rollouts:
         prompts, responses = [], []
         for row, *sampled in zip(rows, rollouts.prompt_ids, rollouts.response_ids, rollouts.ended, strict=True):
-            text = self.text(*sampled)
-            completion = text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-            prompts.append(encode_prompt(self.tokenizer, row["prompt"], row.get("at")))
-            responses.append(encode_completion(self.tokenizer, completion, eos=sampled[-1]))
+            try:
+                ids = encode_sampled(self.tokenizer, row["prompt"], self.text(*sampled), ended=sampled[-1])
+            except Bad as error:
+                raise DataError(f"{row['at']}: of the reward model's tokenizer: {error}") from error
+            prompts.append(ids[0])
+            responses.append(ids[1])
         return Rollouts(prompts, responses, list(rollouts.ended))
 
 

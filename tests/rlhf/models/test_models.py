@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf import data, models
 from rlhf.training import make_batch
-from tests.rlhf.data.test_data import CHAT
+from tests.rlhf.data.test_encoding import CHAT
 from tests.roundings import assert_same
 from tests.tiny import language_model, model_folder, word_tokenizer
 

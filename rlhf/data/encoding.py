@@ -1,0 +1,351 @@
+"""Rows as token ids. All stages encode here, so the ids that trained the reward model are those that PPO scores.
+
+Strings: a prompt and a completion are tokenised apart and joined as ids. Chats: the ids are those of the template's
+rendering of the whole conversation, split where that parts from the rendering of the prompt; what the template writes
+behind the end of the last turn is left off.
+"""
+
+import sys
+from bisect import bisect_left, bisect_right
+from typing import NamedTuple
+
+from .chat import (
+    encode_completion,
+    encode_prompt,
+    encode_text,
+    end_of_turn,
+    render,
+    render_prompt,
+    tokens_of,
+)
+from .files import Bad
+
+BEFORE_TURNS = ("system", "developer")
+
+
+class Encoded(NamedTuple):
+    """A prompt with its responses, as token ids.
+
+    Attributes:
+        prompt: list of int.
+        responses: lists of int; the last token is the one that ends the response.
+        learned: None = all tokens of all responses; else, for each response, None or a list of bool (False = read, not
+            learned).
+        cut: whether something of the prompt was left out to make it fit.
+    """
+
+    prompt: list
+    responses: list
+    learned: list | None
+    cut: bool
+
+
+class TooLong(Bad):
+    """A row that cannot fit into max_length; `fits` are the indices of the completions that would."""
+
+    def __init__(self, reason, fits=()):
+        super().__init__(reason)
+        self.fits = list(fits)
+
+
+class Rewritten(Bad):
+    """A template renders earlier turns of a conversation otherwise once more turns follow."""
+
+
+def encode_row(tokenizer, row, names, *, max_length, long_prompts="truncate", learn_turns="all"):
+    """The ids of a checked row: one Encoded; of a chat whose template rewrites earlier turns one for each learned turn.
+
+    Args:
+        row: of `load_rows`.
+        names: fields that hold completions, or ("completions",), which holds a list of them.
+        max_length: tokens that the prompt and its longest response may fill.
+        long_prompts: "truncate": of a chat the oldest turns are left out, system messages and the last question stay;
+            then the left end is cut, a leading BOS stays; "drop": TooLong; "error": Bad.
+        learn_turns: "all" turns of the assistant's in a completion are learned, or the "last" one.
+    Raises:
+        TooLong: the row cannot fit, or a prompt does not under "drop".
+        Bad: what the template, or the row, does not allow.
+    """
+    limit = (max_length, long_prompts)
+    if "text" in row:
+        ids = encode_text(tokenizer, row["text"])
+        if len(ids) < 2:  # the end alone
+            raise Bad("the text gives no tokens")
+        return [_fitted(tokenizer, Encoded(ids[:1], [ids[1:]], None, cut=False), *limit)]
+    prompt, is_ranking = row["prompt"], names == ("completions",)
+    answers = row["completions"] if is_ranking else [row[name] for name in names]
+    if isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers):
+        responses = [encode_completion(tokenizer, answer) for answer in answers]
+        return [_fitted(tokenizer, Encoded(encode_prompt(tokenizer, prompt), responses, None, cut=False), *limit)]
+    talks = [_talk(prompt, answer, learn_turns) for answer in answers]
+    if is_ranking or len(talks) > 1:
+        return [_fitting(tokenizer, talks, *limit, encode=_encode_scored if is_ranking else _encode_together)]
+    try:
+        return [_fitting(tokenizer, talks, *limit)]
+    except Rewritten:
+        return _turn_by_turn(tokenizer, talks[0], *limit)
+
+
+def encode_sampled(tokenizer, prompt, text, *, ended=True):
+    """(prompt, response) ids of a response that was sampled as text, as `encode_row` gives them to a training.
+
+    Args:
+        ended: False: the response was cut off, so what ends a turn is left off.
+    """
+    if isinstance(prompt, str):
+        return encode_prompt(tokenizer, prompt), encode_completion(tokenizer, text, eos=ended)
+    if ended:
+        (found,) = encode_row(
+            tokenizer, {"prompt": prompt, "completion": text}, ("completion",), max_length=sys.maxsize
+        )
+        return found.prompt, found.responses[0]
+    if not text.strip():
+        return encode_prompt(tokenizer, prompt), encode_completion(tokenizer, text, eos=False)
+    talk = _talk(prompt, text, "all")
+    whole = Text(tokenizer, render(tokenizer, talk.chat, talk.messages, continue_final_message=True))
+    start = whole.within(_common(whole.text, _asked(tokenizer, talk, talk.first)))
+    return whole.ids[:start], whole.ids[start:]
+
+
+class Talk(NamedTuple):
+    """A conversation: `messages`, the first of an answer, the learned ones, and the one that the answer continues."""
+
+    chat: list
+    messages: list
+    first: int
+    learned: list
+    begun: dict | None
+
+
+def _talk(prompt, answer, learn_turns):
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    context, answer = [_without_weight(message) for message in chat], list(answer)
+    turns = [index for index, message in enumerate(answer) if message["role"] == "assistant"]
+    turns = turns[-1:] if learn_turns == "last" else turns
+    learned = [len(context) + index for index in turns if _weight(answer[index])]
+    if not learned:
+        raise Bad("no turn of the assistant's is learned: all have the weight 0")
+    answer, begun = [_without_weight(message) for message in answer], None
+    if context and context[-1]["role"] == "assistant" and answer[0]["role"] == "assistant":
+        begun, learned = context.pop(), [index - 1 for index in learned]
+        text = (begun.get("content") or "") + (answer[0].get("content") or "")
+        answer[0] = {**begun, **answer[0], "content": text}
+    return Talk(chat, context + answer, len(context), learned, begun)
+
+
+def _weight(message):
+    weight = message.get("weight", 1)
+    if type(weight) not in (int, float) or weight not in (0, 1):
+        raise Bad(f"`weight` of a message must be 0 (not learned) or 1, got {weight!r}")
+    return weight
+
+
+def _without_weight(message):
+    _weight(message)
+    return {name: value for name, value in message.items() if name != "weight"}
+
+
+class Text:
+    """A rendered text, its ids, and where they lie in it."""
+
+    def __init__(self, tokenizer, text):
+        encoded = tokenizer(
+            text, add_special_tokens=False, verbose=False, return_offsets_mapping=bool(tokenizer.is_fast)
+        )
+        self.tokenizer, self.text, self.ids = tokenizer, text, list(encoded.input_ids)
+        offsets = encoded.get("offset_mapping")
+        self.starts, self.ends = zip(*offsets) if offsets else (None, None)
+
+    def within(self, length):
+        """How many tokens lie wholly in the first `length` characters."""
+        if self.ends is None:
+            return _common(self.ids, tokens_of(self.tokenizer, self.text[:length]))
+        return bisect_right(self.ends, length)
+
+    def begun(self, length):
+        """How many tokens begin there, of which the last may reach beyond."""
+        if self.ends is None:
+            return self.within(length)
+        return max(bisect_left(self.starts, length), self.within(length))
+
+
+def _asked(tokenizer, talk, index):
+    """The rendered prompt for the message at `index`."""
+    before = talk.messages[:index]
+    if talk.begun is not None and index == talk.first:
+        before.append(talk.begun)
+    return render_prompt(tokenizer, talk.chat, before)
+
+
+def _spans(tokenizer, talk, text, asked):
+    """(start, end) in the text of each learned turn, found by rendering the conversation up to it.
+
+    Args:
+        asked: the rendered prompt for the first learned turn.
+    """
+    spans = []
+    for index in talk.learned:
+        is_last = index + 1 == len(talk.messages)
+        own = text if is_last else render(tokenizer, talk.chat, talk.messages[: index + 1])
+        start = _common(own, asked if index == talk.learned[0] else _asked(tokenizer, talk, index))
+        end = end_of_turn(tokenizer, own, start)
+        if not is_last and not text.startswith(own[:end]):
+            raise Rewritten(
+                "the chat template renders earlier turns otherwise once more turns follow (it may leave their thoughts "
+                "out), so several turns of one completion cannot be learned together; use a completion of one message"
+            )
+        spans.append((start, end))
+    return spans
+
+
+def _encode_turns(tokenizer, talks):
+    """One conversation: the response begins with its first learned turn and ends with its last."""
+    (talk,) = talks
+    talk = talk._replace(messages=talk.messages[: talk.learned[-1] + 1])
+    whole = render(tokenizer, talk.chat, talk.messages)
+    spans = _spans(tokenizer, talk, whole, _asked(tokenizer, talk, talk.learned[0]))
+    text = Text(tokenizer, whole[: spans[-1][1]])
+    spans = [(text.within(start), text.begun(end)) for start, end in spans]
+    first = spans[0][0]
+    return _encoded(text.ids[:first], [text.ids[first:]], [[(start - first, end - first) for start, end in spans]])
+
+
+def _encode_together(tokenizer, talks, *, is_scored=False):
+    """Several answers to one prompt: each response is all that the template writes of its answer."""
+    asked, texts, spans = _asked(tokenizer, talks[0], talks[0].first), [], []
+    for talk in talks:
+        whole, last = render(tokenizer, talk.chat, talk.messages), len(talk.messages) - 1
+        start = _common(whole, asked)
+        end = end_of_turn(
+            tokenizer, whole, start if last == talk.first else _common(whole, _asked(tokenizer, talk, last))
+        )
+        try:
+            first = asked if talk.learned[0] == talk.first else _asked(tokenizer, talk, talk.learned[0])
+            found = _spans(tokenizer, talk, whole, first)
+        except Rewritten:
+            if not is_scored:
+                raise
+            found = [(start, end)]
+        texts.append(Text(tokenizer, whole[:end]))
+        spans.append([(texts[-1].within(a), texts[-1].begun(b)) for a, b in [(start, start), *found]])
+    shared = min(own[0][0] for own in spans)
+    for text in texts[1:]:
+        shared = min(shared, _common(texts[0].ids[:shared], text.ids))
+    parts = []
+    for (begin, _), *learned in spans:
+        if learned[0][0] == begin:
+            learned[0] = (shared, learned[0][1])
+        parts.append([(start - shared, end - shared) for start, end in learned])
+    return _encoded(texts[0].ids[:shared], [text.ids[shared:] for text in texts], parts)
+
+
+def _encode_scored(tokenizer, talks):
+    """Answers that are scored as a whole, so that no turn has to be told from the others."""
+    return _encode_together(tokenizer, talks, is_scored=True)
+
+
+def _encoded(prompt, responses, spans):
+    learned = []
+    for ids, own in zip(responses, spans):
+        if not ids or not all(end > start for start, end in own):
+            raise Bad("the chat template writes nothing of an answer")
+        mask = [False] * len(ids)
+        for start, end in own:
+            mask[start:end] = [True] * (end - start)
+        learned.append(None if all(mask) else mask)
+    return Encoded(prompt, responses, learned if any(learned) else None, cut=False)
+
+
+def _turn_by_turn(tokenizer, talk, *limit):
+    """Each learned turn from a rendering that ends with it."""
+    found, too_long = [], None
+    for index in talk.learned:
+        part = talk._replace(messages=talk.messages[: index + 1], learned=[index])
+        try:
+            found.append(_fitting(tokenizer, [part], *limit))
+        except TooLong as error:
+            too_long = error
+    if not found:
+        raise too_long
+    return found
+
+
+def _fitting(tokenizer, talks, max_length, long_prompts, encode=_encode_turns):
+    """Encode conversations of one prompt; those that are too long lose their oldest turns, as few as will do."""
+    encoded = encode(tokenizer, talks)
+    if _length(encoded) <= max_length or long_prompts != "truncate":
+        return _fitted(tokenizer, encoded, max_length, long_prompts)
+    turns = _later_turns(talks)
+    if not turns:
+        return _fitted(tokenizer, encoded, max_length, long_prompts)
+
+    def without(count):
+        return encode(tokenizer, [_from_turn(talk, turns[count]) for talk in talks])
+
+    count = bisect_left(range(len(turns) - 1), True, key=lambda count: _length(without(count)) <= max_length)
+    return _fitted(tokenizer, without(count), max_length, long_prompts)._replace(cut=True)
+
+
+def _length(encoded):
+    return len(encoded.prompt) + max(map(len, encoded.responses))
+
+
+def _later_turns(talks):
+    """The user's turns, up to the last question, with which the conversations may begin instead."""
+    talk = talks[0]
+    last = talk.first if len(talks) > 1 else talk.learned[-1]
+    users = [index for index, message in enumerate(talk.messages[:last]) if message["role"] == "user"]
+    return users[1:]
+
+
+def _from_turn(talk, turn):
+    """The conversation that begins with that turn, behind the system messages."""
+    system = next(index for index, m in enumerate(talk.messages) if m["role"] not in BEFORE_TURNS)
+    gone = turn - system
+    return talk._replace(
+        messages=talk.messages[:system] + talk.messages[turn:],
+        first=talk.first - gone if talk.first >= turn else -1,
+        learned=[index - gone for index in talk.learned if index >= turn],
+        begun=talk.begun if talk.first >= turn else None,
+    )
+
+
+def _fitted(tokenizer, encoded, max_length, long_prompts):
+    """Make the prompt fit beside the longest response by cutting its left end; a leading BOS stays."""
+    if not encoded.prompt:
+        raise Bad("the prompt gives no tokens")
+    longest = max(map(len, encoded.responses))
+    if longest >= max_length:
+        fits = [index for index, ids in enumerate(encoded.responses) if len(ids) < max_length]
+        raise TooLong(f"the text to learn fills {longest} tokens, too many for max_length {max_length}", fits)
+    prompt = fit_prompt(tokenizer, encoded.prompt, max_length - longest, long_prompts)
+    return encoded._replace(prompt=prompt, cut=len(prompt) < len(encoded.prompt))
+
+
+def fit_prompt(tokenizer, prompt_ids, room, long_prompts="truncate"):
+    """Make the ids of a prompt fit into `room` tokens by cutting their left end; a leading BOS stays.
+
+    Raises:
+        TooLong: under long_prompts="drop".
+        Bad: under "error".
+    """
+    if len(prompt_ids) <= room:
+        return prompt_ids
+    if long_prompts != "truncate":
+        kind = TooLong if long_prompts == "drop" else Bad
+        raise kind(f"the prompt has {len(prompt_ids)} tokens, longer than the {room} that fit")
+    if prompt_ids[0] == tokenizer.bos_token_id and room > 1:
+        return [prompt_ids[0], *prompt_ids[len(prompt_ids) - room + 1 :]]
+    return prompt_ids[len(prompt_ids) - room :]
+
+
+def _common(first, second):
+    """The length of what two texts, or two lists of ids, begin with alike."""
+    if first[: len(second)] == second:
+        return len(second)
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
+    return low
