@@ -11,11 +11,6 @@ from .files import Bad
 DEEPEST = 100
 SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _ABOUT = {"role", "content", "name", "weight", "tool_call_id"}
-_OURS = {
-    "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
-    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
-    "tokenizer_kwargs",
-}  # fmt: skip
 
 
 class Chat(list):
@@ -136,9 +131,6 @@ def template_inputs(raw):
         if None in tools:
             raise Bad(f"`tools[{tools.index(None)}]` is empty")
     options = _parsed("chat_template_kwargs", raw.get("chat_template_kwargs"), dict, "a dict")
-    ours = sorted(_OURS.intersection(options or ()))
-    if ours:
-        raise Bad(f"`chat_template_kwargs` must not set {', '.join(ours)}: that is not the template's")
     return tools, options
 
 

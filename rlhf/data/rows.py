@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import logging
 import random
+from itertools import chain, islice
 from pathlib import Path
 
-from . import rankings
+from . import formats, rankings
 from .files import Bad, DataError, read
 from .messages import (
     Chat,
@@ -20,7 +22,10 @@ from .messages import (
 )
 from .problems import Problems
 
+logger = logging.getLogger("rlhf")
+
 KINDS = ("sft", "ranked", "preference", "unpaired", "prompts", "text")
+FIRST = 50
 
 
 def reading(args):
@@ -44,9 +49,12 @@ def load_rows(
             else a name that `datasets.load_dataset` knows, if that package is installed.
         kind: "sft" (`text`, `messages` or `prompt` + `completion`), "ranked" (`prompt` + `completions` + `ranks` or
             `scores`, or `prompt` + `chosen` + `rejected`; optional fields: see rankings.py), "preference" (`prompt` +
-            `chosen` + `rejected`), "unpaired" (`prompt` + `completion` + `label`), "prompts", "text" (or a text file).
+            `chosen` + `rejected`), "unpaired" (`prompt` + `completion` + `label`; a pair gives two rows), "prompts",
+            "text" (or a text file).
         split, config: which split of a folder or of a named data set, and which configuration of the latter.
         columns: True keeps the other fields of a row too, unchecked.
+        column_map: which columns hold what, as --columns says it ("prompt=instruction+input,completion=output").
+        data_format: the name of a public layout of rows, "own" (fields as above), or "auto": recognised and told.
         bad_rows: "error" raises for them, "skip" leaves them out and tells how many and why.
     Returns:
         Dicts with the fields of their kind and (but for `columns`) no other, and `at`, the place a row came from
@@ -56,7 +64,8 @@ def load_rows(
         DataError: what is wrong, by file and line; also when the file is missing or holds no rows.
     """
     _check_kind(kind)
-    return _checked(read(str(name_or_path), kind, split, config), f"{name_or_path}:1", kind, columns, bad_rows)
+    found = read(str(name_or_path), kind, split, config)
+    return _checked(found, name_or_path, f"{name_or_path}:1", kind, columns, column_map, data_format, bad_rows)
 
 
 def rows_of(rows, kind, *, name, columns=False, column_map=None, data_format="auto", bad_rows="error", num_proc=None):
@@ -80,7 +89,7 @@ def rows_of(rows, kind, *, name, columns=False, column_map=None, data_format="au
         raise ValueError(f"{name}: got a {type(rows).__name__} of {', '.join(map(str, rows))}, wants one split's rows")
     if not hasattr(rows, "__iter__"):
         raise ValueError(f"{name}: got {type(rows).__name__}, wants a list of dicts, a datasets.Dataset or a file")
-    return _checked(_in_memory(rows, name), name, kind, columns, bad_rows)
+    return _checked(_in_memory(rows, name), name, name, kind, columns, column_map, data_format, bad_rows)
 
 
 def _in_memory(rows, name):
@@ -93,33 +102,69 @@ def _check_kind(kind):
         raise ValueError(f"kind: got {kind!r}, wants one of {', '.join(KINDS)}")
 
 
-def _checked(found, name, kind, columns, bad_rows):
-    """The rows among ("place", row) pairs; the bad ones are an error, or left out."""
+def _checked(found, source, place, kind, columns, column_map, data_format, bad_rows):
+    """The rows among ("place", raw row) pairs in the form that `load_rows` gives; bad ones are an error or left out."""
+    found = iter(found)
+    first = list(islice(found, FIRST))
+    if not first:
+        raise DataError(f"{place}: holds no rows")
+    conversion = formats.conversion(kind, column_map, data_format, [raw for _, raw in first])
+    if conversion.name:
+        note = f" ({conversion.note})" if conversion.note else ""
+        logger.warning("%s: read as the format %s%s", source, conversion.name, note)
+    found, each = chain(first, found), conversion.each
+    if conversion.whole:
+        found, each = conversion.whole(found), _as_it_is
     rows, problems, total = [], Problems(bad_rows), 0
     for total, (at, raw) in enumerate(found, start=1):  # noqa: B007
         try:
-            if isinstance(raw, Bad):
-                raise raw
-            rows.append({**check_row(raw, kind, columns=columns), "at": at})
+            rows += checked_rows(at, raw, kind, each, columns=columns)
         except Bad as error:
             problems.add(at, error)
     problems.settle(total)
     if not rows:
-        raise DataError(f"{name}: holds no rows")
+        raise DataError(
+            f"{place}: none of {total} rows gives one to learn from{conversion.note and f' ({conversion.note})'}"
+        )
     return rows
 
 
+def _as_it_is(raw):
+    return [raw]
+
+
+def checked_rows(at, raw, kind, each, *, columns=False):
+    """The rows of `load_rows` that one raw row gives.
+
+    Args:
+        raw: the row, or the Bad that stands in its place.
+        each: of a `formats.Conversion`.
+    Raises:
+        Bad: what is wrong with it.
+    """
+    if isinstance(raw, Bad):
+        raise raw
+    if not isinstance(raw, dict):
+        raise Bad(f"a row must be a JSON object with named fields, got {type(raw).__name__}")
+    raw = {name: value for name, value in raw.items() if value is not None}
+    return [{**row, "at": at} for ours in each(raw) for row in check_row(ours, kind, columns=columns)]
+
+
 def check_row(raw, kind, *, columns=False):
-    """The fields of one row in the form that `load_rows` gives, without `at`.
+    """What one row in our fields gives, in the form of `load_rows` but without `at`: a row, or of a pair as unpaired
+    responses two.
 
     Raises:
         Bad: what is wrong with it.
     """
-    if not isinstance(raw, dict):
-        raise Bad(f"a row must be a JSON object with named fields, got {type(raw).__name__}")
     raw = {name: value for name, value in raw.items() if value is not None}
-    row = _CHECKS[kind](raw)
-    return {**raw, **row} if columns else row
+    if kind == "unpaired" and "label" not in raw and "chosen" in raw:
+        pair = _check_preference(raw)
+        sides = (("chosen", True), ("rejected", False))
+        rows = [{"prompt": pair["prompt"], "completion": pair[name], "label": label} for name, label in sides]
+    else:
+        rows = [_CHECKS[kind](raw)]
+    return [{**raw, **row} for row in rows] if columns else rows
 
 
 def _field(raw, name):

@@ -169,7 +169,6 @@ BAD = [
     ("prompts", {"prompt": [USER], "tools": [{}]}, "`tools[0]` is empty"),
     ("prompts", {"prompt": [USER], "tools": [3]}, "`tools[0]` must be a dict (or one as JSON), got int"),
     ("prompts", {"prompt": [USER], "chat_template_kwargs": "[1]"}, "`chat_template_kwargs` must be a dict (or one as"),
-    ("prompts", {"prompt": [USER], "chat_template_kwargs": {"tokenize": False}}, "must not set tokenize"),
     ("prompts", {"prompt": [{"role": "user", "content": "\ud83d"}]}, "`prompt[0][content]` holds half a"),
     ("prompts", {"prompt": [{**USER, "\udc00": 1}]}, "`prompt[0]` holds half a surrogate pair"),
     ("prompts", {"prompt": [{**USER, 3: 1}]}, "`prompt[0]` has the key 3, which is no string"),

@@ -193,3 +193,34 @@ def test_a_digest_is_of_all_that_the_prompt_is():
     assert len(set(digests)) == len(different) and {len(digest) for digest in digests} == {16}
     turned = {"prompt": Chat([{"content": "a", "role": "user"}]), "completion": "c"}
     assert rows_module.prompt_digest(turned) == digests[2]
+
+
+def test_published_rows_and_named_columns_are_read_as_ours(tmp_path, caplog):
+    alpaca = {"instruction": "add", "input": "1 2", "output": "3"}
+    path = write_jsonl(tmp_path / "rows.jsonl", [alpaca, alpaca])
+    with caplog.at_level("WARNING", logger="rlhf"):
+        rows = data.load_rows(path, "sft")
+    assert [row["completion"] for row in rows] == ["3", "3"] and [row["at"] for row in rows] == [
+        f"{path}:1",
+        f"{path}:2",
+    ]
+    assert caplog.messages == [f"{path}: read as the format alpaca"]
+    mapped = data.rows_of(path, "sft", name="rows", column_map="prompt=input,completion=output")
+    assert {(row["prompt"], row["completion"]) for row in mapped} == {("1 2", "3")}
+    with pytest.raises(data.DataError, match=r"rows\.jsonl:1: lacks the field `prompt`"):
+        data.load_rows(path, "sft", data_format="own")
+    with pytest.raises(data.DataError, match=r"rows\[2\]: lacks the column `instruction`"):
+        data.rows_of([alpaca, alpaca, {"input": "a"}], "sft", name="rows")
+    both = [alpaca, {"input": "a"}, {"instruction": None, "output": "a"}, alpaca]
+    assert len(data.rows_of(both, "sft", name="rows", bad_rows="skip")) == 2
+
+
+def test_a_pair_is_a_good_and_a_bad_response(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{**SFT, "label": 1}, GOOD["preference"]])
+    rows = [(row["completion"], row["label"], row["at"]) for row in data.load_rows(path, "unpaired")]
+    assert rows == [("b", True, f"{path}:1"), ("b", True, f"{path}:2"), ("c", False, f"{path}:2")]
+
+
+def test_data_that_give_nothing_to_learn_from_are_an_error():
+    with pytest.raises(data.DataError, match=r"rows: none of 1 rows gives one .*tied"):
+        data.rows_of([{**RANKED, "ranks": [1, 1]}], "preference", name="rows")
