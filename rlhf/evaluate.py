@@ -352,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model_name_or_path", required=True, help="policy: a model directory, or 'demo'")
     parser.add_argument("--reward_model_path", required=True, help="reward model directory")
-    parser.add_argument("--dataset_name", required=True, help="prompts: jsonl, json or parquet file with `prompt`")
+    parser.add_argument("--dataset_name", required=True, help="prompts: file, folder or data set with `prompt`")
     parser.add_argument("--n", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="responses a prompt, one or several")
     parser.add_argument("--response_length", type=int, default=64, help="tokens, stop token included")
     parser.add_argument("--temperature", type=float, default=1.0)

@@ -20,6 +20,7 @@ from .messages import (
     text_of,
     with_template_inputs,
 )
+from .mixtures import mixed, named_sets
 from .problems import Problems
 
 logger = logging.getLogger("rlhf")
@@ -45,8 +46,9 @@ def load_rows(
     """Read and check every row of a data file (or of a set of the `datasets` package) before it is used.
 
     Args:
-        name_or_path: a .jsonl, .json, .parquet or (kind "text") .txt file; a folder holding `<split>.<one of these>`;
-            else a name that `datasets.load_dataset` knows, if that package is installed.
+        name_or_path: a jsonl, json, csv, tsv, parquet, arrow or (kind "text") txt file, also compressed; a pattern of
+            such names; a folder of splits and shards; else a name that `datasets.load_dataset` knows, if that package
+            is installed. Several, with commas between them, are read as one, with shares: `a.jsonl:0.7,b.jsonl:0.3`.
         kind: "sft" (`text`, `messages` or `prompt` + `completion`), "ranked" (`prompt` + `completions` + `ranks` or
             `scores`, or `prompt` + `chosen` + `rejected`; optional fields: see rankings.py), "preference" (`prompt` +
             `chosen` + `rejected`), "unpaired" (`prompt` + `completion` + `label`; a pair gives two rows), "prompts",
@@ -64,6 +66,11 @@ def load_rows(
         DataError: what is wrong, by file and line; also when the file is missing or holds no rows.
     """
     _check_kind(kind)
+    names, weights = zip(*named_sets(name_or_path), strict=True)
+    if len(names) > 1:
+        options = {"split": split, "config": config, "columns": columns, "column_map": column_map}
+        options |= {"data_format": data_format, "bad_rows": bad_rows, "num_proc": num_proc}
+        return mixed([load_rows(name, kind, **options) for name in names], names, weights)
     found = read(str(name_or_path), kind, split, config)
     return _checked(found, name_or_path, f"{name_or_path}:1", kind, columns, column_map, data_format, bad_rows)
 

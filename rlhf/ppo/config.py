@@ -17,7 +17,9 @@ class PPOConfig:
     value_model_path: str | None = option(
         None, "Value network to start from, or a language model, given a new head. None: the reward model (paper)."
     )
-    dataset_name: str | None = option(None, "Prompts: a jsonl, json or parquet file, or a data set's name.")
+    dataset_name: str | None = option(
+        None, "Prompts: a file, a pattern, a folder or a data set's name; or several: a.jsonl:0.7,b.csv:0.3."
+    )
     dataset_config: str | None = option(None, "Configuration of a named data set.")
     dataset_train_split: str = option("train", "Split of a named data set.")
     columns: str | None = option(

@@ -17,7 +17,9 @@ class StageConfig(TrainingArguments):
     """Settings of a stage: what is listed here, and every setting of transformers.TrainingArguments."""
 
     model_name_or_path: str = option("demo", "Folder of the model to start from; 'demo' is the embedded story model.")
-    dataset_name: str | None = option(None, "Data to train on: a .jsonl, .json or .parquet file, or a `datasets` name.")
+    dataset_name: str | None = option(
+        None, "Data to train on: a file, a pattern, a folder or a `datasets` name; or several: a.jsonl:0.7,b.csv:0.3."
+    )
     dataset_config: str | None = option(None, "Configuration of a `datasets` name.")
     dataset_train_split: str = option("train", "Split to train on, of a folder or a `datasets` name.")
     dataset_test_split: str = option("test", "Split of eval_dataset_name to evaluate on.")
