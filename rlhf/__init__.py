@@ -1,8 +1,9 @@
 """rlhf: a thin trainer layer that runs SFT, reward model and PPO with the losses of rlhf_kernels.
 
-A stage is a trainer and its settings: `SFTTrainer`, `RewardTrainer`, `DPOTrainer` and `PPOTrainer` with `SFTConfig`,
-`RewardConfig`, `DPOConfig` and `PPOConfig`; `train_sft` and its kin run a stage from settings alone. The command line
-is `rlhf.cli`. Importing `rlhf` loads none of them, and no torch: a name is looked up when it is first used.
+A stage is a trainer and its settings: `SFTTrainer`, `RewardTrainer`, `DPOTrainer`, `KTOTrainer` and `PPOTrainer` with
+`SFTConfig`, `RewardConfig`, `DPOConfig`, `KTOConfig` and `PPOConfig`; `train_sft` and its kin run a stage from settings
+alone. The command line is `rlhf.cli`. Importing `rlhf` loads none of them, and no torch: a name is looked up when it is
+first used.
 """
 
 import importlib
@@ -10,15 +11,17 @@ import importlib.metadata
 
 from . import _moved, extras
 
-_STAGES = {"sft": "SFT", "reward": "Reward", "preference": "DPO", "ppo": "PPO"}
-_PUBLIC = {f"{title}{kind}": stage for stage, title in _STAGES.items() for kind in ("Trainer", "Config")}
-_PUBLIC |= {f"train_{title.lower()}": stage for stage, title in _STAGES.items()}
+_STAGES = {"SFT": "sft", "Reward": "reward", "DPO": "preference", "KTO": "preference", "PPO": "ppo"}
+_PUBLIC = {f"{title}{kind}": module for title, module in _STAGES.items() for kind in ("Trainer", "Config")}
+_PUBLIC |= {f"train_{title.lower()}": module for title, module in _STAGES.items()}
 _PUBLIC |= dict.fromkeys(("Completion", "RolloutEngine"), "rollouts")
 
 __all__ = [
     "Completion",
     "DPOConfig",
     "DPOTrainer",
+    "KTOConfig",
+    "KTOTrainer",
     "PPOConfig",
     "PPOTrainer",
     "RewardConfig",
@@ -27,6 +30,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainer",
     "train_dpo",
+    "train_kto",
     "train_ppo",
     "train_reward",
     "train_sft",

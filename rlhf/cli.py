@@ -30,6 +30,7 @@ STAGES = {
     "reward": ("rlhf.reward", "RewardConfig", "train_reward", "stage 2: train a reward model on rankings"),
     "ppo": ("rlhf.ppo", "PPOConfig", "train_ppo", "stage 3: PPO, and PPO-ptx with --ptx_coef, against the reward"),
     "dpo": ("rlhf.preference", "DPOConfig", "train_dpo", "preferences without a reward model (DPO and its family)"),
+    "kto": ("rlhf.preference", "KTOConfig", "train_kto", "single responses that are desired or not (KTO)"),
 }
 TOOLS = {
     "best-of-n": ("rlhf.evaluate", "sample N responses, keep the one that the reward model scores highest"),

@@ -20,7 +20,7 @@ from .stages import Stage, Stages, check_names, fresh_or_resumed, make_config, s
 SECTIONS = ("pipeline", "sft", "reward", "ppo", "ppo_ptx", "evaluate")
 
 
-OTHER_SECTIONS = ("dpo", "demo")
+OTHER_SECTIONS = ("dpo", "kto", "demo")
 
 
 def read_sections(path: str | Path, known: Sequence[str] = SECTIONS) -> dict[str, dict]:

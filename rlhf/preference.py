@@ -1,7 +1,9 @@
 """Preferences without a reward model: L_DPO = -log sigmoid(beta * (log pi/ref)(y_w) - beta * (log pi/ref)(y_l)).
 
 The closed form of the RL problem, solved for the reward (Rafailov et al. 2023); IPO, hinge, SimPO and ORPO are further
-losses on the same log-probs. The reference is the model at the start: its log-probs are computed once, before training.
+losses on the same log-probs. KTO (Ethayarajh et al. 2024) needs no pairs: responses that are desired, or not, are held
+against z = max(0, KL(pi || ref)). The reference is the model at the start: its log-probs are computed once, before
+training.
 """
 
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from accelerate.utils import gather_object
 from rlhf_kernels import preference_loss
 
 from . import models, training
+from .data.mismatches import mismatched
 from .data.store import Mapped
 from .ranges import above, at_least, option, within
 from .training import StageConfig, StageTrainer
@@ -40,16 +43,37 @@ class DPOConfig(StageConfig):
     paper: ClassVar[dict] = {}
 
 
-class DPOTrainer(StageTrainer):
-    """Trains a language model on pairs: `DPOTrainer(model, args=args, train_dataset=rows).train()`.
+@dataclass
+class KTOConfig(StageConfig):
+    """Settings of `rlhf kto`."""
 
-    Arguments come in TRL's order; `StageTrainer` says what they take. A row is `prompt`, `chosen` and `rejected`.
+    dataset_name: str | None = option(
+        None, "Responses: prompt, completion, label (true: desired); a pair of chosen and rejected is one of each."
+    )
+    loss_type: Literal["kto"] = option("kto", "The loss.")
+    beta: float = option(0.1, "Weight of the tether to the reference (KTO paper: 0.1).", above(0))
+    desirable_weight: float = option(
+        1.0, "Weight of a desired response; the paper: weights times counts of the two within 1 to 4/3.", above(0)
+    )
+    undesirable_weight: float = option(1.0, "Weight of an undesired response.", above(0))
+    learning_rate: float = option(1e-6, "Peak learning rate.", at_least(0))
+
+    stage: ClassVar[str] = "kto"
+    groups: ClassVar[dict] = {
+        **StageConfig.groups,
+        "the method": ("loss_type", "beta", "desirable_weight", "undesirable_weight"),
+    }
+    paper: ClassVar[dict] = {}
+
+
+class ReferenceTrainer(StageTrainer):
+    """A stage whose loss holds log-probs against those of a reference; a subclass gives `log_probs` beside the rest.
 
     Args:
         ref_model: the reference, a language model or its path. None = the model as it is when training starts.
     """
 
-    config_class, kind, task_type = DPOConfig, "preference", "CAUSAL_LM"
+    task_type = "CAUSAL_LM"
 
     def __init__(
         self, model=None, ref_model=None, args=None, data_collator=None, train_dataset=None, eval_dataset=None,
@@ -65,6 +89,14 @@ class DPOTrainer(StageTrainer):
             compute_metrics=compute_metrics, quantization_config=quantization_config,
         )  # fmt: skip
 
+    @property
+    def needs_reference(self):
+        return self.args.loss_type not in WITHOUT_REFERENCE
+
+    def log_probs(self, model, batch):
+        """[N, 2] fp32, differentiable: the two log-probs of each example that the reference's are held against."""
+        raise NotImplementedError
+
     def also_compared(self):
         return {} if self.ref_model is None else {"ref_model": self.ref_model}
 
@@ -78,9 +110,6 @@ class DPOTrainer(StageTrainer):
             return models.as_policy(model)
         return models.load_policy(args.model_name_or_path, **options)
 
-    def encode(self, rows, what):
-        return training.encode_rows(self.tokenizer, rows, ("chosen", "rejected"), self.args, what=what)
-
     def collate(self, examples):
         batch = super().collate(examples)
         if "ref_log_probs" in examples[0]:
@@ -88,6 +117,61 @@ class DPOTrainer(StageTrainer):
                 [example["ref_log_probs"] for example in examples], dtype=torch.float32
             )
         return batch
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The reference of a sharded run is asked here: its shards are made, and no checkpoint is loaded yet."""
+        if self.is_sharded and "ref_log_probs" not in self.train_dataset[0]:
+            self.add_references()
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def before_training(self):
+        if not self.is_sharded:
+            self.add_references()
+
+    def add_references(self):
+        if self.needs_reference:
+            for examples in (self.train_dataset, self.held_out):
+                self.add_reference(examples)
+            models.reshard(self.model)
+
+    @torch.no_grad()
+    def add_reference(self, examples):
+        """Put the reference's log-probs into the examples: those of ref_model, or of the model as it is now.
+
+        Each process computes its share of them, and all the same number, since sharded weights need all processes.
+        """
+        if not examples:
+            return
+        model = self.model if self.ref_model is None else self.ref_model.to(self.args.device)
+        if not self.is_sharded:
+            self.model.to(self.args.device)
+        model.eval()
+        found = numpy.empty((len(examples), 2), numpy.float32)
+        with self.accelerator.split_between_processes(list(range(len(examples))), apply_padding=True) as own:
+            batches = self.batches(Mapped(examples.__getitem__, own))
+            with self.accelerator.autocast():  # as the log-probs that they are held against
+                values = [self.log_probs(model, batch).float().cpu().numpy() for batch in batches]
+            for numbers, rows in gather_object([(own, numpy.concatenate(values))]):
+                found[numbers] = rows
+        examples.add("ref_log_probs", found)
+
+
+class DPOTrainer(ReferenceTrainer):
+    """Trains a language model on pairs: `DPOTrainer(model, args=args, train_dataset=rows).train()`.
+
+    Arguments come in TRL's order; `StageTrainer` says what they take. A row is `prompt`, `chosen` and `rejected`.
+
+    Args:
+        ref_model: the reference, a language model or its path. None = the model as it is when training starts.
+    """
+
+    config_class, kind = DPOConfig, "preference"
+
+    def encode(self, rows, what):
+        return training.encode_rows(self.tokenizer, rows, ("chosen", "rejected"), self.args, what=what)
+
+    def log_probs(self, model, batch):
+        return pair_log_probs(model, batch)[0]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = self.loss_of(model, inputs, num_items_in_batch=num_items_in_batch)
@@ -110,43 +194,6 @@ class DPOTrainer(StageTrainer):
             **options,
         )
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        """The reference of a sharded run is asked here: its shards are made, and no checkpoint is loaded yet."""
-        if self.is_sharded and "ref_log_probs" not in self.train_dataset[0]:
-            self.add_references()
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    def before_training(self):
-        if not self.is_sharded:
-            self.add_references()
-
-    def add_references(self):
-        if self.args.loss_type not in WITHOUT_REFERENCE:
-            for examples in (self.train_dataset, self.held_out):
-                self.add_reference(examples)
-            models.reshard(self.model)
-
-    @torch.no_grad()
-    def add_reference(self, examples):
-        """Put the reference's log-probs into the examples: those of ref_model, or of the model as it is now.
-
-        Each process computes its share of them, and all the same number, since sharded weights need all processes.
-        """
-        if not examples:
-            return
-        model = self.model if self.ref_model is None else self.ref_model.to(self.args.device)
-        if not self.is_sharded:
-            self.model.to(self.args.device)
-        model.eval()
-        found = numpy.empty((len(examples), 2), numpy.float32)
-        with self.accelerator.split_between_processes(list(range(len(examples))), apply_padding=True) as own:
-            batches = self.batches(Mapped(examples.__getitem__, own))
-            with self.accelerator.autocast():  # as the log-probs that they are held against
-                values = [pair_log_probs(model, batch)[0].float().cpu().numpy() for batch in batches]
-            for numbers, rows in gather_object([(own, numpy.concatenate(values))]):
-                found[numbers] = rows
-        examples.add("ref_log_probs", found)
-
     def evaluate_rows(self, examples):
         sums = {}
         for batch in self.batches(examples):
@@ -156,14 +203,129 @@ class DPOTrainer(StageTrainer):
         return {name: total / len(examples) for name, total in sums.items()}
 
 
+class KTOTrainer(ReferenceTrainer):
+    """Trains a language model on single responses: `KTOTrainer(model, args=args, train_dataset=rows).train()`.
+
+    Arguments come in TRL's order; `StageTrainer` says what they take. A row is `prompt`, `completion` and `label`
+    (true: desired); a row of `prompt`, `chosen` and `rejected` becomes one of each.
+
+    z, the estimate of KL(policy || reference), is the mean log-ratio of responses behind prompts that they do not
+    answer, over all rows of an optimizer step, those of accumulated batches and of other processes too. It is at least
+    0 and a constant to the gradient. Each prompt gets the response of the next row with another prompt, cut where it
+    does not fit.
+
+    Args:
+        ref_model: the reference, a language model or its path. None = the model as it is when training starts.
+    """
+
+    config_class, kind = KTOConfig, "unpaired"
+    spare = None  # the training examples, for held-out rows of one prompt
+
+    def encode(self, rows, what):
+        examples = training.encode_rows(self.tokenizer, rows, ("completion",), self.args, what=what)
+        examples = mismatched(examples, self.args.max_length, self.spare)
+        if what == "training":
+            self.spare = examples
+        return examples
+
+    def collate(self, examples):
+        own = super().collate([one_of(example, 0) for example in examples])
+        other = super().collate([one_of(example, 1) for example in examples])
+        return {**own, "mismatched": other, **by_label(examples)}
+
+    def log_probs(self, model, batch):
+        return torch.stack([sums(model, batch), sums(model, batch["mismatched"])], dim=1)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.of_step(batches)
+        self.record({"kl": step["kl"]})
+        return [{**batch, **step} for batch in batches], items
+
+    @torch.no_grad()
+    def of_step(self, batches):
+        """What is told of all batches of a step, over all processes: z, and the counts of both labels."""
+        total = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        for batch in map(self._prepare_inputs, batches):
+            with self.accelerator.autocast():
+                ratios = sums(self.model, batch["mismatched"]) - batch["ref_log_probs"][:, 1]
+            counts = (len(ratios), len(batch["desired"]), len(batch["undesired"]))
+            total += torch.stack([ratios.double().sum(), *(total.new_tensor(count) for count in counts)])
+        total = self.accelerator.reduce(total, "sum")
+        batches = len(batches) * self.accelerator.num_processes
+        return {"kl": (total[0] / total[1]).clamp(min=0).float(), "labels_of_step": total[2:], "batches": batches}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        step = inputs if "kl" in inputs else self.of_step([inputs])
+        both = [sums(model, inputs), inputs["ref_log_probs"][:, 0]]
+        result = self.loss_of(*both, inputs, step["kl"], num_items_in_batch=num_items_in_batch)
+        self.record_labels(result, step)
+        return self.global_mean(result.loss) if num_items_in_batch is not None else result.loss
+
+    def loss_of(self, log_probs, ref, labels, kl, **options):
+        desired, undesired = labels["desired"], labels["undesired"]
+        return preference_loss(
+            log_probs[desired],
+            log_probs[undesired],
+            ref[desired],
+            ref[undesired],
+            loss_type=self.args.loss_type,
+            beta=self.args.beta,
+            kl=kl,
+            desirable_weight=self.args.desirable_weight,
+            undesirable_weight=self.args.undesirable_weight,
+            **options,
+        )
+
+    def record_labels(self, result, step):
+        """Means over the responses of each label, which a batch may lack; the margin is that of the whole step."""
+        sides = {"chosen": result.chosen_rewards, "rejected": result.rejected_rewards}
+        for side, rewards in sides.items():
+            for name in (f"rewards/{side}", f"logps/{side}"):
+                self.record({name: result.metrics[name] if len(rewards) else 0.0}, weight=len(rewards))
+        means = torch.stack([rewards.double().sum() for rewards in sides.values()]) / step["labels_of_step"]
+        margin, known = means[0] - means[1], (step["labels_of_step"] > 0).all()
+        self.record({"rewards/margins": margin.where(known, 0.0) * step["batches"]}, weight=known / step["batches"])
+
+    def evaluate_rows(self, examples):
+        found = [(self.log_probs(self.model, batch), batch["ref_log_probs"]) for batch in self.batches(examples)]
+        log_probs, ref = map(torch.cat, zip(*found, strict=True))
+        kl = (log_probs - ref)[:, 1].mean().clamp(min=0)
+        result = self.loss_of(log_probs[:, 0], ref[:, 0], self._prepare_inputs(by_label(examples)), kl)
+        metrics = {"loss": result.loss, "kl": kl, **result.metrics}
+        return {name: float(value) for name, value in metrics.items() if not value.isnan()}
+
+
+def sums(model, batch):
+    """[S] fp32, differentiable: the summed log-prob of each response of a batch."""
+    log_probs = training.response_log_probs(model, batch)
+    return torch.segment_reduce(log_probs, "sum", lengths=batch["cu_responses"].diff())
+
+
 def pair_log_probs(model, batch):
     """Summed log-probs [N, 2] fp32 (chosen, rejected), differentiable, and the token counts [N, 2]."""
-    log_probs = training.response_log_probs(model, batch)
-    lengths = batch["cu_responses"].diff()
-    return torch.segment_reduce(log_probs, "sum", lengths=lengths).view(-1, 2), lengths.view(-1, 2)
+    return sums(model, batch).view(-1, 2), batch["cu_responses"].diff().view(-1, 2)
+
+
+def by_label(examples):
+    """Which of the examples are desired, and which are not, as int64 tensors."""
+    desired = torch.tensor([example["row"]["label"] for example in examples])
+    return {"desired": desired.nonzero().flatten(), "undesired": (~desired).nonzero().flatten()}
+
+
+def one_of(example, number):
+    """An example with one of its responses alone."""
+    learned = {"learned": [example["learned"][number]]} if "learned" in example else {}
+    return {**example, "responses": [example["responses"][number]], **learned}
 
 
 def train_dpo(args: DPOConfig):
     """Train a policy on preference pairs; returns the run directory, which holds the model."""
     DPOTrainer(args=args).train()
+    return Path(args.output_dir)
+
+
+def train_kto(args: KTOConfig):
+    """Train a policy on responses that are desired or not; returns the run directory, which holds the model."""
+    KTOTrainer(args=args).train()
     return Path(args.output_dir)

@@ -13,13 +13,18 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from rlhf.preference import DPOConfig, train_dpo
+from rlhf.preference import DPOConfig, KTOConfig, train_dpo, train_kto
 from rlhf.processes import SHARDING, asks_for
 from rlhf.reward import RewardConfig, train_reward
 from rlhf.sft import SFTConfig, train_sft
 from rlhf.training import StageTrainer
 
-STAGES = {"sft": (SFTConfig, train_sft), "reward": (RewardConfig, train_reward), "dpo": (DPOConfig, train_dpo)}
+STAGES = {
+    "sft": (SFTConfig, train_sft),
+    "reward": (RewardConfig, train_reward),
+    "dpo": (DPOConfig, train_dpo),
+    "kto": (KTOConfig, train_kto),
+}
 SHARDED = any(map(asks_for, SHARDING))
 whole_model = StageTrainer.whole_model
 

@@ -10,7 +10,7 @@ from ..data import as_text
 from ..disk import lines_of, read_object
 from .plots import Series
 
-STAGES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "dpo": "DPO"}
+STAGES = {"sft": "SFT", "reward": "Reward model", "ppo": "PPO", "ppo_ptx": "PPO-ptx", "dpo": "DPO", "kto": "KTO"}
 """Subdirectories of a pipeline in the order in which they run, and how the report calls them."""
 COLUMNS = (
     ("gold", "Gold score", "{:z.2f}"),

@@ -56,7 +56,7 @@ def sft_flags(files, **changes):
 def test_overview_names_every_command(capsys):
     assert cli.main([]) == 0 and cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("sft", "reward", "ppo", "dpo", "best-of-n", "pipeline", "report", "demo"):
+    for command in ("sft", "reward", "ppo", "dpo", "kto", "best-of-n", "pipeline", "report", "demo"):
         assert f"  {command} " in out
 
 
@@ -67,7 +67,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"rlhf {rlhf_kernels.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["sft", "reward", "ppo", "dpo"])
+@pytest.mark.parametrize("command", ["sft", "reward", "ppo", "dpo", "kto"])
 def test_help_reads_well(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert cli.main([command, "--help"]) == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rlhf
-from rlhf import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from rlhf import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from tests.tiny import model_folder
 
 STORIES = [{"prompt": f"{word} the", "completion": f"dog ran {word}"} for word in "abcdefgh"]
@@ -52,11 +52,12 @@ def stages(tmp_path, home):
         "sft": trained(SFTTrainer, SFTConfig, STORIES),
         "reward": trained(RewardTrainer, RewardConfig, RANKED),
         "dpo": trained(DPOTrainer, DPOConfig, PAIRS),
+        "kto": trained(KTOTrainer, KTOConfig, PAIRS),
         "ppo": ppo,
     }
 
 
-@pytest.mark.parametrize("stage", ("sft", "reward", "dpo", "ppo"))
+@pytest.mark.parametrize("stage", ("sft", "reward", "dpo", "kto", "ppo"))
 def test_a_stage_makes_the_same_steps(stage, stages, default_dtype):
     expected = stages[stage]("float32")
     default_dtype(torch.bfloat16)

@@ -11,13 +11,13 @@ from transformers import TrainingArguments
 from rlhf import cli, evaluate, pipeline
 from rlhf.demo.run import DemoConfig
 from rlhf.ppo import PPOConfig
-from rlhf.preference import DPOConfig
+from rlhf.preference import DPOConfig, KTOConfig
 from rlhf.ranges import above, at_least, check_value, within
 from rlhf.reward import RewardConfig
 from rlhf.sft import SFTConfig
 from rlhf.training import StageConfig, inherited
 
-STAGES = [SFTConfig, RewardConfig, DPOConfig, PPOConfig]
+STAGES = [SFTConfig, RewardConfig, DPOConfig, KTOConfig, PPOConfig]
 NEEDED = {pipeline.PipelineConfig: {"model_name_or_path": "m", "ranked_dataset": "r", "output_dir": "o"}}
 
 
@@ -79,6 +79,7 @@ def test_defaults_and_the_ends_of_closed_ranges_are_taken(config):
         (SFTConfig, "use_peft", "yes"), (SFTConfig, "use_cpu", 3), (PPOConfig, "whiten_rewards", "false"),
         (PPOConfig, "kl_estimator", "k4"), (PPOConfig, "lr_scheduler_type", "step"), (PPOConfig, "on_health", "no"),
         (PPOConfig, "loss_agg_mode", "sum"), (DPOConfig, "loss_type", "kto"), (RewardConfig, "ties", "keep"),
+        (KTOConfig, "loss_type", "ipo"),
         (PPOConfig, "reward_clip_range", [1, -1]), (PPOConfig, "reward_clip_range", [1]), (SFTConfig, "dtype", "int8"),
     ],
 )  # fmt: skip
@@ -96,7 +97,7 @@ def test_a_range_says_what_it_takes():
         check_value("x", math.inf, float, within(-math.inf, math.inf))
 
 
-@pytest.mark.parametrize("config", [SFTConfig, RewardConfig, DPOConfig])
+@pytest.mark.parametrize("config", [SFTConfig, RewardConfig, DPOConfig, KTOConfig])
 def test_each_setting_of_transformers_works_or_is_refused(config):
     """What a new version of transformers adds must be looked at, and put into one of the tables."""
     own = set(StageConfig.__annotations__)
@@ -105,7 +106,7 @@ def test_each_setting_of_transformers_works_or_is_refused(config):
     assert not inherited.WORK & set(inherited.REFUSED) and not own & inherited.WORK
 
 
-@pytest.mark.parametrize("config", [SFTConfig, RewardConfig, DPOConfig])
+@pytest.mark.parametrize("config", [SFTConfig, RewardConfig, DPOConfig, KTOConfig])
 def test_settings_without_effect_are_refused_with_the_reason(config):
     fields = {item.name: item for item in dataclasses.fields(config)}
     for name in [name for name in config.refused if name in fields]:

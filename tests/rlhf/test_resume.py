@@ -1,4 +1,4 @@
-"""A run of sft, reward or dpo goes on as the same run only: other settings, rows, models or processes are errors."""
+"""A run of a stage goes on as the same run only: other settings, rows, models or processes are errors."""
 
 import json
 import shutil
@@ -10,12 +10,12 @@ from tests.rlhf.test_train_sft import demonstrations
 from tests.tiny import model_folder, write_jsonl
 from tests.tiny_reward import rankings
 
-STAGES = ("sft", "reward", "dpo")
+STAGES = ("sft", "reward", "dpo", "kto")
 SAME_ONLY = "(resume_from_checkpoint goes on with the same run only)"
 
 
 def rows_of(stage, seed=0):
-    if stage == "dpo":
+    if stage in ("dpo", "kto"):
         words = "bcdefghijklmnopq" if not seed else "qponmlkjihgfedcb"
         return [{"prompt": f"a {word}", "chosen": f"{word} good", "rejected": "bad"} for word in words]
     return demonstrations(16, seed) if stage == "sft" else rankings(16, seed)
@@ -57,6 +57,7 @@ CHANGES = [
     )),
     ("sft", {"dropout": 0.1}), ("sft", {"eval_dataset_name": "held-out"}), ("reward", {"ties": "half"}),
     ("reward", {"demonstrations": "sft"}), ("dpo", {"beta": 0.5}), ("dpo", {"loss_type": "ipo"}),
+    ("kto", {"undesirable_weight": 2}),
 ]  # fmt: skip
 
 

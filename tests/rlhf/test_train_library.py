@@ -43,6 +43,8 @@ TRL = {  # parameters of TRL 1.16's trainers, and of 1.12's PPOTrainer
     "optimizers optimizer_cls_and_kwargs preprocess_logits_for_metrics quantization_config peft_config",
     "DPOTrainer": "model ref_model args data_collator train_dataset eval_dataset processing_class compute_metrics "
     "callbacks optimizers quantization_config peft_config",
+    "KTOTrainer": "model ref_model args data_collator train_dataset eval_dataset processing_class compute_metrics "
+    "callbacks optimizers quantization_config peft_config",
     "PPOTrainer": "args processing_class model ref_model reward_model train_dataset value_model data_collator "
     "eval_dataset optimizers callbacks peft_config",
 }

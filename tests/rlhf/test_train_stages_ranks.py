@@ -1,4 +1,4 @@
-"""sft, reward and dpo on two gloo processes, with whole weights and with sharded ones: what one process gives."""
+"""sft, reward, dpo and kto on two gloo processes, with whole weights and with sharded ones: what one process gives."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from rlhf import models
 from rlhf.training import StageTrainer
 from tests.processes import run
+from tests.rlhf.test_train_kto import judged
 from tests.rlhf.test_train_preference import preferences
 from tests.rlhf.test_train_sft import demonstrations
 from tests.stages_ranks import STAGES
@@ -35,6 +36,7 @@ RUNS = {  # name: (stage, family, settings beside those); GPT-2 ties its head to
     "sft": ("sft", "gpt2", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
     "reward": ("reward", "llama", {"packing": "true"}),
     "dpo": ("dpo", "llama", {"gradient_checkpointing": True}),
+    "kto": ("kto", "llama", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
     "lora": ("reward", "llama", {"use_peft": True}),
 }
 MEANS_OVER_BATCHES = ("accuracy", "margin", "min_reward", "mean_reward", "max_reward", "pairs")
@@ -60,7 +62,8 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("stages")
     for family in ("llama", "gpt2"):
         model_folder(home / family, family=family)
-    for stage, rows in (("sft", demonstrations(40)), ("reward", rankings(40)), ("dpo", preferences(40))):
+    data = {"sft": demonstrations(40), "reward": rankings(40), "dpo": preferences(40), "kto": judged(40)}
+    for stage, rows in data.items():
         write_jsonl(home / f"{stage}.jsonl", rows)
     for name in names():
         stage, options = settings(home, name, f"one/{name}", 1)
