@@ -72,7 +72,7 @@ class Path:
     def _entries(self, value, number):
         if isinstance(value, list):
             return value
-        if isinstance(value, dict) and value and all(isinstance(entry, list) for entry in value.values()):
+        if isinstance(records(value), list):
             return records(value)
         raise Bad(f"`{self._so_far(number)}` must be a list, got {type(value).__name__}")
 
@@ -89,9 +89,10 @@ class Path:
 
 
 def records(value):
-    """A list of dicts, as it is, or made of a dict of equally long lists."""
-    if isinstance(value, dict) and value:
-        return [dict(zip(value, entries)) for entries in zip(*value.values())]
+    """A dict of equally long lists, as a list of dicts; any other value as it is."""
+    columns = list(value.values()) if isinstance(value, dict) else []
+    if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return [dict(zip(value, entries)) for entries in zip(*columns)]
     return value
 
 

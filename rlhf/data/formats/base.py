@@ -21,6 +21,7 @@ class Format:
             raw rows. None: each row is one of its own.
         over_own: kinds for which the layout says more than the fields of our own that its rows hold too.
         auto: False: only by name.
+        aliases: other names that `--data_format` takes.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Format:
     group: Callable | None = None
     over_own: tuple = ()
     auto: bool = True
+    aliases: tuple = ()
 
 
 def text(raw, name, *, default=None):
@@ -71,8 +73,12 @@ def is_text(value):
 def is_messages(value, *keys):
     """A list of at least one dict that has the keys, by default those of messages."""
     keys = keys or ("role", "content")
-    value = records(value) if isinstance(value, dict) else value
     return isinstance(value, list) and bool(value) and all(isinstance(v, dict) and set(keys) <= set(v) for v in value)
+
+
+def records_with(*keys):
+    """Whether a value is a list of dicts (or a dict of lists) that have the keys: for `has`."""
+    return lambda value: is_messages(records(value), *keys)
 
 
 def has(*texts, without=(), **types):
@@ -105,17 +111,24 @@ def others(raw):
     return {name: value for name, value in raw.items() if name not in FIELDS}
 
 
+DEMONSTRATION = {"sft": "", "prompts": ""}
 RANKING_KINDS = {
     "preference": "the best answer against the worst; none from a row whose answers are all tied",
     "sft": "the best answer",
     "unpaired": "the best answer as good, the worst as bad; none from a row whose answers are all tied",
     "prompts": "",
 }
+PAIR_KINDS = {"sft": "the chosen answer", "unpaired": "the chosen answer as good, the rejected as bad", "prompts": ""}
 
 
 def rankings(what):
     """The kinds of a format whose rows rank several answers."""
     return {"ranked": what, **RANKING_KINDS}
+
+
+def pairs(what):
+    """The kinds of a format whose rows say which of two answers is better."""
+    return {"ranked": what, "preference": what, **PAIR_KINDS}
 
 
 def ranking(prompt, answers, *, scores=None, ranks=None, **more):
@@ -150,12 +163,13 @@ def as_ranking(read):
     def convert(raw, kind):
         row = read(raw)
         found = [] if row is None else of_ranking(row, kind)
-        return [{**_short(raw), **row} for row in found] if kind == "prompts" else found
+        return [{**short_columns(raw), **row} for row in found] if kind == "prompts" else found
 
     return convert
 
 
-def _short(raw):
+def short_columns(raw):
+    """The columns of a row that are no fields of ours and no lists or dicts."""
     return {name: value for name, value in others(raw).items() if not isinstance(value, (list, dict))}
 
 
@@ -176,9 +190,6 @@ def of_ranking(row, kind):
     if kind == "preference":
         return [{**same, "chosen": answers[best], "rejected": answers[worst]}]
     return [{**same, "completion": answers[index], "label": index == best} for index in (best, worst)]
-
-
-DEMONSTRATION = {"sft": "", "prompts": ""}
 
 
 def as_demonstration(read):

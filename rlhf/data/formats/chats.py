@@ -1,54 +1,43 @@
-"""Published sets of conversations in other shapes than `messages`."""
+"""Published sets of conversations in other shapes than our own `messages`."""
 
 import json
 
-from .base import DEMONSTRATION, Bad, Format, entries, is_messages, others
+from .base import DEMONSTRATION, Bad, Format, as_ranking, entries, is_messages, others, pair, pairs, records_with
+from .dialogues import role_of
 
-_SAID_BY = {
-    "user": ("human", "user", "prompter"),
-    "assistant": ("gpt", "assistant", "chatgpt", "bing", "bard", "model"),
-    "system": ("system",),
-    "developer": ("developer",),
-    "tool": ("tool", "function", "function_response", "observation"),
-}
-_ROLES = {name: role for role, names in _SAID_BY.items() for name in names}
-_CALLS = ("function_call", "tool_call")
 _COLUMNS = ("conversations", "conversation", "messages", "dialog", "dialogue")
 _KEYS = (("from", "value"), ("role", "content"), ("role", "value"), ("from", "content"))
+_CALLS = ("function_call", "tool_call")
+_KEPT = ("name", "weight", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
 
 def _shape(raw):
-    """(column, key of the role, key of the text) of a row's conversation, or None."""
+    """(column, key of who speaks, key of what is said) of a row's conversation; None where it holds none."""
     for column in _COLUMNS:
         for keys in _KEYS:
-            if is_messages(raw.get(column), *keys) and (column, *keys) != ("messages", "role", "content"):
+            value = raw.get(column)
+            is_own = isinstance(value, list) and (column, *keys) == ("messages", "role", "content")
+            if records_with(*keys)(value) and not is_own:
                 return (column, *keys)
     return None
 
 
-def _sharegpt(raw, kind):
-    column, said_by, said = _shape(raw) or (None, None, None)
+def _turns_of(raw):
+    column, who, said = _shape(raw) or (None, None, None)
     if column is None:
-        raise Bad("holds no conversation of from and value, or role and content")
-    turns = [_message(turn, said_by, said) for turn in entries(raw, column)]
+        raise Bad(f"holds no conversation in {', '.join(_COLUMNS)}")
+    turns = [_message(turn, who, said) for turn in entries(raw, column)]
     system = raw.get("system") or raw.get("system_prompt")
     if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system})
-    row = {"messages": _whole_turns(turns, kind)}
-    tools = raw.get("tools")
-    if tools and not (turns[0]["role"] == "system" and "<tools>" in (turns[0]["content"] or "")):
-        row["tools"] = tools
-    return [{**others(raw), **row}] if kind == "prompts" else [row]
+    return turns
 
 
-def _message(turn, said_by, said):
-    name, content = turn[said_by], turn[said]
-    more = {key: value for key, value in turn.items() if key not in (said_by, said) and value is not None}
-    if name in _CALLS:
-        return {"role": "assistant", "content": "", "tool_calls": _calls(content), **more}
-    if name not in _ROLES:
-        raise Bad(f"`{said_by}` must be one of {', '.join((*_ROLES, *_CALLS))}, got {name!r}")
-    return {"role": _ROLES[name], "content": content, **more}
+def _message(turn, who, said):
+    more = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
+    if turn[who] in _CALLS:
+        return {"role": "assistant", "content": "", **more, "tool_calls": _calls(turn[said])}
+    return {"role": role_of(turn[who]), "content": turn[said], **more}
 
 
 def _calls(content):
@@ -63,24 +52,102 @@ def _calls(content):
         raise Bad(f"a function call must be JSON with name and arguments, got {content!r}") from None
 
 
-def _whole_turns(turns, kind):
-    """Without answers before the first question and, to learn from, questions behind the last answer."""
+def _tools(raw, turns):
+    """The column tools, unless the system message already lists them."""
+    listed = turns[0]["role"] == "system" and "<tools>" in (turns[0]["content"] or "")
+    return {"tools": raw["tools"]} if raw.get("tools") and not listed else {}
+
+
+def _sharegpt(raw, kind):
+    turns = _turns_of(raw)
+    return _conversation(raw, turns, kind, _tools(raw, turns))
+
+
+def _conversation(raw, turns, kind, more):
+    """A row without answers before the first question and, to learn from, without questions behind the last answer."""
     asked = next((index for index, turn in enumerate(turns) if turn["role"] == "user"), 0)
     turns = [turn for index, turn in enumerate(turns) if index >= asked or turn["role"] != "assistant"]
-    if kind == "sft":
-        while turns and turns[-1]["role"] != "assistant":
-            turns = turns[:-1]
-        if not turns:
-            raise Bad("the conversation holds no answer")
-    return turns
+    if kind == "prompts":
+        return [{**others(raw), "messages": turns, **more}]
+    while turns and turns[-1]["role"] != "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise Bad("the conversation holds no answer")
+    return [{"messages": turns, **more}]
+
+
+def _sharegpt_pair(raw):
+    turns = _turns_of(raw)
+    answers = []
+    for name in ("chosen", "rejected"):
+        who, said = next(keys for keys in _KEYS if is_messages([raw[name]], *keys))
+        answers.append([_message(raw[name], who, said)])
+    return pair(turns, *answers, **_tools(raw, turns))
+
+
+def _is_sharegpt_pair(raw):
+    answers = [[raw.get("chosen")], [raw.get("rejected")]]
+    return _shape(raw) is not None and all(any(is_messages(said, *keys) for keys in _KEYS) for said in answers)
+
+
+def _alternating_column(raw):
+    for name in ("data", "conversations", "dialog", "dialogue"):
+        value = raw.get(name)
+        if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
+            return name
+    return None
+
+
+def _alternating(raw, kind):
+    name = _alternating_column(raw)
+    if name is None:
+        raise Bad("holds no list of texts in data, conversations, dialog or dialogue")
+    turns = [{"role": ("user", "assistant")[index % 2], "content": said} for index, said in enumerate(raw[name])]
+    return _conversation(raw, turns, kind, {})
+
+
+def _is_exchanges(raw):
+    return records_with("input", "output")(raw.get("conversation"))
+
+
+def _exchanges(raw, kind):
+    turns = []
+    for exchange in entries(raw, "conversation"):
+        turns.append({"role": "user", "content": exchange.get("input")})
+        turns.append({"role": "assistant", "content": exchange.get("output")})
+    return _conversation(raw, turns, kind, {})
 
 
 FORMATS = (
     Format(
         "sharegpt",
-        "ShareGPT, OpenHermes, SlimOrca and others: conversations[].from (human, gpt, system, ...), .value",
+        "ShareGPT, OpenHermes, SlimOrca and others: conversations[].from (human, gpt, system, tool, ...), .value",
         DEMONSTRATION,
         lambda raw: _shape(raw) is not None and "chosen" not in raw,
         _sharegpt,
+        aliases=("openhermes", "openhermes-2.5", "slimorca", "lmsys-chat-1m", "wildchat"),
+    ),
+    Format(
+        "sharegpt-pairs",
+        "ShareGPT preferences: conversations[].from, .value, and chosen and rejected, each one turn",
+        pairs(""),
+        _is_sharegpt_pair,
+        as_ranking(_sharegpt_pair),
+    ),
+    Format(
+        "alternating",
+        "UltraChat as its makers publish it, LIMA: data or conversations, a list of texts, the user's first",
+        DEMONSTRATION,
+        lambda raw: _alternating_column(raw) is not None,
+        _alternating,
+        aliases=("ultrachat", "lima"),
+    ),
+    Format(
+        "exchanges",
+        "Capybara: conversation[].input, .output",
+        DEMONSTRATION,
+        _is_exchanges,
+        _exchanges,
+        aliases=("capybara",),
     ),
 )

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 from .. import columns
 from ..files import Bad, DataError
-from . import chats, dialogues, instructions, maths, own, pairs, ranked
+from . import arena, chats, dialogues, instructions, maths, own, pairs, ranked, trees
 
 logger = logging.getLogger("rlhf")
 
-FORMATS = {
-    format.name: format
-    for room in (pairs, ranked, chats, maths, instructions, own)
-    for format in room.FORMATS
-}  # fmt: skip
+_ROOMS = (ranked, pairs, arena, trees, maths, chats, instructions, own)
+FORMATS = {format.name: format for room in _ROOMS for format in room.FORMATS}
+_NAMES = {name: format for format in FORMATS.values() for name in (format.name, *format.aliases)}
 OWN, CHAT = "own", ":chat"
 
 
@@ -73,14 +71,14 @@ def _mapped(parsed, first_rows):
 
 
 def _named(name, kind):
-    wanted = name.lower().replace("_", "-")
+    wanted = name.rpartition("/")[2].lower().replace("_", "-")
     if wanted == OWN:
         return None
-    if wanted not in FORMATS:
+    if wanted not in _NAMES:
         raise ValueError(f"data_format: got {name!r}, wants auto, {OWN}, {', '.join(FORMATS)}")
-    if kind not in FORMATS[wanted].kinds:
-        raise DataError(_holds_others(FORMATS[wanted], kind))
-    return FORMATS[wanted]
+    if kind not in _NAMES[wanted].kinds:
+        raise DataError(_holds_others(_NAMES[wanted], kind))
+    return _NAMES[wanted]
 
 
 def _holds_others(format, kind):
@@ -117,8 +115,16 @@ def _formats_of(raw, kind):
 def _made(format, kind):
     note = format.kinds[kind]
     if format.group is None:
-        return Conversion(format.name, note, lambda raw: format.convert(raw, kind))
-    return Conversion(format.name, note, lambda raw: format.convert([raw], kind), _grouped(format, kind))
+        return Conversion(format.name, note, lambda raw: _converted(format, raw, kind))
+    return Conversion(format.name, note, lambda raw: _converted(format, [raw], kind), _grouped(format, kind))
+
+
+def _converted(format, raw, kind):
+    try:
+        return format.convert(raw, kind)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise Bad(f"is not in the format {format.name} ({type(error).__name__}: {reason})") from error
 
 
 def _grouped(format, kind):
@@ -134,7 +140,7 @@ def _grouped(format, kind):
                 yield at, error
         for at, raws in groups.values():
             try:
-                yield from [(at, row) for row in format.convert(raws, kind)]
+                yield from [(at, row) for row in _converted(format, raws, kind)]
             except Bad as error:
                 yield at, error
 

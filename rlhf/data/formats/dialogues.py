@@ -7,7 +7,21 @@ from ..files import Bad
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _EXTRA_ID = re.compile(r"\s*<extra_id_1>(User|Assistant)\s*")
-_ROLES = {"Human": "user", "User": "user", "Assistant": "assistant"}
+_SAID_BY = {
+    "user": ("human", "user", "prompter"),
+    "assistant": ("gpt", "assistant", "chatgpt", "bing", "bard", "model"),
+    "system": ("system",),
+    "developer": ("developer",),
+    "tool": ("tool", "function", "function_response", "observation"),
+}
+ROLES = {name: role for role, names in _SAID_BY.items() for name in names}
+
+
+def role_of(name):
+    """The role of who says something, by the names that data sets use."""
+    if name not in ROLES:
+        raise Bad(f"a turn must be of one of {', '.join(ROLES)}, got {name!r}")
+    return ROLES[name]
 
 
 def is_dialogue(value):
@@ -33,7 +47,7 @@ def messages_of(prompt):
             lead, *pieces = mark.split(text)
             turns = [("Human", lead)] if lead.strip() else []
             turns += zip(pieces[::2], pieces[1::2])
-            found = [{"role": _ROLES[who], "content": said.strip()} for who, said in turns]
+            found = [{"role": ROLES[who.lower()], "content": said.strip()} for who, said in turns]
             return found[:-1] if found[-1] == {"role": "assistant", "content": ""} else found
     return [{"role": "user", "content": prompt}]
 

@@ -1,29 +1,145 @@
 """Published sets of questions whose answer can be checked."""
 
-from .base import Format, has, others, text
+from .base import Bad, Format, has, is_messages, of_ranking, others, ranking, short_columns, text, user
+from .instructions import DOUBTFUL
 
-_MARK = "####"
-_FACTS = (
-    "context", "contexts", "passage", "document", "article", "choices", "options", "history", "support", "evidence",
-    "image", "images", "system", "system_prompt", "input",
-)  # fmt: skip
+_MARK, _BOX = "####", "\\boxed{"
 
 
 def _question_answer(raw, kind):
+    question, answer = text(raw, "question"), text(raw, "answer")
     if kind == "sft":
-        return [{"prompt": text(raw, "question"), "completion": text(raw, "answer")}]
-    answer = text(raw, "answer")
+        return [{"prompt": question, "completion": answer}]
     if _MARK in answer:
         answer = answer.rpartition(_MARK)[2].strip().replace(",", "")
-    return [{**others(raw), "prompt": text(raw, "question"), "answer": answer}]
+    return [{**others(raw), "prompt": question, "answer": answer}]
+
+
+def _math(raw, kind):
+    prompt = user(text(raw, "problem")) if "messages" in raw else text(raw, "problem")
+    if kind == "sft":
+        return [{"prompt": prompt, "completion": text(raw, "solution")}]
+    answer = raw.get("answer")
+    answer = boxed(text(raw, "solution")) if answer is None else text(raw, "answer")
+    return [{**others(raw), "prompt": prompt, "answer": answer}]
+
+
+def boxed(solution):
+    """What the last \\boxed{...} of a solution holds; None where there is none."""
+    start = solution.rfind(_BOX)
+    depth = 1
+    for place in range(start + len(_BOX), len(solution)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(solution[place], 0)
+        if depth == 0:
+            return solution[start + len(_BOX) : place].strip()
+    return None
+
+
+def _openr1(raw, kind):
+    prompt = user(text(raw, "problem"))
+    if kind == "prompts":
+        return [{**short_columns(raw), "prompt": prompt, "answer": text(raw, "answer", default="") or None}]
+    answers, right = raw["generations"], raw["correctness_math_verify"]
+    if len(answers) != len(right):
+        raise Bad(f"holds {len(answers)} generations and {len(right)} correctness_math_verify")
+    judged = [(said, bool(good)) for said, good in zip(answers, right) if said and said.strip() and good is not None]
+    if kind == "unpaired":
+        return [{"prompt": prompt, "completion": said, "label": good} for said, good in judged]
+    if len(judged) < 2:
+        return []
+    return of_ranking(ranking(prompt, [said for said, _ in judged], scores=[int(good) for _, good in judged]), kind)
+
+
+def _is_texts(value):
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, str) for entry in value)
+
+
+def _verl(raw, kind):
+    truth = raw["reward_model"].get("ground_truth")
+    plain = isinstance(truth, (str, int, float)) and not isinstance(truth, bool)
+    answer = {"answer": str(truth)} if plain else {}
+    return [{**others(raw), "prompt": raw["prompt"], **answer}]
+
+
+def _rlvr(raw, kind):
+    return [{**others(raw), "messages": raw["messages"], "answer": text(raw, "ground_truth")}]
+
+
+def _mbpp(raw, kind):
+    prompt = text(raw, "text") if isinstance(raw.get("text"), str) else text(raw, "prompt")
+    if kind == "sft":
+        return [{"prompt": prompt, "completion": text(raw, "code")}]
+    setup = raw.get("test_imports") or [raw.get("test_setup_code") or ""]
+    test = "\n".join(line for line in (*setup, *raw["test_list"]) if line.strip())
+    return [{**others(raw), "prompt": prompt, "test": test}]
+
+
+def _has_truth(value):
+    return isinstance(value, dict) and "ground_truth" in value
 
 
 FORMATS = (
     Format(
         "question-answer",
         "GSM8K and others with the columns question and answer",
-        {"sft": "", "prompts": 'with the column answer; where it has "#### 42", only what stands behind (no commas)'},
-        has("question", "answer", without=_FACTS),
+        {"sft": "", "prompts": 'with the column answer: of "... #### 1,234" what stands behind, without commas'},
+        has("question", "answer", without=(*DOUBTFUL - {"question"}, "response")),
         _question_answer,
+        aliases=("gsm8k", "orca-math"),
+    ),
+    Format(
+        "math",
+        "MATH, NuminaMath and others: problem, solution, answer",
+        {"sft": "", "prompts": "with the column answer; without one, what the last \\boxed{} of the solution holds"},
+        lambda raw: (
+            isinstance(raw.get("problem"), str)
+            and any(isinstance(raw.get(name), str) for name in ("solution", "answer"))
+            and not any(name in raw for name in ("generations", "question"))
+        ),
+        _math,
+        over_own=("prompts",),
+        aliases=("math-500", "numina-math", "numinamath", "numinamath-cot", "hendrycks-math"),
+    ),
+    Format(
+        "openr1",
+        "OpenR1-Math: problem, answer, generations, correctness_math_verify",
+        {
+            "ranked": "all generations of a row, the right ones above the wrong ones; none from a row of one",
+            "preference": "a right generation against a wrong one; none from a row where all are right, or wrong",
+            "sft": "the first right generation",
+            "unpaired": "every generation, good if it is right",
+            "prompts": "with the column answer",
+        },
+        has("problem", generations=_is_texts, correctness_math_verify=list),
+        _openr1,
+        over_own=("prompts",),
+        aliases=("openr1-math-220k",),
+    ),
+    Format(
+        "verl",
+        "verl's data: prompt (messages), reward_model.ground_truth, data_source",
+        {"prompts": "reward_model.ground_truth as the column answer"},
+        has("data_source", prompt=is_messages, reward_model=_has_truth),
+        _verl,
+        over_own=("prompts",),
+        aliases=("dapo-math-17k",),
+    ),
+    Format(
+        "rlvr",
+        "Tulu's verifiable rewards: messages, ground_truth, dataset",
+        {"prompts": "ground_truth as the column answer"},
+        has("ground_truth", "dataset", messages=is_messages),
+        _rlvr,
+        over_own=("prompts",),
+    ),
+    Format(
+        "mbpp",
+        "MBPP: text or prompt, code, test_list",
+        {"sft": "", "prompts": "test_list as the column test, for unit_test"},
+        lambda raw: (
+            has("code", test_list=_is_texts)(raw) and any(isinstance(raw.get(n), str) for n in ("text", "prompt"))
+        ),
+        _mbpp,
+        over_own=("prompts",),
     ),
 )

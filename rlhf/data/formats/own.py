@@ -1,6 +1,19 @@
 """Our own fields: which kinds a row holds as it is, and what else can be made of pairs and rankings."""
 
-from .base import RANKING_KINDS, Format, as_ranking, is_messages, is_text, ranking
+from ..messages import joined
+from .base import (
+    PAIR_KINDS,
+    RANKING_KINDS,
+    Format,
+    as_ranking,
+    is_messages,
+    is_text,
+    of_ranking,
+    others,
+    pair,
+    ranking,
+    short_columns,
+)
 
 
 def holds(raw, kind):
@@ -16,12 +29,12 @@ def _is_answer(value):
     return is_text(value) or is_messages(value, "role") or (isinstance(value, dict) and "role" in value)
 
 
-def _sft(raw):
-    return is_messages(raw.get("messages"), "role") or _single(raw)
+def _is_conversation(raw):
+    return is_messages(raw.get("messages"), "role")
 
 
-def _single(raw):
-    return _is_prompt(raw.get("prompt")) and _is_answer(raw.get("completion"))
+def _is_demonstration(raw):
+    return _is_conversation(raw) or (_is_prompt(raw.get("prompt")) and _is_answer(raw.get("completion")))
 
 
 def is_pair(raw):
@@ -33,43 +46,82 @@ def is_pair(raw):
 
 def is_ranking(raw):
     answers = raw.get("completions")
-    return (
-        _is_prompt(raw.get("prompt"))
-        and isinstance(answers, list)
-        and bool(answers)
-        and all(map(_is_answer, answers))
-        and ("ranks" in raw or "scores" in raw)
-    )
+    is_answers = isinstance(answers, list) and bool(answers) and all(map(_is_answer, answers))
+    return is_answers and _is_prompt(raw.get("prompt")) and ("ranks" in raw or "scores" in raw)
 
 
-def _prompts(raw):
-    """A prompt that a row's dialogue repeats is that dialogue's first question, and not all that there is to say."""
+def _is_prompts(raw):
     prompt = raw.get("prompt")
-    dialogue = raw.get("messages", raw.get("chosen"))
-    if is_text(prompt) and is_messages(dialogue, "role", "content"):
-        return prompt not in [turn["content"] for turn in dialogue if turn["role"] == "user"]
-    return _is_prompt(prompt) or is_messages(raw.get("messages"), "role")
+    if is_text(prompt) and _repeats(raw.get("messages", raw.get("chosen")), prompt):
+        return False
+    return _is_prompt(prompt) or _is_conversation(raw)
+
+
+def _repeats(dialogue, prompt):
+    """Whether a dialogue beside a prompt in text holds it as a user's turn: then the dialogue is the whole prompt."""
+    if not is_messages(dialogue, "role", "content"):
+        return False
+    return prompt in [turn["content"] for turn in dialogue if turn["role"] == "user"]
 
 
 _HOLDS = {
-    "sft": _sft,
+    "sft": _is_demonstration,
     "ranked": lambda raw: is_ranking(raw) or is_pair(raw),
     "preference": is_pair,
-    "unpaired": lambda raw: "label" in raw and _sft(raw),
-    "prompts": _prompts,
+    "unpaired": lambda raw: "label" in raw and _is_demonstration(raw),
+    "prompts": _is_prompts,
     "text": lambda raw: is_text(raw.get("text")),
 }
 
 
 def _ranking(raw):
-    if not isinstance(raw.get("ranks", raw.get("scores")), list):
-        return ranking(raw["prompt"], raw["completions"], ranks=[])
-    name = "ranks" if "ranks" in raw else "scores"
-    return {**raw, **ranking(raw["prompt"], raw["completions"], **{name: raw[name]})}
+    name = "ranks" if raw.get("ranks") is not None else "scores"
+    values = raw[name] if isinstance(raw[name], list) else []
+    return {**raw, **ranking(raw["prompt"], raw["completions"], **{name: values})}
+
+
+def _pair(raw, kind):
+    if kind in ("ranked", "preference"):
+        return [raw]
+    prompt, answers = joined(raw, {name: raw.get(name) for name in ("chosen", "rejected")})
+    row = pair(prompt if isinstance(prompt, str) else list(prompt), *answers, **_template_fields(raw))
+    found = of_ranking(row, kind)
+    return [{**short_columns(raw), **row} for row in found] if kind == "prompts" else found
+
+
+def _messages(raw, kind):
+    if kind == "sft":
+        return [raw]
+    return [{**others(raw), "messages": raw["messages"], **_template_fields(raw)}]
+
+
+def _template_fields(raw):
+    return {name: raw[name] for name in ("tools", "chat_template_kwargs") if raw.get(name) is not None}
 
 
 FORMATS = (
     Format(
-        "ranked", "our own prompt, completions and ranks or scores", RANKING_KINDS, is_ranking, as_ranking(_ranking)
+        "messages",
+        "Tulu, no_robots, UltraChat-200k, smoltalk and others: messages[].role, .content",
+        {"sft": "", "prompts": "the conversation up to its last question"},
+        lambda raw: _is_conversation(raw) and not is_pair(raw),
+        _messages,
+        aliases=("tulu", "no-robots", "ultrachat-200k", "smoltalk"),
+    ),
+    Format(
+        "pairs",
+        "binarized UltraFeedback, argilla's, trl-lib's, Skywork's and others: chosen, rejected (messages); prompt",
+        {**PAIR_KINDS, "ranked": "", "preference": ""},
+        is_pair,
+        _pair,
+        aliases=(
+            "ultrafeedback-binarized",
+            "ultrafeedback-binarized-preferences-cleaned",
+            "dpo-mix-7k",
+            "orpo-dpo-mix-40k",
+        ),
+    ),
+    Format(
+        "rankings", "our own prompt, completions and ranks or scores", RANKING_KINDS, is_ranking, as_ranking(_ranking)
     ),
 )

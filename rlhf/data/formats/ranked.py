@@ -1,12 +1,26 @@
-"""Published sets whose rows rank several answers to a prompt."""
+"""Published sets that rank more than two answers to a prompt."""
 
-from .base import Format, as_ranking, entries, has, is_messages, ranking, rankings, text
+from .base import (
+    Bad,
+    Format,
+    as_ranking,
+    entries,
+    has,
+    number,
+    of_ranking,
+    ranking,
+    rankings,
+    records_with,
+    short_columns,
+    text,
+    user,
+)
 
 
 def _ultrafeedback(raw):
     answers = entries(raw, "completions")
     scores = [answer.get("overall_score") for answer in answers]
-    if all(score is None for score in scores):
+    if not any(number(score) is not None for score in scores):
         scores = [answer.get("fine-grained_score") for answer in answers]
     return ranking(text(raw, "instruction"), [answer.get("response") for answer in answers], scores=scores)
 
@@ -17,19 +31,87 @@ def _nectar(raw):
     return ranking(text(raw, "prompt"), [answer.get("answer") for answer in answers], ranks=ranks)
 
 
+def _stack_exchange(raw):
+    answers = entries(raw, "answers")
+    scores = [answer.get("pm_score") for answer in answers]
+    return ranking(text(raw, "question"), [answer.get("text") for answer in answers], scores=scores)
+
+
+def _scored(raw):
+    return ranking(user(text(raw, "prompt")), raw["all_generated_responses"], scores=raw["all_rm_scores"])
+
+
+def _is_texts(value):
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, str) for entry in value)
+
+
+def _good_and_bad(raw):
+    good, bad = raw["chosen"], raw["rejected"]
+    return ranking(text(raw, "prompt"), [*good, *bad], ranks=[0] * len(good) + [1] * len(bad))
+
+
+def _helpsteer(raws, kind):
+    if kind == "prompts":
+        return [{**short_columns(raws[0]), "prompt": raws[0]["prompt"]}]
+    if len(raws) < 2:
+        return []
+    scores = [raw.get("helpfulness") for raw in raws]
+    return of_ranking(ranking(raws[0]["prompt"], [raw.get("response") for raw in raws], scores=scores), kind)
+
+
+def _prompt_of(raw):
+    prompt = raw.get("prompt")
+    if not isinstance(prompt, str):
+        raise Bad(f"`prompt` must be a string, got {type(prompt).__name__}")
+    return prompt
+
+
 FORMATS = (
     Format(
         "ultrafeedback",
-        "UltraFeedback as published by its makers: instruction, completions[].response, .overall_score",
-        rankings("the answers of a row, by overall_score (where a row has none: by fine-grained_score)"),
-        has("instruction", completions=lambda value: is_messages(value, "response")),
+        "UltraFeedback as its makers publish it: instruction, completions[].response, .overall_score",
+        rankings("all answers of a row, by overall_score (where a row has none, by fine-grained_score)"),
+        has("instruction", completions=records_with("response")),
         as_ranking(_ultrafeedback),
     ),
     Format(
         "nectar",
         "Nectar: prompt, answers[].answer, .rank",
-        rankings("the answers of a row, by rank"),
-        has("prompt", answers=lambda value: is_messages(value, "answer", "rank")),
+        rankings("all answers of a row, by rank"),
+        has("prompt", answers=records_with("answer", "rank")),
         as_ranking(_nectar),
+    ),
+    Format(
+        "helpsteer",
+        "HelpSteer and HelpSteer2: prompt, response, helpfulness; the rows of one prompt belong together",
+        rankings("all answers to a prompt, by helpfulness; none where a prompt has one answer"),
+        has("prompt", "response", helpfulness=float),
+        _helpsteer,
+        group=_prompt_of,
+        over_own=("prompts",),
+        aliases=("helpsteer2",),
+    ),
+    Format(
+        "stack-exchange",
+        "Stack Exchange preferences: question, answers[].text, .pm_score",
+        rankings("all answers of a row, by pm_score"),
+        has("question", answers=records_with("text", "pm_score")),
+        as_ranking(_stack_exchange),
+        aliases=("stack-exchange-preferences",),
+    ),
+    Format(
+        "scored-generations",
+        "UltraFeedback answered anew and scored by a reward model: prompt, all_generated_responses, all_rm_scores",
+        rankings("all answers of a row, by all_rm_scores; the prompt as a message"),
+        has("prompt", all_generated_responses=_is_texts, all_rm_scores=list),
+        as_ranking(_scored),
+        over_own=("ranked",),
+    ),
+    Format(
+        "reward-bench-2",
+        "RewardBench 2: prompt, chosen and rejected as lists of answers",
+        rankings("all answers of a row, those of chosen (tied) above those of rejected (tied)"),
+        has("prompt", chosen=_is_texts, rejected=_is_texts),
+        as_ranking(_good_and_bad),
     ),
 )

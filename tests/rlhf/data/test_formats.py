@@ -148,7 +148,7 @@ def test_a_format_that_does_not_hold_the_kind():
 
 
 def test_an_unknown_format():
-    with pytest.raises(ValueError, match="data_format: got 'alpaka', wants auto, own, hh-rlhf"):
+    with pytest.raises(ValueError, match="data_format: got 'alpaka', wants auto, own, ultrafeedback, nectar"):
         convert("sft", ALPACA, data_format="alpaka")
     assert convert("sft", ALPACA, data_format="Alpaca")[0] == "alpaca"
 
