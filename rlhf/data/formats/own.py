@@ -68,7 +68,7 @@ _HOLDS = {
     "sft": _is_demonstration,
     "ranked": lambda raw: is_ranking(raw) or is_pair(raw),
     "preference": is_pair,
-    "unpaired": lambda raw: "label" in raw and _is_demonstration(raw),
+    "unpaired": lambda raw: _is_demonstration(raw) if "label" in raw else is_pair(raw),
     "prompts": _is_prompts,
     "text": lambda raw: is_text(raw.get("text")),
 }
@@ -81,7 +81,7 @@ def _ranking(raw):
 
 
 def _pair(raw, kind):
-    if kind in ("ranked", "preference"):
+    if kind in ("ranked", "preference", "unpaired"):
         return [raw]
     prompt, answers = joined(raw, {name: raw.get(name) for name in ("chosen", "rejected")})
     row = pair(prompt if isinstance(prompt, str) else list(prompt), *answers, **_template_fields(raw))
