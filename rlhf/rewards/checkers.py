@@ -6,123 +6,102 @@ Each is a reward function of `rlhf ppo --reward_function NAME` and of `PPOTraine
 
 prompts (strings or lists of messages), completions (strings, without special tokens) and completion_ids (lists of ids,
 stop token included) are lists of one entry a response; each further column of the data is a list like them. None means
-that this function says nothing about that response. For other settings than the defaults use functools.partial.
+that this function says nothing about that response. For other settings than the defaults use functools.partial. What
+each has as `check` looks at a row's columns before anything is trained (`rlhf/rewards/row_checks.py`).
 """
 
+import functools
 import importlib.util
 import json
 import os
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 
+from . import expressions
+from .row_checks import NoColumn, NoReward
 from .sandbox import run_checks, run_python
 
 __all__ = ["BUILT_IN", "json_schema", "math_answer", "regex", "unit_test"]
 
-MAX_DIGITS = 200
-"""A longer number is none: exact arithmetic on what a model can write must not take long."""
-
-_VALUE = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w.)\]}}%])[-+])?(?:[$€£](?P<minus>-)?)?(?<![A-Za-z_\d.])"
-    rf"(?:(?P<whole>\d+)[ ](?=\d+/\d))?(?P<top>{_VALUE})(?P<exponent>[eE][-+]?\d{{1,2}}(?!\d))?"
-    rf"(?:[ ]?/[ ]?(?P<bottom>{_VALUE}))?"
-)
-_LATEX = ((r"\{,\}", ","), (r"\\[,!]", ""), (r"\\[ ;:]|\\quad", " "), (r"\\([$%])", r"\1"), ("−", "-"))
-_FRACTION = re.compile(r"(\d?)\s*\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-_WORDS = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{[^{}]*\}")
+_INSTALL = "(pip install 'rlhf-kernels[rewards]')"
 
 
-def math_answer(prompts, completions, completion_ids, *, answer=None, **columns):
-    """1.0 for each completion whose final number equals the answer, else 0.0.
+def math_answer(prompts, completions, completion_ids, *, answer=None, solution=None, **columns):
+    """1.0 for each completion whose final answer equals the row's, else 0.0.
 
-    The final number is what stands in the last \\boxed{...}; else the first number after the last ####, as in GSM8K;
-    else the last number of the text. Commas between thousands, currency and percent signs and LaTeX spacing do not
-    count (so 50% is 50, not 1/2); 3/4, \\frac{3}{4}, 1 1/2, 0.75, .75, 7.50e-1 are read as the exact numbers that they
-    are, and compared so. A number in an identifier (x2, H2O), a sign after an operand (5-3), and a box that holds more
-    than one number, perhaps with a unit (3\\sqrt{2}), do not count.
+    Of a completion counts what stands in the last \\boxed{...}; else what follows the last ####, "answer is" or
+    "Answer:", to the end of its sentence; else the last number, or the formula between $ or \\( \\) around or after it.
+    What was said or boxed before that does not count.
+
+    Numbers are compared exactly: 3/4, \\frac{3}{4}, 1 1/2, 0.75, .75, 7.50e-1, 2 \\times 10^3 are read as the exact
+    numbers that they are, so 0.333 is not 1/3. Commas between thousands, currency, degrees, units and LaTeX spacing do
+    not count; 50 % is 50 and 1/2. A number in an identifier (x2, H2O) and a sign after an operand (5-3) are none.
+    Expressions, equations, sets, intervals and matrices are compared by the package math-verify: x + 1 is 1 + x,
+    2^{1/2} is \\sqrt{2}, decimals count to six places; more than 5 s of computing is 0.0. Words are answers in
+    \\text{...}, a single letter (C) as it stands.
 
     Args:
-        answer: column of numbers, or of strings that hold one by the same rules; None says nothing about that row.
+        answer: column of numbers, or of strings: an answer, or a text that ends up with one by the same rules, as in
+            GSM8K. None, and what cannot be read, says nothing about that row.
+        solution: the same for rows without an answer, as MATH's solutions with their \\boxed{...}.
     Returns:
         List of 1.0, 0.0 or None.
     Raises:
-        ValueError: there is no column `answer`, or an entry of it is not a number.
+        ValueError: there is neither column; or an answer is an expression, and math-verify is not installed.
+        SandboxError: an answer is an expression, and this machine cannot confine a process (`rlhf/rewards/sandbox.py`).
     Example:
         >>> completions = ["6 * 7 = 42.", "So \\\\boxed{42.0}, not 41", "41"]
         >>> math_answer(["What is 6 * 7?"] * 3, completions, [[], [], []], answer=["42"] * 3)
         [1.0, 1.0, 0.0]
     """
-    answers = _column("math_answer", "answer", answer, len(completions))
-    expected = [None if entry is None else _expected(entry) for entry in answers]
-    pairs = zip(completions, expected, strict=True)
-    return [None if want is None else float(final_number(text) == want) for text, want in pairs]
+    count = len(completions)
+    if answer is None and solution is None:
+        raise ValueError("math_answer: the data have no column `answer` or `solution`")
+    given = [[None] * count if column is None else _spread(column, count) for column in (answer, solution)]
+    truths = _truths([{"answer": first, "solution": second} for first, second in zip(*given, strict=True)])
+    for truth in truths:
+        if isinstance(truth, ValueError) and not isinstance(truth, NoReward):
+            raise truth
+    known = [isinstance(truth, expressions.Truth) for truth in truths]
+    pairs = [pair for pair, is_known in zip(zip(truths, completions, strict=True), known) if is_known]
+    equal = iter(expressions.equal(pairs))
+    return [float(next(equal)) if is_known else None for is_known in known]
 
 
-def final_number(text):
-    """The number that a text ends up with, by the rules of `math_answer`, as a Fraction; None if there is none.
-
-    Example:
-        >>> final_number("She pays $1,250.50."), final_number("x = -\\\\frac{3}{4}"), final_number("none")
-        (Fraction(2501, 2), Fraction(-3, 4), None)
-    """
-    text = _plain(text)
-    box = _last_box(text)
-    if box is not None:
-        return _only_number(box)
-    _, mark, tail = text.rpartition("####")
-    if mark:
-        found = _NUMBER.search(tail)
-        return None if found is None else _value(found)
-    found = list(_NUMBER.finditer(text))
-    return _value(found[-1]) if found else None
-
-
-def _last_box(text):
-    """What stands in the last \\boxed{...} or \\fbox{...} whose braces match; None if there is none."""
-    for start in reversed([found.end() for found in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start:end]
-    return None
+def _truths(rows):
+    """Of each row what its answer is held against, or the exception that says why there is no such."""
+    truths = []
+    for row in rows:
+        name = next((name for name in ("answer", "solution") if row.get(name) is not None), None)
+        truth = expressions.truth_of(row[name]) if name else NoColumn("`answer` or `solution`")
+        if truth is None:
+            truth = _not_read(row, name)
+        elif name and truth.is_expression and not expressions.available():
+            what = f"{name}: got {_short(row[name])}, which is no number, and expressions need the package math-verify"
+            truth = ValueError(f"{what} {_INSTALL}")
+        truths.append(truth)
+    asked = [index for index, truth in enumerate(truths) if getattr(truth, "is_expression", False)]
+    for index, is_read in zip(asked, expressions.readable([truths[index] for index in asked]), strict=True):
+        if not is_read:
+            truths[index] = _not_read(rows[index], "answer" if rows[index].get("answer") is not None else "solution")
+    return truths
 
 
-def _only_number(text):
-    """The number that is all of a text but for a name before =, and a unit; None if there is anything else."""
-    text = _WORDS.sub(" ", text).rpartition("=")[2].strip()
-    found = _NUMBER.match(text)
-    return _value(found) if found and re.fullmatch(r"\s*[%°]?\s*[A-Za-z ]*\.?", text[found.end() :]) else None
+def _not_read(row, name):
+    return NoReward(f"{name}: got {_short(row[name])}, which cannot be read as a number or an expression")
 
 
-def _value(found):
-    """The Fraction that a match of _NUMBER stands for; None for one over 0 or with too many digits."""
-    if len(found[0]) > MAX_DIGITS:
-        return None
-    top, bottom = (Fraction((found[name] or "1").replace(",", "")) for name in ("top", "bottom"))
-    if bottom == 0:
-        return None
-    if found["exponent"]:
-        top *= Fraction(10) ** int(found["exponent"][1:])
-    number = int(found["whole"] or 0) + top / bottom
-    return -number if "-" in (found["sign"], found["minus"]) else number
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-17:]}"
 
 
-def _expected(entry):
-    text = str(entry)
-    number = final_number(text) if "####" in text or "\\boxed" in text else _only_number(_plain(text))
-    if isinstance(entry, bool) or number is None:
-        raise ValueError(f"answer: got {entry!r}, want a number")
-    return number
+def _check_answers(rows):
+    return [truth if isinstance(truth, ValueError) else None for truth in _truths(rows)]
 
 
-def _plain(text):
-    """The text without LaTeX around its numbers; \\frac{a}{b} becomes a/b, and 1\\frac{a}{b} becomes 1 a/b."""
-    for pattern, plain in _LATEX:
-        text = re.sub(pattern, plain, text)
-    return _FRACTION.sub(lambda found: f"{found[1] + ' ' if found[1] else ''}{found[2]}/{found[3]}", text)
+math_answer.check_rows = _check_answers
 
 
 def regex(prompts, completions, completion_ids, *, pattern=None, time_limit_s=1.0, **columns):
@@ -147,6 +126,19 @@ def regex(prompts, completions, completion_ids, *, pattern=None, time_limit_s=1.
     return _checked("regex", "pattern", completions, patterns, time_limit_s)
 
 
+def _check_pattern(row):
+    pattern = _string(row, "pattern")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"pattern: {_short(pattern)} is not a regular expression ({error})") from None
+
+
+regex.check = _check_pattern
+
+
 def json_schema(prompts, completions, completion_ids, *, schema=None, time_limit_s=1.0, **columns):
     """1.0 for each completion that is one JSON value, and nothing else but white space, which fits the schema.
 
@@ -168,15 +160,66 @@ def json_schema(prompts, completions, completion_ids, *, schema=None, time_limit
         >>> json_schema(["Age?"] * 3, ['{"age": 7}', '{"age": "seven"}', "seven"], [[], [], []], schema=schema)
         [1.0, 0.0, 0.0]
     """
-    if importlib.util.find_spec("jsonschema") is None:
-        raise ValueError("json_schema: needs the package jsonschema (pip install 'rlhf-kernels[rewards]')")
-    schemas = []
-    for entry in _column("json_schema", "schema", schema, len(completions)):
-        try:
-            schemas.append(json.loads(entry) if isinstance(entry, str) else entry)
-        except ValueError as error:
-            raise ValueError(f"schema: got {entry!r}, which is not JSON ({error})") from None
+    _needs_jsonschema()
+    schemas = [_schema(entry) for entry in _column("json_schema", "schema", schema, len(completions))]
     return _checked("json_schema", "schema", completions, schemas, time_limit_s)
+
+
+def _needs_jsonschema():
+    if importlib.util.find_spec("jsonschema") is None:
+        raise ValueError(f"json_schema: needs the package jsonschema {_INSTALL}")
+
+
+def _schema(entry):
+    try:
+        return json.loads(entry) if isinstance(entry, str) else entry
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"schema: got {_short(entry)}, which is not JSON ({error})") from None
+
+
+def _check_schema(row):
+    _needs_jsonschema()
+    schema = _schema(_given(row, "schema"))
+    if not isinstance(schema, (dict, bool)):
+        raise ValueError(f"schema: got {_short(schema)}, wants a JSON schema, which is an object, true or false")
+    reason = _wrong_with_schema(json.dumps(schema))
+    if reason:
+        raise ValueError(f"schema: {reason}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _wrong_with_schema(text):
+    """What is wrong with a JSON schema, or None."""
+    import jsonschema_specifications
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012, specification_with
+
+    schema = json.loads(text)
+    validator = validator_for(schema)
+    try:
+        validator.check_schema(schema)
+        if isinstance(schema, dict):
+            draft = validator.META_SCHEMA.get("$schema")
+            resource = specification_with(draft, default=DRAFT202012).create_resource(schema)
+            _resolve_references(resource, jsonschema_specifications.REGISTRY.resolver_with_root(resource))
+    except (SchemaError, re.error, RecursionError) as error:
+        return f"is not a JSON schema ({getattr(error, 'message', error)})"
+    except Unresolvable as error:
+        return f"refers to a schema that is not in it ({error})"
+    return None
+
+
+def _resolve_references(resource, resolver):
+    """Raise Unresolvable for the first reference of a schema, or of one inside it, to what is not there."""
+    if isinstance(resource.contents, dict) and isinstance(resource.contents.get("$ref"), str):
+        resolver.lookup(resource.contents["$ref"])
+    for inside in resource.subresources():
+        _resolve_references(inside, resolver.in_subresource(inside))
+
+
+json_schema.check = _check_schema
 
 
 def unit_test(
@@ -217,6 +260,19 @@ def unit_test(
         return list(pool.map(passes, completions, tests))
 
 
+def _check_test(row):
+    test = _string(row, "test")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(test, "test", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"test: is not Python ({type(error).__name__}: {error})") from None
+
+
+unit_test.check = _check_test
+
+
 def python_code(text):
     """The code in a completion, by the rules of `unit_test`; a block that was never closed goes to the end.
 
@@ -234,10 +290,27 @@ BUILT_IN = {function.__name__: function for function in (math_answer, regex, jso
 
 
 def _column(function, name, entries, count):
-    """A column of the data; where one value is given for all rows, that one `count` times."""
     if entries is None:
         raise ValueError(f"{function}: the data have no column `{name}`")
+    return _spread(entries, count)
+
+
+def _spread(entries, count):
+    """A column of the data; where one value is given for all rows, that one `count` times."""
     return entries if isinstance(entries, (list, tuple)) else [entries] * count
+
+
+def _given(row, name):
+    if row.get(name) is None:
+        raise NoColumn(f"`{name}`")
+    return row[name]
+
+
+def _string(row, name):
+    value = _given(row, name)
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: got {_short(value)}, wants a string")
+    return value
 
 
 def _checked(kind, name, completions, entries, time_limit_s):

@@ -49,13 +49,14 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def main():
-    task = json.loads(sys.stdin.buffer.read())
+    given = os.fdopen(os.dup(0), "rb")
+    task = json.loads(given.readline())
     output = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1):
         os.dup2(nothing, descriptor)
     sys.path[:] = task["path"]
-    checks = {"regex": prepare_regex, "json_schema": prepare_json_schema}
+    checks = {"regex": prepare_regex, "json_schema": prepare_json_schema, "math": prepare_math}
     check = checks[task["kind"]]() if task["kind"] in checks else None  # imports come before the limits
     try:
         confine(task["directory"], task["cpu_s"], task["memory_bytes"], task["file_bytes"])
@@ -64,26 +65,31 @@ def main():
         return
     if check is None:
         run_program(task["parts"], task["proof"].encode(), output)
+    elif task.get("serves"):
+        serve(check, given, output, task["row_s"])
     else:
         os.write(output, json.dumps(run_checks(check, task["rows"], task["row_s"])).encode())
 
 
 def confine(directory, cpu_s, memory_bytes, file_bytes):
     """Give up, until the process ends: more CPU time, memory and file size than these, writing outside `directory`,
-    sockets, other processes, and the rights of root.
+    sockets, other processes, and the rights of root. None is any CPU time, and no directory to write in.
 
     Raises:
         OSError: the kernel refused; ValueError: the machine is unknown. Then nothing must be run.
     """
     limits = {
-        resource.RLIMIT_CPU: cpu_s, resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_FSIZE: file_bytes,
-        resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_FSIZE: file_bytes, resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NOFILE: 64,
     }  # fmt: skip
+    if cpu_s is not None:
+        limits[resource.RLIMIT_CPU] = cpu_s
     for limit, value in limits.items():
         highest = resource.getrlimit(limit)[1]
         value = value if highest == resource.RLIM_INFINITY else min(value, highest)
         resource.setrlimit(limit, (value, value))
-    demand("PR_SET_PDEATHSIG", LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0))
+    if cpu_s is not None:  # the signal comes when the thread ends that started the process
+        demand("PR_SET_PDEATHSIG", LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0))
     demand("PR_SET_NO_NEW_PRIVS", LIBC.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0))
     forbid_writing_outside(directory)
     version_and_self = struct.pack("Ii", 0x20080522, 0)
@@ -109,7 +115,8 @@ def forbid_writing_outside(directory):
         return
     handled = WRITES | (REFER if version >= 2 else 0) | (TRUNCATE if version >= 3 else 0)
     rules = demand("landlock_create_ruleset", LIBC.syscall(LANDLOCK_CREATE, struct.pack("Q", handled), 8, 0))
-    for path, allowed in ((directory, handled), (os.devnull, handled & (WRITE_FILE | TRUNCATE))):
+    places = {} if directory is None else {directory: handled}
+    for path, allowed in {**places, os.devnull: handled & (WRITE_FILE | TRUNCATE)}.items():
         place = os.open(path, os.O_PATH)
         rule = struct.pack("=Qi", allowed, place)
         demand("landlock_add_rule", LIBC.syscall(LANDLOCK_ADD, rules, 1, rule, 0))
@@ -200,6 +207,21 @@ def run_checks(check, rows, row_s):
     return results
 
 
+def serve(check, questions, output, row_s):
+    """Say that all is ready, then answer the questions, a line each; one that takes longer ends the process.
+
+    It is the kernel that ends it: a computation in C would not let a handler of Python's in, and what it leaves half
+    done is not gone on with.
+    """
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    os.write(output, b"null\n")
+    for question in questions:
+        signal.setitimer(signal.ITIMER_PROF, row_s)
+        answer = check(*json.loads(question))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        os.write(output, json.dumps(answer).encode() + b"\n")
+
+
 def prepare_regex():
     """A check of (text, pattern). Python's `re` looks for signals while it searches, so an alarm stops it."""
 
@@ -236,6 +258,40 @@ def prepare_json_schema():
             return validator(schema, registry=Registry()).is_valid(value)
         except Unresolvable as error:
             return f"refers to a schema that is not in it ({error})"
+        except RecursionError:
+            return False
+
+    return check
+
+
+def prepare_math():
+    """A check of (truth, answer): whether math-verify holds the two expressions for equal; of (truth, None): whether
+    it can read the truth. Both are LaTeX. Neither is ever run as code.
+    """
+    import functools
+    import logging
+
+    import sympy
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    logging.disable(logging.CRITICAL)  # it warns that it has no time limit of its own: this process has one
+    reads = {"extraction_config": [LatexExtractionConfig(boxed_match_priority=0)], "fallback_mode": "no_fallback"}
+    no_values = (sympy.nan, sympy.zoo)
+
+    @functools.lru_cache(maxsize=4096)
+    def read(text):
+        try:
+            found = parse(f"\\boxed{{{text}}}", parsing_timeout=None, **reads)
+            return [value for value in found if value not in no_values]
+        except RecursionError:
+            return []
+
+    def check(truth, answer):
+        wanted = read(truth)
+        if answer is None or not wanted:
+            return bool(wanted)
+        try:
+            return bool(verify(wanted, read(answer), timeout_seconds=None))
         except RecursionError:
             return False
 

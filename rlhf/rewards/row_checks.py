@@ -1,0 +1,77 @@
+"""Before anything is trained: which rows of the data the reward functions can use.
+
+A reward function may offer `check(row)`, as an attribute or a method, called once for each row of the data, a dict of
+its columns and `prompt`. It raises a ValueError that says why the function cannot use the row, which is then an error
+by file and line or, with `--bad_rows skip`, left out; or NoReward where it will give None for the row, so that another
+function must reward it. `functools.partial` is looked through.
+"""
+
+import functools
+import logging
+
+logger = logging.getLogger("rlhf")
+
+
+class NoReward(ValueError):
+    """A function will give None for a row, and why."""
+
+
+class NoColumn(NoReward):
+    """The same, for want of a column."""
+
+
+def results(function, rows):
+    """What a function's `check` says of each row: None, or the exception; None in place of the list without a check."""
+    fixed = {}
+    while isinstance(function, functools.partial):
+        function, fixed = function.func, {**function.keywords, **fixed}
+    rows = ({**fixed, **row} for row in rows)
+    if hasattr(function, "check_rows"):
+        return function.check_rows(list(rows))
+    check = getattr(function, "check", None)
+    return [outcome(check, row) for row in rows] if callable(check) else None
+
+
+def outcome(check, row):
+    """None where `check(row)` has nothing to say against the row, else its exception."""
+    try:
+        check(row)
+    except ValueError as error:
+        return error
+    except Exception as error:
+        return ValueError(f"its check raised {type(error).__name__}: {error}")
+    return None
+
+
+def unusable(functions, rows, *, has_reward_model=False):
+    """Which rows cannot be used, as {index: reason}; tells in which rows a function says nothing.
+
+    Args:
+        functions: {name: function}.
+        rows: dicts with `at`.
+        has_reward_model: whether a reward model scores each row.
+    Raises:
+        ValueError: no row at all has the column that a function reads.
+    """
+    found = {name: said for name, function in functions.items() if (said := results(function, rows)) is not None}
+    for name, said in found.items():
+        if said and all(isinstance(error, NoColumn) for error in said):
+            raise ValueError(f"{name}: the data have no column {said[0]}")
+    bad = {}
+    for index in sorted({index for said in found.values() for index, error in enumerate(said) if error is not None}):
+        errors = {name: said[index] for name, said in found.items() if said[index] is not None}
+        wrong = {name: error for name, error in errors.items() if not isinstance(error, NoReward)}
+        silent = not has_reward_model and len(errors) == len(functions)
+        if wrong or silent:
+            bad[index] = "; ".join(f"{name}: {_reason(error)}" for name, error in (wrong or errors).items())
+            bad[index] += "" if wrong else ", and nothing else rewards the row"
+    for name, said in found.items():
+        at = [(i, error) for i, error in enumerate(said) if type(error) is NoReward and i not in bad]
+        if at:
+            lines = "\n".join(f"{rows[index]['at']}: {error}" for index, error in at)
+            logger.warning("%s says nothing about %d of %d rows:\n%s", name, len(at), len(rows), lines)
+    return bad
+
+
+def _reason(error):
+    return f"the row has no {error}" if isinstance(error, NoColumn) else error
