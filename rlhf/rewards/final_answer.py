@@ -19,7 +19,7 @@ _LATEX = (
     (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{\s*([-$\d.,/ ]*\d[\d.,/ %]*)\}", r"\1"),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)", "°"),
 )  # fmt: skip
-_FRACTION = re.compile(r"(\d?)\s*\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)\s*(\d))")
+_FRACTION = re.compile(r"(?:(\d)\s*)?\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)\s*(\d))")
 _WORDS = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{[^{}]*\}")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _MARK = re.compile(r"####|\b[Aa]nswers?\b\**(?:[^.\n:=]{0,60}?\bis\b|[ ]?[:=])")

@@ -9,6 +9,8 @@ function must reward it. `functools.partial` is looked through.
 import functools
 import logging
 
+from ..data.problems import by_reason
+
 logger = logging.getLogger("rlhf")
 
 
@@ -20,19 +22,24 @@ class NoColumn(NoReward):
     """The same, for want of a column."""
 
 
-def results(function, rows):
-    """What a function's `check` says of each row: None, or the exception; None in place of the list without a check."""
+def results(functions, rows):
+    """What the `check` of each function that has one says of each row: {name: list of None or the exception}."""
+    found = {name: _checked(function, rows) for name, function in functions.items()}
+    return {name: said for name, said in found.items() if said is not None}
+
+
+def _checked(function, rows):
     fixed = {}
     while isinstance(function, functools.partial):
         function, fixed = function.func, {**function.keywords, **fixed}
     rows = ({**fixed, **row} for row in rows)
     if hasattr(function, "check_rows"):
-        return function.check_rows(list(rows))
+        return function.check_rows(rows)
     check = getattr(function, "check", None)
-    return [outcome(check, row) for row in rows] if callable(check) else None
+    return [_outcome(check, row) for row in rows] if callable(check) else None
 
 
-def outcome(check, row):
+def _outcome(check, row):
     """None where `check(row)` has nothing to say against the row, else its exception."""
     try:
         check(row)
@@ -43,17 +50,17 @@ def outcome(check, row):
     return None
 
 
-def unusable(functions, rows, *, has_reward_model=False):
-    """Which rows cannot be used, as {index: reason}; tells in which rows a function says nothing.
+def unusable(functions, found, rows, *, has_reward_model=False):
+    """Which rows cannot be used, as {index: reason}; tells in which others a function says nothing.
 
     Args:
         functions: {name: function}.
+        found: their `results`.
         rows: dicts with `at`.
         has_reward_model: whether a reward model scores each row.
     Raises:
         ValueError: no row at all has the column that a function reads.
     """
-    found = {name: said for name, function in functions.items() if (said := results(function, rows)) is not None}
     for name, said in found.items():
         if said and all(isinstance(error, NoColumn) for error in said):
             raise ValueError(f"{name}: the data have no column {said[0]}")
@@ -61,17 +68,16 @@ def unusable(functions, rows, *, has_reward_model=False):
     for index in sorted({index for said in found.values() for index, error in enumerate(said) if error is not None}):
         errors = {name: said[index] for name, said in found.items() if said[index] is not None}
         wrong = {name: error for name, error in errors.items() if not isinstance(error, NoReward)}
-        silent = not has_reward_model and len(errors) == len(functions)
-        if wrong or silent:
+        if wrong or (len(errors) == len(functions) and not has_reward_model):
             bad[index] = "; ".join(f"{name}: {_reason(error)}" for name, error in (wrong or errors).items())
             bad[index] += "" if wrong else ", and nothing else rewards the row"
     for name, said in found.items():
-        at = [(i, error) for i, error in enumerate(said) if type(error) is NoReward and i not in bad]
-        if at:
-            lines = "\n".join(f"{rows[index]['at']}: {error}" for index, error in at)
-            logger.warning("%s says nothing about %d of %d rows:\n%s", name, len(at), len(rows), lines)
+        silent = [i for i, error in enumerate(said) if type(error) is NoReward and i not in bad]
+        if silent:
+            lines = by_reason([(rows[index]["at"], str(said[index])) for index in silent])
+            logger.warning("%s says nothing about %d of %d rows:\n%s", name, len(silent), len(rows), "\n".join(lines))
     return bad
 
 
 def _reason(error):
-    return f"the row has no {error}" if isinstance(error, NoColumn) else error
+    return f"the row has no {error}" if isinstance(error, NoColumn) else str(error)
