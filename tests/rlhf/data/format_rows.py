@@ -843,7 +843,7 @@ NUMINA = {
 
 # layouts that hold our own fields too: (format or None, raw rows, {kind: rows})
 ALSO_OURS = [
-    (None, [BINARIZED], dict.fromkeys(("ranked", "preference", "unpaired", "sft"), [BINARIZED])),
+    (None, [BINARIZED], {kind: [BINARIZED] for kind in ("ranked", "preference", "unpaired", "sft")}),
     (
         "pairs",
         [BINARIZED],
