@@ -56,7 +56,7 @@ def save_checkpoint(trainer, directory: Path) -> None:
         state = {
             "global_step": trainer.step, "episode": trainer.episode, "kl_coef": trainer.kl.value,
             "stopped": trainer.stopped, "seconds": trainer.seconds,
-            "prompts": trainer.prompt_cursor.state(), "ptx": trainer.ptx_cursor and trainer.ptx_cursor.state(),
+            "prompts": trainer.prompt_cursor.state(), "ptx": trainer.texts and trainer.texts.state(),
             "guards": trainer.guards.state(), "run": _run(trainer),
         }  # fmt: skip
         (folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -91,8 +91,8 @@ def load_checkpoint(trainer, directory: Path) -> None:
         trainer.stopped = None
     trainer.prompt_cursor.load(state["prompts"])
     trainer.guards.load(state["guards"])
-    if trainer.ptx_cursor:
-        trainer.ptx_cursor.load(state["ptx"])
+    if trainer.texts:
+        trainer.texts.load(state["ptx"])
     if trainer.ema is not None:
         trainer.ema.weights = _cut_like(load_file(directory / "ema.safetensors"), trainer.ema.weights)
     if (directory / "within_budget.safetensors").exists():
@@ -122,5 +122,5 @@ def _run(trainer) -> dict:
     if trainer.args.lr_scheduler_type != "constant":
         run["max_steps"] = trainer.iterations  # such a schedule looks to the end
     prompts = [row["prompt_ids"] for row in trainer.prompts]
-    data = {name: digest(ids) for name, ids in zip(DATA, (prompts, trainer.texts), strict=True)}
-    return {**run, **data, **trainer.weights}
+    digests = digest(prompts), trainer.texts.digest() if trainer.texts else digest([])
+    return {**run, **dict(zip(DATA, digests, strict=True)), **trainer.weights}

@@ -146,6 +146,12 @@ class PPOConfig:
     ptx_dataset_name: str | None = option(None, "Pretraining text: rows with `text`, or a plain text file.")
     ptx_batch_multiplier: int = option(1, "Pretraining texts an episode. Paper: 8.", at_least(1))
     ptx_max_length: int = option(512, "Tokens of a pretraining text; a longer one becomes several.", at_least(2))
+    ptx_streaming: bool = option(
+        False, "Read pretraining texts as they are needed, for files larger than memory; a bad row is met on the way."
+    )
+    ptx_shuffle_buffer: int = option(
+        10_000, "Texts that are held for drawing the next, with ptx_streaming.", at_least(1)
+    )
     ema_decay: float | None = option(
         None, "Decay of the policy weights' average. None: no average. Paper: 0.992.", within(0, 1, open_high=True)
     )

@@ -201,7 +201,7 @@ def _check_context(run) -> None:
                     f"{models.context_hint(model)}"
                 )
     context = models.context_length(run.policy)
-    if context and max(map(len, run.texts), default=0) > context:
+    if context and run.texts and run.texts.longest > context:
         hint = models.context_hint(run.policy)
         raise ValueError(
             f"ptx_max_length: got {run.args.ptx_max_length}, wants at most {context}, the policy's context{hint}"

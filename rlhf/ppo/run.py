@@ -34,6 +34,7 @@ from .iteration import Experience, Iteration, draws, gather, minibatches, sampli
 from .kl_controller import KLController
 from .networks import Given, load_networks
 from .state import Cursor, WeightAverage, learning_rate_factor
+from .texts import pretraining_texts
 
 CPU_CHUNK = 64  # tokens; about what one more forward and backward cost on a CPU beside the tokens themselves
 
@@ -102,7 +103,6 @@ class PPORun:
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)  # 10
         self.ema = None if args.ema_decay is None else WeightAverage(self.policy, args.ema_decay)  # 9
         self.prompt_cursor = Cursor(len(self.prompts), args.seed)
-        self.ptx_cursor = Cursor(len(self.texts), args.seed + 1) if self.texts else None
         self.step, self.episode, self.seconds, self.stopped, self.tokens_trained = 0, 0, {}, None, 0
         self.contract = self.within_budget = self.begun = self.moved = None
         self.signals = Noted()
@@ -127,12 +127,7 @@ class PPORun:
             row["prompt_ids"], row["row_number"] = encode_prompt(self.tokenizer, row["prompt"], row["at"]), number
             if not row["prompt_ids"]:
                 raise DataError(f"{row['at']}: the prompt gives no tokens")
-        self.texts = []
-        if args.ptx_coef:  # 7
-            for row in load_rows(args.ptx_dataset_name, "text"):
-                ids = [*encode_prompt(self.tokenizer, row["text"]), self.tokenizer.eos_token_id]
-                pieces = [ids[i : i + args.ptx_max_length] for i in range(0, len(ids), args.ptx_max_length)]
-                self.texts += [piece for piece in pieces if len(piece) > 1]
+        self.texts = pretraining_texts(args, self.tokenizer)  # 7
         episodes = self.local_batch_size * self.world
         wanted = args.total_episodes or math.ceil(args.num_train_epochs * len(self.prompts) * args.num_responses)
         self.iterations = args.max_steps if args.max_steps > 0 else math.ceil(wanted / episodes)
@@ -219,10 +214,10 @@ class PPORun:
 
     def next_texts(self, episodes: int) -> list[list[int]]:
         """Return this process's share of the next pretraining texts for so many episodes; none without gamma."""
-        if self.ptx_cursor is None:
+        if self.texts is None:
             return []
         count = episodes * self.args.ptx_batch_multiplier  # 7
-        return [self.texts[i] for i in self.ptx_cursor.take(count * self.world)[self.rank :: self.world]]
+        return self.texts.take(count * self.world)[self.rank :: self.world]
 
     def _chunks(self, rollouts: Rollouts, rows, size: int) -> list[list[int]]:
         """Cut rows into chunks of like length, at most `size` rows each, so that little padding is computed; the
