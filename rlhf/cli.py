@@ -34,6 +34,7 @@ STAGES = {
 }
 TOOLS = {
     "best-of-n": ("rlhf.evaluate", "sample N responses, keep the one that the reward model scores highest"),
+    "data": ("rlhf.reports.data_set", "what a data set holds, as a stage would read it; writes it in our format"),
     "pipeline": ("rlhf.pipeline", "all stages, one after the other, from one YAML file"),
     "report": ("rlhf.reports.report", "write report.html of a run"),
     "env": ("rlhf.environment", "versions, backends, threads and GPUs of this machine, for a bug report"),

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 TEMPORARY_NAME = re.compile(r"\..+\.tmp-\d+(-old)?")
@@ -85,12 +85,18 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     Raises:
         WriteError: names the path and the cause; the old content is still there.
     """
+    write_parts(path, [content])
+
+
+def write_parts(path: str | Path, parts: Iterable[bytes]) -> None:
+    """`write_bytes` of content that is made piece by piece."""
     path = Path(os.path.realpath(path))
     temporary = path.with_name(temporary_name(path.name))
     with writing(path):
         try:
             with open(temporary, "wb", buffering=0) as file:
-                write_all(file, content)
+                for part in parts:
+                    write_all(file, part)
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:

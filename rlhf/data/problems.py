@@ -32,7 +32,8 @@ class Problems:
         bad = len({at for at, _ in self.found})
         if self.bad_rows == "error" or bad >= total:
             raise DataError("\n".join(self._listed()))
-        logger.warning("left out %d of %d rows:\n%s", bad, total, "\n".join(by_reason(self.found)))
+        reasons = "\n".join(by_reason(self.found))
+        logger.warning("left out %d of %d rows:\n%s", bad, total, reasons, extra={"bad_rows": bad})
 
     def _listed(self):
         lines = [f"{at}: {reason}" for at, reason in self.found[:SHOWN]]

@@ -56,7 +56,7 @@ def sft_flags(files, **changes):
 def test_overview_names_every_command(capsys):
     assert cli.main([]) == 0 and cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("sft", "reward", "ppo", "dpo", "kto", "best-of-n", "pipeline", "report", "demo"):
+    for command in ("sft", "reward", "ppo", "dpo", "kto", "best-of-n", "data", "pipeline", "report", "demo"):
         assert f"  {command} " in out
 
 
