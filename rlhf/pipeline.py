@@ -9,13 +9,16 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from . import models
-from .data import check_chats, load_rows, split_rows
+from .data import check_chats, load_rows, reading, split_rows
+from .data.rows import plain, prompt_digest
 from .disk import lines_of
 from .ranges import SEED, at_least, check, check_arguments, option
 from .settings import ToolParser, preset_file, read_yaml
 from .stages import Stage, Stages, check_names, fresh_or_resumed, make_config, settings_of, write_rows
+from .training.stage import load_stage_tokenizer
 
 SECTIONS = ("pipeline", "sft", "reward", "ppo", "ppo_ptx", "evaluate")
 
@@ -79,6 +82,7 @@ def train_ppo(
         "dataset_name": str(prompts),
         "output_dir": str(folder),
     }
+    given |= {"columns": None, "data_format": "own"}  # rows that were written here
     if ptx is not None:
         given["ptx_dataset_name"] = str(ptx)
     defaults = {"ptx_coef": 1.0} if ptx is not None else {}
@@ -130,17 +134,11 @@ def run_pipeline(args: PipelineConfig) -> Path:
 
     sections = stage_settings(args)
     models.resolve_model_path(args.model_name_or_path)
-    tokenizer = models.load_tokenizer(args.model_name_or_path)
-    ranked = load_rows(args.ranked_dataset, "ranked")
-    prompts = load_rows(args.prompts_dataset, "prompts") if args.prompts_dataset else ranked
-    for rows in (ranked, prompts, load_rows(args.sft_dataset, "sft") if args.sft_dataset else []):
-        check_chats(tokenizer, rows)
-    prompts = list({json.dumps(row["prompt"]): {"prompt": row["prompt"]} for row in prompts}.values())
+    prompts, texts = read_data(args, check_sections(sections, bool(args.ptx_dataset)))
     prompts, held_out = hold_out(prompts, args.held_out_prompts, args.seed, "prompts_dataset")
-    texts, held_out_texts = [], []
-    if args.ptx_dataset:
-        texts, held_out_texts = hold_out(load_rows(args.ptx_dataset, "text"), 100, args.seed, "ptx_dataset")
-    check_sections(sections, bool(texts))
+    held_out_texts = []
+    if texts:
+        texts, held_out_texts = hold_out(texts, 100, args.seed, "ptx_dataset")
     plan = [Stage("sft", "SFT")] if args.sft_dataset else []
     plan += [Stage("reward", "Reward model"), Stage("ppo", "PPO")]
     plan += [Stage("ppo_ptx", "PPO-ptx")] if texts else []
@@ -150,7 +148,7 @@ def run_pipeline(args: PipelineConfig) -> Path:
         del settings[name]
     stages = Stages(args.output_dir, plan, settings, overwrite=args.overwrite, quiet=args.quiet)
     data = stages.path / "data"
-    prompts_file = write_rows(data / "prompts.jsonl", prompts)
+    prompts_file = write_rows(data / "prompts.jsonl", list(map(plain, prompts)))
     ptx_file = write_rows(data / "ptx.jsonl", texts) if texts else None
     common = {"seed": args.seed}
     sft = stages.folder("sft") if args.sft_dataset else args.model_name_or_path
@@ -211,22 +209,56 @@ def stage_settings(args: PipelineConfig) -> dict[str, dict]:
     return sections
 
 
-def check_sections(sections: dict[str, dict], with_ptx: bool) -> None:
-    """Find unknown settings of every stage, and wrong values, before the first one starts."""
+def read_data(args: PipelineConfig, configs: dict) -> tuple[list[dict], list[dict]]:
+    """(prompts, pretraining texts). All data, read as their stages will read them.
+
+    Args:
+        configs: of `check_sections`.
+    """
+
+    def read(name, kind, stage):
+        run = configs[stage]
+        rows = load_rows(name, kind, split=run.dataset_train_split, config=run.dataset_config, **reading(run))
+        return check_chats(tokenizers[stage], rows, run.bad_rows)
+
+    first = configs["sft"].chat_template if args.sft_dataset else None  # which later stages find with the model
+    tokenizers = {stage: _tokenizer(args.model_name_or_path, run, first) for stage, run in configs.items()}
+    if args.sft_dataset:
+        read(args.sft_dataset, "sft", "sft")
+    prompts = read(args.ranked_dataset, "ranked", "reward")
+    if args.prompts_dataset:
+        prompts = read(args.prompts_dataset, "prompts", "ppo")
+    prompts = list({prompt_digest(row): {"prompt": row["prompt"]} for row in prompts}.values())
+    skip = {"bad_rows": configs["ppo"].bad_rows, "num_proc": configs["ppo"].dataset_num_proc}
+    return prompts, load_rows(args.ptx_dataset, "text", **skip) if args.ptx_dataset else []
+
+
+def _tokenizer(model: str, run, template: str | None):
+    names = ("trust_remote_code", "pad_token", "eos_token", "chat_template")
+    given = SimpleNamespace(model_name_or_path=model, **{name: getattr(run, name) for name in names})
+    given.chat_template = given.chat_template or template
+    return load_stage_tokenizer(given)
+
+
+def check_sections(sections: dict[str, dict], with_ptx: bool) -> dict:
+    """The configs of sft, reward and ppo; unknown settings of every stage, and wrong values, are an error."""
     from .evaluate import SAMPLING
     from .ppo.trainer import PPOConfig
     from .reward import RewardConfig
     from .sft import SFTConfig
 
-    make_config(SFTConfig, "sft", sections["sft"])
-    make_config(RewardConfig, "reward", sections["reward"])
-    for name in ("ppo", "ppo_ptx"):
-        ppo = {} if name == "ppo" else sections["ppo"]
-        make_config(PPOConfig, name, {"ptx_dataset_name": "of the pipeline"}, ppo, sections[name])
+    found = {
+        "sft": make_config(SFTConfig, "sft", sections["sft"]),
+        "reward": make_config(RewardConfig, "reward", sections["reward"]),
+    }
+    ptx = {"ptx_dataset_name": "of the pipeline"}
+    found["ppo"] = make_config(PPOConfig, "ppo", ptx, sections["ppo"])
+    make_config(PPOConfig, "ppo_ptx", ptx, sections["ppo"], sections["ppo_ptx"])
     if sections["ppo_ptx"] and not with_ptx:
         raise ValueError("ppo_ptx: the section has settings, but no --ptx_dataset is given")
     check_names("evaluate", sections.get("evaluate", {}), [*SAMPLING, "dtype"])
     check_arguments(SAMPLING, sections.get("evaluate", {}))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -94,7 +94,10 @@ class RewardTrainer(StageTrainer):
     def check_data(self, args, train, held_out):
         check_margins(args, chain(train, held_out))
         self.agreement = labeler_agreement(chain(train, held_out))
-        self.demonstrations = data.load_rows(args.demonstrations, "sft") if args.demonstrations else best_ranked(train)
+        self.demonstrations = best_ranked(train)
+        if args.demonstrations:
+            skip = {"bad_rows": args.bad_rows, "num_proc": args.dataset_num_proc}
+            self.demonstrations = data.load_rows(args.demonstrations, "sft", **skip)
 
     def load_model(self, args, model, tokenizer):
         return load_start(args, tokenizer, model)

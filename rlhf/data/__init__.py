@@ -2,7 +2,6 @@
 
 from .chat import (
     as_text,
-    check_chats,
     encode_completion,
     encode_prompt,
     encode_text,
@@ -10,6 +9,7 @@ from .chat import (
     end_of_turn_ids,
     pad_batch,
 )
+from .checks import check_chats
 from .encoding import Encoded, TooLong, encode_row, encode_sampled
 from .files import DataError
 from .messages import Chat

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import checkpoint, models
-from ..data import DataError, as_text, encode_prompt, load_rows, reading, rows_of
+from ..data import as_text
 from ..interrupt import Interrupted, Noted
 from ..models.adapters import merged, merged_whole
 from ..models.sequences import Batch, by_length, cheapest_cut, join, policy_loss, response_values, text_loss
@@ -33,6 +33,7 @@ from .guards import HealthGuards, refuse_bad_weights, stop_if_not_finite
 from .iteration import Experience, Iteration, draws, gather, minibatches, sampling_noise
 from .kl_controller import KLController
 from .networks import Given, load_networks
+from .prompts import load_prompts
 from .state import Cursor, WeightAverage, learning_rate_factor
 from .texts import pretraining_texts
 
@@ -117,16 +118,7 @@ class PPORun:
     def _load_data(self, train_dataset) -> None:
         args = self.args
         self.tokenizer = self.given.tokenizer(args)
-        read = {"columns": bool(self.reward_functions), **reading(args)}
-        if train_dataset is None:
-            where = {"split": args.dataset_train_split, "config": args.dataset_config}
-            self.prompts = load_rows(args.dataset_name, "prompts", **where, **read)
-        else:
-            self.prompts = rows_of(train_dataset, "prompts", name="train_dataset", **read)
-        for number, row in enumerate(self.prompts):
-            row["prompt_ids"], row["row_number"] = encode_prompt(self.tokenizer, row["prompt"], row["at"]), number
-            if not row["prompt_ids"]:
-                raise DataError(f"{row['at']}: the prompt gives no tokens")
+        self.prompts = load_prompts(args, self.tokenizer, train_dataset, columns=bool(self.reward_functions))
         self.texts = pretraining_texts(args, self.tokenizer)  # 7
         episodes = self.local_batch_size * self.world
         wanted = args.total_episodes or math.ceil(args.num_train_epochs * len(self.prompts) * args.num_responses)

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from .. import checkpoint, locks, models
-from ..data import rows_of
+from ..data import reading, rows_of
 from ..interrupt import deferred
 from ..models.adapters import add_adapters, check_merge, merged, merged_whole
 from ..models.dropout import residual_dropout_off
@@ -294,7 +294,7 @@ class StageTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         examples = self.held_out
         if eval_dataset is not None:
-            rows = rows_of(eval_dataset, self.kind, name="eval_dataset")
+            rows = rows_of(eval_dataset, self.kind, name="eval_dataset", **reading(self.args))
             examples = self.encode(rows, "held-out")
         if not examples:
             raise ValueError("eval_dataset: got none, and the run holds no rows out (eval_fraction)")
