@@ -5,8 +5,10 @@ A template is a program of the tokenizer's: what it writes is what the model rea
 
 import functools
 import inspect
+import re
 import weakref
 from contextlib import suppress
+from typing import NamedTuple
 
 from .files import Bad, DataError
 
@@ -58,9 +60,8 @@ def encode_completion(tokenizer, completion, *, eos=True):
 def _encode_continuation(tokenizer, text):
     """Ids of text that goes on from something. Some tokenizers put a space before any string: then encode it after a
     line break, and take the line break off again."""
-    anchor = tokens_of(tokenizer, "\n")
-    puts_space = len(anchor) > 1 and tokens_of(tokenizer, "\n\n")[: len(anchor)] == anchor
-    joined = tokens_of(tokenizer, "\n" + text) if puts_space else []
+    anchor = _known(tokenizer).anchor
+    joined = tokens_of(tokenizer, "\n" + text) if anchor else []
     return joined[len(anchor) :] if joined and joined[: len(anchor)] == anchor else tokens_of(tokenizer, text)
 
 
@@ -124,7 +125,7 @@ def end_of_turn_id(tokenizer):
 
 def end_of_turn_ids(tokenizer):
     """All tokens that close an assistant's turn in the tokenizer's chat template, that of a plain answer first."""
-    return [tokenizer.convert_tokens_to_ids(token) for token in _template_tokens(tokenizer)[1]]
+    return [tokenizer.convert_tokens_to_ids(token) for token in _known(tokenizer).ends]
 
 
 def end_of_turn(tokenizer, text, start):
@@ -135,7 +136,7 @@ def end_of_turn(tokenizer, text, start):
     Args:
         start: length of the text at which the last turn begins.
     """
-    tokens, ends = _template_tokens(tokenizer)
+    tokens, ends = _known(tokenizer)[:2]
     end, found = len(text), len(text)
     while end > start:
         end = start + len(text[start:end].rstrip())
@@ -148,19 +149,42 @@ def end_of_turn(tokenizer, text, start):
     return found
 
 
+def pieces_of(tokenizer, text):
+    """A text in pieces, of which all but the first begin with a special token."""
+    return [piece for piece in _known(tokenizer).parting.split(text) if piece]
+
+
+class Known(NamedTuple):
+    """What is known of a tokenizer: all tokens that a template may write out, those that end a turn, where texts part,
+    and the ids of a line break where it puts a space before every string, else none."""
+
+    written: tuple
+    ends: list
+    parting: re.Pattern
+    anchor: list
+
+
 _KNOWN = weakref.WeakKeyDictionary()
 _QUESTION, _THOUGHT, _ANSWER = "Qqa", "Qqb", "Qqc"
 
 
-def _template_tokens(tokenizer):
-    """(all tokens that are written out in a rendered text, those of them that end an assistant's turn)."""
+def _known(tokenizer):
     key = (repr(tokenizer.chat_template), len(tokenizer))
     if _KNOWN.get(tokenizer, (None,))[0] != key:
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         added |= dict.fromkeys(filter(None, tokenizer.all_special_tokens), True)
-        tokens = tuple(token for token in added if token.strip())
-        _KNOWN[tokenizer] = (key, tokens, _ends(tokenizer, tokens, added) if tokenizer.chat_template else [])
-    return _KNOWN[tokenizer][1:]
+        written = tuple(token for token in added if token.strip())
+        ends = _ends(tokenizer, written, added) if tokenizer.chat_template else []
+        parting = [
+            re.escape(str(token))
+            for token in tokenizer.added_tokens_decoder.values()
+            if str(token).strip() and not (token.lstrip or token.normalized or token.single_word)
+        ]
+        parting = re.compile(f"(?={'|'.join(parting)})" if parting else "(?!)")
+        anchor = tokens_of(tokenizer, "\n")
+        puts_space = len(anchor) > 1 and tokens_of(tokenizer, "\n\n")[: len(anchor)] == anchor
+        _KNOWN[tokenizer] = (key, Known(written, ends, parting, anchor if puts_space else []))
+    return _KNOWN[tokenizer][1]
 
 
 def _ends(tokenizer, tokens, is_special):

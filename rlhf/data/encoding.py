@@ -14,6 +14,7 @@ from .chat import (
     encode_prompt,
     encode_text,
     end_of_turn,
+    pieces_of,
     render,
     render_prompt,
     tokens_of,
@@ -77,7 +78,8 @@ def encode_row(tokenizer, row, names, *, max_length, long_prompts="truncate", le
     if isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers):
         responses = [encode_completion(tokenizer, answer) for answer in answers]
         return [_fitted(tokenizer, Encoded(encode_prompt(tokenizer, prompt), responses, None, cut=False), *limit)]
-    talks = [_talk(prompt, answer, learn_turns) for answer in answers]
+    known = {}
+    talks = [_talk(prompt, answer, learn_turns, known) for answer in answers]
     if is_ranking or len(talks) > 1:
         return [_fitting(tokenizer, talks, *limit, encode=_encode_scored if is_ranking else _encode_together)]
     try:
@@ -101,23 +103,27 @@ def encode_sampled(tokenizer, prompt, text, *, ended=True):
         return found.prompt, found.responses[0]
     if not text.strip():
         return encode_prompt(tokenizer, prompt), encode_completion(tokenizer, text, eos=False)
-    talk = _talk(prompt, text, "all")
-    whole = Text(tokenizer, render(tokenizer, talk.chat, talk.messages, continue_final_message=True))
+    talk = _talk(prompt, text, "all", {})
+    whole = Text(tokenizer, render(tokenizer, talk.chat, talk.messages, continue_final_message=True), {})
     start = whole.within(_common(whole.text, _asked(tokenizer, talk, talk.first)))
     return whole.ids[:start], whole.ids[start:]
 
 
 class Talk(NamedTuple):
-    """A conversation: `messages`, the first of an answer, the learned ones, and the one that the answer continues."""
+    """A conversation: `messages`, the first of an answer, the learned ones, and the one that the answer continues.
+
+    `known` is what `Text` knows of the pieces of all talks of a row.
+    """
 
     chat: list
     messages: list
     first: int
     learned: list
     begun: dict | None
+    known: dict
 
 
-def _talk(prompt, answer, learn_turns):
+def _talk(prompt, answer, learn_turns, known):
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     context, answer = [_without_weight(message) for message in chat], list(answer)
@@ -131,7 +137,7 @@ def _talk(prompt, answer, learn_turns):
         begun, learned = context.pop(), [index - 1 for index in learned]
         text = (begun.get("content") or "") + (answer[0].get("content") or "")
         answer[0] = {**begun, **answer[0], "content": text}
-    return Talk(chat, context + answer, len(context), learned, begun)
+    return Talk(chat, context + answer, len(context), learned, begun, known)
 
 
 def _weight(message):
@@ -147,15 +153,32 @@ def _without_weight(message):
 
 
 class Text:
-    """A rendered text, its ids, and where they lie in it."""
+    """A rendered text, its ids, and where they lie in it.
 
-    def __init__(self, tokenizer, text):
-        encoded = tokenizer(
-            text, add_special_tokens=False, verbose=False, return_offsets_mapping=bool(tokenizer.is_fast)
-        )
-        self.tokenizer, self.text, self.ids = tokenizer, text, list(encoded.input_ids)
-        offsets = encoded.get("offset_mapping")
-        self.starts, self.ends = zip(*offsets) if offsets else (None, None)
+    A special token parts what stands before it from what follows, whatever the tokenizer, so the pieces are tokenised
+    one by one, and those that several texts of a row have in common once.
+
+    Args:
+        known: pieces with their tokens, which is added to.
+    """
+
+    def __init__(self, tokenizer, text, known):
+        self.tokenizer, self.text, self.starts, self.ends = tokenizer, text, None, None
+        if not tokenizer.is_fast:
+            self.ids = tokens_of(tokenizer, text)
+            return
+        pieces = pieces_of(tokenizer, text)
+        new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
+        if new:
+            found = tokenizer(new, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+            known.update(zip(new, zip(found.input_ids, found.offset_mapping)))
+        self.ids, self.starts, self.ends, begin = [], [], [], 0
+        for piece in pieces:
+            ids, offsets = known[piece]
+            self.ids += ids
+            self.starts += [begin + start for start, _ in offsets]
+            self.ends += [begin + end for _, end in offsets]
+            begin += len(piece)
 
     def within(self, length):
         """How many tokens lie wholly in the first `length` characters."""
@@ -205,7 +228,7 @@ def _encode_turns(tokenizer, talks):
     talk = talk._replace(messages=talk.messages[: talk.learned[-1] + 1])
     whole = render(tokenizer, talk.chat, talk.messages)
     spans = _spans(tokenizer, talk, whole, _asked(tokenizer, talk, talk.learned[0]))
-    text = Text(tokenizer, whole[: spans[-1][1]])
+    text = Text(tokenizer, whole[: spans[-1][1]], talk.known)
     spans = [(text.within(start), text.begun(end)) for start, end in spans]
     first = spans[0][0]
     return _encoded(text.ids[:first], [text.ids[first:]], [[(start - first, end - first) for start, end in spans]])
@@ -227,7 +250,7 @@ def _encode_together(tokenizer, talks, *, is_scored=False):
             if not is_scored:
                 raise
             found = [(start, end)]
-        texts.append(Text(tokenizer, whole[:end]))
+        texts.append(Text(tokenizer, whole[:end], talk.known))
         spans.append([(texts[-1].within(a), texts[-1].begun(b)) for a, b in [(start, start), *found]])
     shared = min(own[0][0] for own in spans)
     for text in texts[1:]:
