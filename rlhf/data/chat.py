@@ -83,7 +83,7 @@ def render(tokenizer, chat, messages, **options):
         chat: what brings `tools` and `template_kwargs`, if it has them.
         options: add_generation_prompt or continue_final_message, of transformers.
     Raises:
-        Bad: there is no template, or it refuses the messages.
+        Bad: there is no template, it refuses the messages, or it would leave the call of a tool out.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise Bad(
@@ -96,10 +96,13 @@ def render(tokenizer, chat, messages, **options):
         raise Bad(f"chat_template_kwargs: got {taken[0]}, wants names that the template itself reads")
     try:
         tools = getattr(chat, "tools", None)
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options, **more)
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options, **more)
     except Exception as error:  # a template is a program: whatever it raises is about these messages
         reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
         raise Bad(f"the tokenizer's chat template refuses the messages: {reason}") from error
+    if any(message.get("tool_calls") for message in messages) and "tool_calls" not in repr(tokenizer.chat_template):
+        raise Bad("a message has tool_calls, which the tokenizer's chat template does not write (--chat_template FILE)")
+    return text
 
 
 @functools.cache

@@ -155,9 +155,11 @@ def _check_own_ids(trainer, rows, rollouts, check) -> None:
         rows, rollouts.prompt_ids, rollouts.response_ids, rollouts.ended, encoded.prompt_ids,
         encoded.response_ids,
     ):  # fmt: skip
-        trained = _trained(own.tokenizer, row, own.text(*sampled))
-        read = prompt + response
-        wrong += read != (trained if sampled[-1] else trained[: len(read)])
+        trained, read = _trained(own.tokenizer, row, own.text(*sampled)), prompt + response
+        if not sampled[-1]:  # what ends a turn is left off
+            trained, read = (own.tokenizer.decode(ids) for ids in (trained, read))
+            trained = trained[: len(read)]
+        wrong += trained != read
     check("reward_ids", wrong, "the reward model would read other ids than those of its training", 0)
     size = trainer.reward_model.get_input_embeddings().num_embeddings
     largest = max(max(ids) for ids in (*encoded.prompt_ids, *encoded.response_ids) if ids)

@@ -92,14 +92,17 @@ def _recognised(kind, first_rows):
         names = _formats_of(raw, kind)
         if names:
             found.setdefault(names[0], raw)
-    if len(found) > 1:
+    ours = [name for name in found if name == OWN or FORMATS[name] in own.FORMATS]
+    if len(found) > 1 and len(ours) < len(found):
         looks = "; ".join(f"{name} ({', '.join(map(repr, raw))})" for name, raw in found.items())
         raise DataError(f"data_format: the first rows are in different formats: {looks}; say which it is")
     if found:
-        return FORMATS.get(next(iter(found)))
+        return next((FORMATS[name] for name in found if name != OWN), None)
     for format in FORMATS.values():
-        if format.auto and any(map(format.detect, first_rows)) and not any(own.holds(raw, kind) for raw in first_rows):
+        if format.auto and any(map(format.detect, first_rows)):
             raise DataError(_holds_others(format, kind))
+    if first_rows and not any("text" in raw for raw in first_rows):
+        logger.warning("data_format: no known format; --columns can say which columns hold what of %s rows", kind)
     return None
 
 

@@ -1,11 +1,11 @@
 """Published sets of single questions with an answer."""
 
-from .base import DEMONSTRATION, Format, as_demonstration, has, text, user
+from .base import DEMONSTRATION, Format, as_demonstration, has, others, text, user
 
-DOUBTFUL = {  # columns that may belong to the question: which way is not for us to guess
+DOUBTFUL = {  # columns that may belong to the question, or judge the answer: which way is not for us to guess
     "context", "contexts", "passage", "document", "article", "choices", "options", "history", "evidence", "image",
     "images", "system", "system_prompt", "instruction", "question", "query", "prompt", "problem", "input", "messages",
-    "conversations", "chosen", "rejected",
+    "conversations", "chosen", "rejected", "is_safe", "label", "labels", "rank", "rating",
 }  # fmt: skip
 _PAIRS = (
     ("question", "response"), ("query", "response"), ("prompt", "response"), ("instruction", "response"),
@@ -51,6 +51,13 @@ def _question_response(raw):
     return {"prompt": text(raw, asked), "completion": text(raw, said)}
 
 
+def _beavertails(raw, kind):
+    prompt, safe = text(raw, "prompt"), raw["is_safe"]
+    if kind == "prompts":
+        return [{**others(raw), "prompt": prompt}]
+    return [{"prompt": prompt, "completion": text(raw, "response"), "label": safe}]
+
+
 FORMATS = (
     Format(
         "alpaca",
@@ -77,6 +84,13 @@ FORMATS = (
         dict.fromkeys(DEMONSTRATION, "as messages; an empty system_prompt is left out"),
         has("system_prompt", "question", "response"),
         as_demonstration(_openorca),
+    ),
+    Format(
+        "beavertails",
+        "BeaverTails: prompt, response, is_safe",
+        {"unpaired": "a safe response is a good one", "prompts": ""},
+        has("prompt", "response", is_safe=bool),
+        _beavertails,
     ),
     Format(
         "question-response",

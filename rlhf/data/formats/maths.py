@@ -3,6 +3,7 @@
 from .base import Bad, Format, has, is_messages, of_ranking, others, ranking, short_columns, text, user
 from .instructions import DOUBTFUL
 
+_SOLUTIONS, _ANSWERS = ("solution", "generated_solution"), ("answer", "expected_answer")
 _MARK, _BOX = "####", "\\boxed{"
 
 
@@ -17,11 +18,17 @@ def _question_answer(raw, kind):
 
 def _math(raw, kind):
     prompt = user(text(raw, "problem")) if "messages" in raw else text(raw, "problem")
+    solution = next((name for name in _SOLUTIONS if raw.get(name) is not None), _SOLUTIONS[0])
     if kind == "sft":
-        return [{"prompt": prompt, "completion": text(raw, "solution")}]
-    answer = raw.get("answer")
-    answer = boxed(text(raw, "solution")) if answer is None else text(raw, "answer")
+        return [{"prompt": prompt, "completion": text(raw, solution)}]
+    answer = next((text(raw, name) for name in _ANSWERS if raw.get(name) is not None), None)
+    answer = boxed(text(raw, solution)) if answer is None else answer
     return [{**others(raw), "prompt": prompt, "answer": answer}]
+
+
+def _is_math(raw):
+    told = any(isinstance(raw.get(name), str) for name in (*_SOLUTIONS, *_ANSWERS))
+    return isinstance(raw.get("problem"), str) and told and "generations" not in raw and "question" not in raw
 
 
 def boxed(solution):
@@ -89,13 +96,9 @@ FORMATS = (
     ),
     Format(
         "math",
-        "MATH, NuminaMath and others: problem, solution, answer",
+        "MATH, NuminaMath and others: problem, solution (or generated_solution), answer (or expected_answer)",
         {"sft": "", "prompts": "with the column answer; without one, what the last \\boxed{} of the solution holds"},
-        lambda raw: (
-            isinstance(raw.get("problem"), str)
-            and any(isinstance(raw.get(name), str) for name in ("solution", "answer"))
-            and not any(name in raw for name in ("generations", "question"))
-        ),
+        _is_math,
         _math,
         over_own=("prompts",),
         aliases=("math-500", "numina-math", "numinamath", "numinamath-cot", "hendrycks-math"),

@@ -1,19 +1,8 @@
 """Our own fields: which kinds a row holds as it is, and what else can be made of pairs and rankings."""
 
+from .. import rankings
 from ..messages import joined
-from .base import (
-    PAIR_KINDS,
-    RANKING_KINDS,
-    Format,
-    as_ranking,
-    is_messages,
-    is_text,
-    of_ranking,
-    others,
-    pair,
-    ranking,
-    short_columns,
-)
+from .base import PAIR_KINDS, RANKING_KINDS, Bad, Format, is_messages, is_text, of_ranking, others, short_columns
 
 
 def holds(raw, kind):
@@ -46,8 +35,11 @@ def is_pair(raw):
 
 def is_ranking(raw):
     answers = raw.get("completions")
-    is_answers = isinstance(answers, list) and bool(answers) and all(map(_is_answer, answers))
-    return is_answers and _is_prompt(raw.get("prompt")) and ("ranks" in raw or "scores" in raw)
+    if not isinstance(answers, list) or not answers or ("ranks" not in raw and "scores" not in raw):
+        return False
+    return all(is_messages(said, "role") for said in answers) or (
+        _is_prompt(raw.get("prompt")) and all(map(_is_answer, answers))
+    )
 
 
 def _is_prompts(raw):
@@ -61,7 +53,8 @@ def _repeats(dialogue, prompt):
     """Whether a dialogue beside a prompt in text holds it as a user's turn: then the dialogue is the whole prompt."""
     if not is_messages(dialogue, "role", "content"):
         return False
-    return prompt in [turn["content"] for turn in dialogue if turn["role"] == "user"]
+    said = [turn["content"] for turn in dialogue if turn["role"] == "user" and is_text(turn["content"])]
+    return prompt.strip() in [text.strip() for text in said]
 
 
 _HOLDS = {
@@ -74,38 +67,43 @@ _HOLDS = {
 }
 
 
-def _ranking(raw):
-    name = "ranks" if raw.get("ranks") is not None else "scores"
-    values = raw[name] if isinstance(raw[name], list) else []
-    return {**raw, **ranking(raw["prompt"], raw["completions"], **{name: values})}
-
-
-def _pair(raw, kind):
-    if kind in ("ranked", "preference", "unpaired"):
+def _convert(raw, kind):
+    """Rows of another kind of a row in our fields; a set may hold pairs and rankings side by side."""
+    if holds(raw, kind):
         return [raw]
-    prompt, answers = joined(raw, {name: raw.get(name) for name in ("chosen", "rejected")})
-    row = pair(prompt if isinstance(prompt, str) else list(prompt), *answers, **_template_fields(raw))
-    found = of_ranking(row, kind)
-    return [{**short_columns(raw), **row} for row in found] if kind == "prompts" else found
-
-
-def _messages(raw, kind):
-    if kind == "sft":
+    if is_pair(raw):
+        row = _joined(raw, {name: raw[name] for name in ("chosen", "rejected")}, [0, 1])
+    elif is_ranking(raw):
+        answers = {f"completions[{index}]": said for index, said in enumerate(raw["completions"])}
+        try:
+            ranks = rankings.ranks_of_row(raw, len(answers))
+        except ValueError as error:
+            raise Bad(str(error)) from None
+        row = _joined(raw, answers, ranks)
+    elif _is_conversation(raw) and kind == "prompts":
+        return [{**others(raw), "messages": raw["messages"], **_template_fields(raw)}]
+    else:
         return [raw]
-    return [{**others(raw), "messages": raw["messages"], **_template_fields(raw)}]
+    more = short_columns(raw) if kind == "prompts" else {}
+    return [{**more, **found, **_template_fields(raw)} for found in of_ranking(row, kind)]
+
+
+def _joined(raw, answers, ranks):
+    prompt, answers = joined(raw, answers)
+    return {"prompt": prompt if is_text(prompt) else list(prompt), "completions": answers, "ranks": ranks}
 
 
 def _template_fields(raw):
     return {name: raw[name] for name in ("tools", "chat_template_kwargs") if raw.get(name) is not None}
 
 
-FORMATS = (
+FORMATS = (  # what is told when rows of one kind are asked for as another; or by name
     Format(
         "messages",
         "Tulu, no_robots, UltraChat-200k, smoltalk and others: messages[].role, .content",
         {"sft": "", "prompts": "the conversation up to its last question"},
         lambda raw: _is_conversation(raw) and not is_pair(raw),
-        _messages,
+        _convert,
         aliases=("tulu", "no-robots", "ultrachat-200k", "smoltalk"),
     ),
     Format(
@@ -113,7 +111,7 @@ FORMATS = (
         "binarized UltraFeedback, argilla's, trl-lib's, Skywork's and others: chosen, rejected (messages); prompt",
         {**PAIR_KINDS, "ranked": "", "preference": ""},
         is_pair,
-        _pair,
+        _convert,
         aliases=(
             "ultrafeedback-binarized",
             "ultrafeedback-binarized-preferences-cleaned",
@@ -122,6 +120,10 @@ FORMATS = (
         ),
     ),
     Format(
-        "rankings", "our own prompt, completions and ranks or scores", RANKING_KINDS, is_ranking, as_ranking(_ranking)
+        "rankings",
+        "our own prompt, completions, ranks or scores",
+        {"ranked": "", **RANKING_KINDS},
+        is_ranking,
+        _convert,
     ),
 )

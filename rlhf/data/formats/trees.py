@@ -35,17 +35,15 @@ def _rows(root, kind):
 
 
 def _best(root):
+    """The messages along the best ranked answers, and the best ranked questions that have an answer."""
     turns, node = [_message(root)], root
-    while True:
+    while node is not None:
         answers = _replies(node, "assistant")
-        if not answers:
-            return turns if node is root else turns[:-1]
-        turns.append(_message(answers[0]))
-        questions = _replies(answers[0], "prompter")
-        if not questions:
-            return turns
-        node = questions[0]
-        turns.append(_message(node))
+        turns += [_message(answer) for answer in answers[:1]]
+        asked = _replies(answers[0], "prompter") if answers else []
+        node = next((question for question in asked if _replies(question, "assistant")), None)
+        turns += [_message(node)] if node else []
+    return turns
 
 
 def _questions(root, before):

@@ -1,156 +1,103 @@
-"""Published formats: rows in their layout (the text is invented) become these rows in our fields, written by hand."""
+"""Published formats: rows in their layout become rows in our fields, and are recognised as nothing else."""
 
 import pytest
 
+from rlhf import data
 from rlhf.data import formats
-from rlhf.data.files import DataError
+from rlhf.data.files import Bad, DataError
+from tests.rlhf.data.format_rows import ALSO_OURS, BINARIZED, CHAT, PUBLISHED, assistant, system, user
+from tests.tiny import write_jsonl
+
+KINDS = ("ranked", "preference", "sft", "unpaired", "prompts")
 
 
 def convert(kind, *raws, column_map=None, data_format="auto"):
-    """(name of the format, rows) of raw rows."""
+    """(name of the format, rows) of raw rows; a Bad is raised."""
     made = formats.conversion(kind, column_map, data_format, raws)
-    if made.whole:
-        found = list(made.whole((f"f:{number}", raw) for number, raw in enumerate(raws, 1)))
-        return made.name, [row for _, row in found]
-    return made.name, [row for raw in raws for row in made.each(raw)]
+    if not made.whole:
+        return made.name, [row for raw in raws for row in made.each(raw)]
+    rows = [row for _, row in made.whole((f"f:{number}", raw) for number, raw in enumerate(raws, 1))]
+    for row in rows:
+        if isinstance(row, Bad):
+            raise row
+    return made.name, rows
 
 
-def user(content):
-    return {"role": "user", "content": content}
+def cases(table):
+    for number, (name, raws, made) in enumerate(table):
+        for kind, rows in made.items():
+            yield pytest.param(name, raws, kind, rows, id=f"{number}-{name}-{kind}")
 
 
-def assistant(content, **more):
-    return {"role": "assistant", "content": content, **more}
+@pytest.mark.parametrize(("name", "raws", "kind", "rows"), [*cases(PUBLISHED), *cases(ALSO_OURS)])
+def test_rows(name, raws, kind, rows):
+    assert convert(kind, *raws) == (name, rows)
+    if name:
+        assert convert(kind, *raws, data_format=name) == (name, rows)
 
 
-def system(content):
-    return {"role": "system", "content": content}
+@pytest.mark.parametrize(("name", "raws", "made"), PUBLISHED)
+def test_rows_are_of_one_format_alone(name, raws, made):
+    for raw in raws:
+        assert [format.name for format in formats.FORMATS.values() if format.auto and format.detect(raw)] == [name]
 
 
-HH = {
-    "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: A bird?\n\nAssistant: An owl.",
-    "rejected": "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: A bird?\n\nAssistant: An ow",
-}
-HH_PROMPT = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: A bird?\n\nAssistant:"
-ULTRAFEEDBACK = {
-    "source": "invented",
-    "instruction": "A bird?",
-    "models": ["a", "b", "c", "d"],
-    "completions": [
-        {"annotations": {}, "model": "a", "response": "Owl.", "overall_score": 7.5, "fine-grained_score": 1.0},
-        {"annotations": {}, "model": "b", "response": "Mud.", "overall_score": 2, "fine-grained_score": 4.0},
-        {"annotations": {}, "model": "c", "response": "Elk.", "overall_score": 2, "fine-grained_score": 2.0},
-        {"annotations": {}, "model": "d", "response": "Jay.", "overall_score": 8, "fine-grained_score": 3.0},
-    ],
-    "correct_answers": ["None"],
-    "incorrect_answers": ["None"],
-}
-ULTRAFEEDBACK_LISTS = {
-    "instruction": "A bird?",
-    "completions": {"model": ["a", "b"], "response": ["Owl.", "Mud."], "overall_score": [7.5, 2]},
-}
-NECTAR = {
-    "prompt": "\n\nHuman: A bird?\n\nAssistant: ",
-    "answers": [
-        {"answer": "Mud.", "model": "a", "rank": 3.0},
-        {"answer": "Owl.", "model": "b", "rank": 1.0},
-        {"answer": "Elk.", "model": "c", "rank": 2.0},
-    ],
-    "turns": 1,
-    "num_responses": 3,
-    "source": ["invented"],
-    "good_natured": True,
-}
-SHAREGPT = {
-    "id": "x1",
-    "conversations": [{"from": "human", "value": "A bird?"}, {"from": "gpt", "value": "An owl."}],
-}
-ALPACA = {"instruction": "Name one.", "input": "A bird.", "output": "An owl.", "text": "all of it"}
-DOLLY = {"instruction": "Which bird?", "context": "Owls are birds.", "response": "Owls.", "category": "closed_qa"}
-QUESTION_ANSWER = {"question": "500 and 600?", "answer": "Add: <<500+600=1100>>1,100.\n#### 1,100"}
-
-EXPECTED = [
-    ("hh-rlhf", HH, "ranked", [{"prompt": HH_PROMPT, "completions": [" An owl.", " An ow"], "ranks": [0, 1]}]),
-    ("hh-rlhf", HH, "preference", [{"prompt": HH_PROMPT, "chosen": " An owl.", "rejected": " An ow"}]),
-    ("hh-rlhf", HH, "sft", [{"prompt": HH_PROMPT, "completion": " An owl."}]),
-    ("hh-rlhf", HH, "prompts", [{"prompt": HH_PROMPT}]),
-    (
-        "hh-rlhf",
-        HH,
-        "unpaired",
-        [
-            {"prompt": HH_PROMPT, "completion": " An owl.", "label": True},
-            {"prompt": HH_PROMPT, "completion": " An ow", "label": False},
-        ],
-    ),
-    (
-        "ultrafeedback",
-        ULTRAFEEDBACK,
-        "ranked",
-        [{"prompt": "A bird?", "completions": ["Owl.", "Mud.", "Elk.", "Jay."], "scores": [7.5, 2, 2, 8]}],
-    ),
-    ("ultrafeedback", ULTRAFEEDBACK, "preference", [{"prompt": "A bird?", "chosen": "Jay.", "rejected": "Mud."}]),
-    ("ultrafeedback", ULTRAFEEDBACK, "sft", [{"prompt": "A bird?", "completion": "Jay."}]),
-    (
-        "ultrafeedback",
-        ULTRAFEEDBACK,
-        "prompts",
-        [{"source": "invented", "instruction": "A bird?", "prompt": "A bird?"}],
-    ),
-    (
-        "ultrafeedback",
-        ULTRAFEEDBACK_LISTS,
-        "ranked",
-        [{"prompt": "A bird?", "completions": ["Owl.", "Mud."], "scores": [7.5, 2]}],
-    ),
-    (
-        "nectar",
-        NECTAR,
-        "ranked",
-        [{"prompt": NECTAR["prompt"], "completions": ["Mud.", "Owl.", "Elk."], "ranks": [3.0, 1.0, 2.0]}],
-    ),
-    ("nectar", NECTAR, "preference", [{"prompt": NECTAR["prompt"], "chosen": "Owl.", "rejected": "Mud."}]),
-    ("sharegpt", SHAREGPT, "sft", [{"messages": [user("A bird?"), assistant("An owl.")]}]),
-    ("alpaca", ALPACA, "sft", [{"prompt": "Name one.\n\nA bird.", "completion": "An owl."}]),
-    ("alpaca", {**ALPACA, "input": ""}, "sft", [{"prompt": "Name one.", "completion": "An owl."}]),
-    ("dolly", DOLLY, "sft", [{"prompt": "Which bird?\n\nOwls are birds.", "completion": "Owls."}]),
-    (
-        "question-answer",
-        QUESTION_ANSWER,
-        "sft",
-        [{"prompt": "500 and 600?", "completion": QUESTION_ANSWER["answer"]}],
-    ),
-    (
-        "question-answer",
-        QUESTION_ANSWER,
-        "prompts",
-        [{"question": "500 and 600?", "prompt": "500 and 600?", "answer": "1100"}],
-    ),
-]
+@pytest.mark.parametrize(("name", "raws", "made"), PUBLISHED)
+def test_rows_that_are_made_can_be_read(name, raws, made):
+    for kind, rows in made.items():
+        for row in rows:
+            assert len(data.rows_of([row], kind, name="rows", data_format="own")) == 1
 
 
-@pytest.mark.parametrize(("name", "raw", "kind", "rows"), EXPECTED)
-def test_rows(name, raw, kind, rows):
-    assert convert(kind, raw) == (name, rows)
-    assert convert(kind, raw, data_format=name) == (name, rows)
+def test_every_format_is_tried():
+    tried = {name for table in (PUBLISHED, ALSO_OURS) for name, _, _ in table}
+    assert set(formats.FORMATS) - tried == {"pku-saferlhf-safer"}
 
 
-@pytest.mark.parametrize(("name", "raw"), [(name, raw) for name, raw, _, _ in EXPECTED])
-def test_rows_are_of_one_format_alone(name, raw):
-    assert [format.name for format in formats.FORMATS.values() if format.detect(raw)] == [name]
+def test_every_kind_of_every_format_has_a_note_or_none():
+    for format in formats.FORMATS.values():
+        assert set(format.kinds) <= set(KINDS) and format.kinds and format.about
+        assert all(isinstance(note, str) for note in format.kinds.values())
 
 
-def test_a_format_that_does_not_hold_the_kind():
-    with pytest.raises(DataError, match="data_format: alpaca holds rows of the kind sft, prompts, not ranked"):
-        convert("ranked", ALPACA)
-    with pytest.raises(DataError, match="data_format: alpaca holds rows of the kind sft, prompts, not ranked"):
-        convert("ranked", {}, data_format="alpaca")
+@pytest.mark.parametrize(("name", "raws", "made"), PUBLISHED)
+def test_a_kind_that_a_format_does_not_hold_is_an_error(name, raws, made):
+    for kind in set(KINDS) - set(formats.FORMATS[name].kinds):
+        if kind == "prompts" or kind in made:
+            continue
+        with pytest.raises(DataError, match=f"data_format: {name} holds rows of the kind .*, not {kind}"):
+            convert(kind, *raws)
 
 
-def test_an_unknown_format():
+ALIASES = {
+    "Anthropic/hh-rlhf": "hh-rlhf", "openbmb/UltraFeedback": "ultrafeedback", "berkeley-nest/Nectar": "nectar",
+    "HuggingFaceH4/ultrafeedback_binarized": "pairs", "oasst1": "oasst", "OpenAssistant/oasst2": "oasst",
+    "summarize_from_feedback": "summarize-from-feedback", "webgpt_comparisons": "webgpt-comparisons", "SHP": "shp",
+    "HelpSteer2": "helpsteer", "HelpSteer3": "helpsteer3", "PKU-SafeRLHF": "pku-saferlhf", "tulu": "messages",
+    "no_robots": "messages", "gsm8k": "question-answer", "MATH": "math", "verl": "verl", "ShareGPT": "sharegpt",
+    "databricks-dolly-15k": "dolly", "Alpaca": "alpaca",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_names_as_they_are_published(alias):
+    format = formats.FORMATS[ALIASES[alias]]
+    assert formats.conversion(next(iter(format.kinds)), None, alias, []).name == format.name
+
+
+def test_names_that_are_not_known():
     with pytest.raises(ValueError, match="data_format: got 'alpaka', wants auto, own, ultrafeedback, nectar"):
-        convert("sft", ALPACA, data_format="alpaka")
-    assert convert("sft", ALPACA, data_format="Alpaca")[0] == "alpaca"
+        convert("sft", data_format="alpaka")
+    with pytest.raises(ValueError, match="data_format: got 'alpaca:chats', wants the name of a format"):
+        convert("sft", data_format="alpaca:chats")
+    with pytest.raises(ValueError, match="data_format: got 'alpaca' beside columns"):
+        convert("sft", data_format="alpaca", column_map="prompt=a,completion=b")
+
+
+def test_by_name_alone():
+    raw = {"prompt": "A?", "response_0": "B.", "response_1": "C.", "better_response_id": 1, "safer_response_id": 0}
+    row = {"prompt": "A?", "chosen": "B.", "rejected": "C."}
+    assert convert("preference", raw, data_format="pku-saferlhf-safer") == ("pku-saferlhf-safer", [row])
 
 
 OWN = [
@@ -158,10 +105,12 @@ OWN = [
     ("sft", {"prompt": "a", "completion": "b", "instruction": "i", "output": "o"}),
     ("sft", {"text": "a"}),
     ("ranked", {"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1], "answers": [{"answer": "b", "rank": 1}]}),
+    ("ranked", {"completions": [[user("a"), assistant("b")], [user("a"), assistant("c")]], "scores": [0, 1]}),
     ("ranked", {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]}),
     ("preference", {"prompt": "a", "chosen": "b", "rejected": "c"}),
     ("unpaired", {"prompt": [user("a")], "completion": [assistant("b")], "label": True}),
     ("prompts", {"prompt": "a", "answer": "b"}),
+    ("prompts", {"prompt": "other", "messages": CHAT}),
     ("text", {"text": "a"}),
 ]
 
@@ -170,3 +119,171 @@ OWN = [
 def test_our_own_fields_win(kind, raw):
     assert convert(kind, raw) == (None, [raw])
     assert convert(kind, raw, data_format="own") == (None, [raw])
+
+
+def test_rows_that_are_not_ours_stay_as_they_are_under_own():
+    raw = {"instruction": "A?", "output": "B."}
+    assert convert("sft", raw, data_format="own") == (None, [raw])
+
+
+DOUBTFUL = [
+    {"question": "A?", "answer": "B.", "context": "C."},
+    {"question": "A?", "answer": "B.", "choices": ["B.", "D."]},
+    {"prompt": "A?", "response": "B.", "label": 0},
+    {"instruction": "A?", "input": "C.", "response": "B."},
+    {"prompt": "A?", "answer": "42"},
+    {"question": "A?", "query": "C?", "response": "B."},
+]
+
+
+@pytest.mark.parametrize("raw", DOUBTFUL)
+def test_what_is_in_doubt_is_not_guessed(raw, caplog):
+    assert convert("sft", raw) == (None, [raw])
+    assert caplog.messages == ["data_format: no known format; --columns can say which columns hold what of sft rows"]
+
+
+def test_rows_of_different_formats():
+    alpaca, gsm = {"instruction": "A?", "output": "B."}, {"question": "A?", "answer": "B."}
+    with pytest.raises(DataError, match=r"the first rows are in different formats: alpaca .*; question-answer "):
+        convert("sft", alpaca, gsm)
+    with pytest.raises(Bad, match=r"lacks the column `instruction` \(has 'question', 'answer'\)"):
+        convert("sft", alpaca, gsm, data_format="alpaca")
+
+
+def test_rows_that_are_in_no_format_do_not_hide_it():
+    name, rows = convert("sft", {"instruction": "A?", "output": "B."})
+    assert formats.conversion("sft", None, "auto", [{}, {"x": 1}, {"instruction": "A?", "output": "B."}]).name == name
+    assert rows == [{"prompt": "A?", "completion": "B."}]
+
+
+def test_pairs_and_rankings_side_by_side():
+    ranking = {"prompt": "A?", "completions": ["B.", "C."], "scores": [1, 2]}
+    _, rows = convert("sft", {"prompt": "D?", "chosen": "E.", "rejected": "F."}, ranking)
+    assert rows == [{"prompt": "D?", "completion": "E."}, {"prompt": "A?", "completion": "C."}]
+    assert convert("ranked", BINARIZED, ranking) == (None, [BINARIZED, ranking])
+
+
+UNFIT = [
+    ("ultrafeedback", "ranked", {"instruction": "A?", "completions": []}, "holds 0 answers that have a rank or score"),
+    ("ultrafeedback", "ranked", {"instruction": "A?"}, "`completions` must be a list of objects, got NoneType"),
+    ("ultrafeedback", "ranked", {"completions": []}, "lacks the column `instruction` (has 'completions')"),
+    (
+        "nectar",
+        "ranked",
+        {"prompt": "A?", "answers": [{"answer": "B.", "rank": 1}, {"answer": " ", "rank": 2}]},
+        "holds 1 answers that have a rank or score and are not empty; a ranking needs two",
+    ),
+    ("hh-rlhf", "ranked", {"chosen": "B.", "rejected": "C."}, "share no beginning that ends with"),
+    ("hh-rlhf", "ranked", {"chosen": "B."}, "lacks the column `rejected`"),
+    ("shp", "ranked", {"history": "A?", "human_ref_A": "B.", "human_ref_B": "C."}, "`labels` must be 1"),
+    ("helpsteer3", "ranked", {"response1": "B.", "response2": "C."}, "is not in the format helpsteer3 (KeyError"),
+    (
+        "summarize-from-feedback",
+        "ranked",
+        {"info": {"post": "P"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 2},
+        "`choice` must be the number of one of 2 summaries, got 2",
+    ),
+    ("chatbot-arena", "ranked", {"winner": "me", "conversation_a": CHAT, "conversation_b": CHAT}, "`winner` must be"),
+    ("sharegpt", "sft", {"conversations": [{"from": "narrator", "value": "A?"}]}, "a turn must be of one of human,"),
+    ("sharegpt", "sft", {"conversations": [{"from": "human", "value": "A?"}]}, "the conversation holds no answer"),
+    ("sharegpt", "sft", {"conversations": "A?"}, "holds no conversation in conversations"),
+    (
+        "sharegpt",
+        "sft",
+        {"conversations": [{"from": "human", "value": "A?"}, {"from": "function_call", "value": "find"}]},
+        "a function call must be JSON with name and arguments, got 'find'",
+    ),
+    ("alpaca", "sft", {"instruction": ["A?"], "output": "B."}, "`instruction` must be a string, got list"),
+    ("oasst", "ranked", {"text": "A?", "role": "prompter"}, "a message must have message_id and message_tree_id"),
+    (
+        "rankings",
+        "sft",
+        {"prompt": "A?", "completions": ["B.", "C."], "ranks": [0]},
+        "`ranks` must be a list as long as",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "raw", "reason"), UNFIT)
+def test_rows_that_do_not_fit(name, kind, raw, reason):
+    with pytest.raises(Bad) as caught:
+        convert(kind, raw, data_format=name)
+    assert reason in str(caught.value)
+
+
+def test_answers_without_a_score_or_a_text_are_left_out():
+    answers = [("Owl.", 4), ("", 5), ("Elk.", None), (None, 3), ("Jay.", "2.5"), ("Mud.", "N/A")]
+    raw = {"instruction": "A?", "completions": [{"response": said, "overall_score": score} for said, score in answers]}
+    row = {"prompt": "A?", "completions": ["Owl.", "Jay."], "scores": [4, 2.5]}
+    assert convert("ranked", raw) == ("ultrafeedback", [row])
+
+
+def test_rows_that_belong_together_keep_their_place_and_bad_ones_theirs():
+    raws = [
+        ("f:1", {"prompt": "A?", "response": "B.", "helpfulness": 1}),
+        ("f:2", Bad("is not JSON")),
+        ("f:3", {"prompt": ["C?"], "response": "D.", "helpfulness": 2}),
+        ("f:4", {"prompt": "A?", "response": "E.", "helpfulness": 3}),
+    ]
+    made = formats.conversion("ranked", None, "auto", [raw for _, raw in raws])
+    found = [(at, str(row) if isinstance(row, Bad) else row) for at, row in made.whole(iter(raws))]
+    assert found == [
+        ("f:2", "is not JSON"),
+        ("f:3", "`prompt` must be a string, got list"),
+        ("f:1", {"prompt": "A?", "completions": ["B.", "E."], "scores": [1, 3]}),
+    ]
+
+
+HH = "\n\nHuman: A?\n\nAssistant: B.\n\nHuman: C?\n\nAssistant:"
+STEERED = "A?\n<extra_id_1>Assistant\nB.\n<extra_id_1>User\nC?"
+AS_CHAT = [
+    ("auto:chat", "sft", {"instruction": "A?", "output": "B."}, {"prompt": [user("A?")], "completion": "B."}),
+    (
+        "hh-rlhf:chat",
+        "preference",
+        {"chosen": HH + " D.", "rejected": HH + " E."},
+        {"prompt": [user("A?"), assistant("B."), user("C?")], "chosen": "D.", "rejected": "E."},
+    ),
+    (
+        "nectar:chat",
+        "ranked",
+        {
+            "prompt": "\n\nHuman: A?\n\nAssistant: ",
+            "answers": [{"answer": "B. ", "rank": 1}, {"answer": "C.", "rank": 2}],
+        },
+        {"prompt": [user("A?")], "completions": ["B.", "C."], "ranks": [1, 2]},
+    ),
+    ("own:chat", "prompts", {"prompt": STEERED}, {"prompt": [user("A?"), assistant("B."), user("C?")]}),
+    ("own:chat", "sft", {"messages": CHAT}, {"messages": CHAT}),
+    (
+        "auto:chat",
+        "sft",
+        {"system_prompt": "S", "question": "A?", "response": "B."},
+        {"prompt": [system("S"), user("A?")], "completion": "B."},
+    ),
+]
+
+
+@pytest.mark.parametrize(("data_format", "kind", "raw", "row"), AS_CHAT)
+def test_texts_as_messages(data_format, kind, raw, row):
+    assert convert(kind, raw, data_format=data_format)[1] == [row]
+
+
+def test_rows_that_belong_together_as_messages():
+    raws = [{"prompt": STEERED, "response": said, "helpfulness": score} for said, score in (("B.", 1), (" D.", 2))]
+    row = {"prompt": [user("A?"), assistant("B."), user("C?")], "completions": ["B.", "D."], "scores": [1, 2]}
+    assert convert("ranked", *raws, data_format="auto:chat") == ("helpsteer", [row])
+
+
+def test_columns_and_a_hint_of_one_that_no_row_has(caplog):
+    raws = [{"question": "A?", "final": "B."}, {"question": "C?", "final": "D."}]
+    name, rows = convert("sft", *raws, column_map="prompt=question+hint,completion=final")
+    assert name is None and [(row["prompt"], row["completion"]) for row in rows] == [("A?", "B."), ("C?", "D.")]
+    assert caplog.messages == ["columns: none of the first 2 rows has 'hint'"]
+
+
+def test_a_file_says_what_it_was_read_as(tmp_path, caplog):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "A?", "answer": "B.\n#### 1"}])
+    rows = data.load_rows(path, "prompts", columns=True)
+    assert [(row["prompt"], row["answer"], row["at"]) for row in rows] == [("A?", "1", f"{path}:1")]
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith(f"{path}: read as the format question-answer (")
