@@ -1,11 +1,14 @@
 """What kinds of rows a data set can be read as, found from its first rows."""
 
+import contextlib
 from itertools import chain, islice
 from typing import NamedTuple
 
 from . import formats
 from .chunks import Bad, DataError
 from .files import read_chunks
+from .formats import own
+from .formats.base import RANKING_KINDS
 from .mixtures import named_sets
 from .rankings import OPTIONAL
 from .readers import read_text
@@ -39,9 +42,10 @@ def first_rows(name, split, config):
 
 
 def fitting(sets, column_map, data_format):
-    """{kind: checked rows} of the kinds that the first rows of every set can be read as, those that say most first.
+    """{kind: the first rows that can be used} of the kinds that a data set can be read as, those that say most first.
 
-    A kind fits where at least half of the rows can be read. Pairs come before rankings of two that say no more.
+    Pairs come before rankings of two that say no more. Without --columns a kind fits where the rows have its fields,
+    or are in a format that has it, whether or not they can be used.
 
     Args:
         sets: of `first_rows`.
@@ -51,27 +55,29 @@ def fitting(sets, column_map, data_format):
         if kind != "text" and any(each.is_text for each in sets):
             continue
         parts = [_rows(each.raws, kind, column_map, data_format) for each in sets]
-        if all(parts):
+        if all(part is not None for part in parts):
             found[kind] = [row for part in parts for row in part]
-    ranked = found.get("ranked", ())
-    if "preference" in found and all(len(row["ranks"]) == 2 and not row.keys() & set(OPTIONAL) for row in ranked):
-        found = {"preference": found["preference"], **found}
+    ranked, pairs = found.get("ranked"), found.get("preference")
+    if pairs and all(len(row["ranks"]) == 2 and not row.keys() & set(OPTIONAL) for row in ranked or ()):
+        made = [formats.conversion("preference", column_map, data_format, each.raws).note for each in sets]
+        if RANKING_KINDS["preference"] not in made:
+            found = {"preference": pairs, **found}
     return found
 
 
 def _rows(raws, kind, column_map, data_format):
+    """The rows that can be used; None where the kind does not fit."""
+    raws = [raw for raw in raws if isinstance(raw, dict)]
     try:
         conversion = formats.conversion(kind, column_map, data_format, raws)
     except ValueError:
-        return []
+        return None
+    ours, each = raws, conversion.each
     if conversion.whole:
-        each, raws = (lambda raw: [raw]), [raw for _, raw in conversion.whole(("", raw) for raw in raws)]
-    else:
-        each = conversion.each
+        ours, each = [raw for _, raw in conversion.whole(("", raw) for raw in raws)], lambda raw: [raw]
     found = []
-    for raw in raws:
-        try:
-            found.append(checked_rows("", raw, kind, each))
-        except Bad:
-            found.append([])
-    return list(chain.from_iterable(found)) if 2 * sum(map(bool, found)) >= len(found) else []
+    for raw in ours:
+        with contextlib.suppress(Bad):
+            found += checked_rows("", raw, kind, each)
+    held = found if column_map else raws if conversion.name else [raw for raw in raws if own.holds(raw, kind)]
+    return found if held and 2 * len(held) >= len(raws) else None

@@ -145,14 +145,14 @@ class Survey:
     def __init__(self, args, told):
         self.args = args
         self.sets = kinds.first_rows(args.file, args.split, args.dataset_config)
-        fitting = list(kinds.fitting(self.sets, args.columns, args.data_format))
+        fitting = kinds.fitting(self.sets, args.columns, args.data_format)
         if not (args.kind or fitting):
             raise data.DataError(
                 f"{args.file}: is in no known format (columns: {columns_of(self.sets[0].raws)}); say with --columns "
                 "what they hold (prompt=...,completion=...), or with --kind how to read it"
             )
-        self.kind = args.kind or fitting[0]
-        self.others = [kind for kind in fitting if kind != self.kind]
+        self.kind = args.kind or next(iter(fitting))
+        self.others = [kind for kind, usable in fitting.items() if usable and kind != self.kind]
         self.rows = data.load_rows(
             args.file, self.kind, split=args.split, config=args.dataset_config, columns=self.kind == "prompts",
             column_map=args.columns, data_format=args.data_format, bad_rows="skip",

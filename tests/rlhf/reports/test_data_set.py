@@ -96,6 +96,15 @@ def test_the_kind_that_says_most_is_found(tell, tmp_path, kind):
     assert tell(file, "--kind", "prompts")[1]["read as"][0].startswith("prompts, by rlhf ppo")
 
 
+def test_pairs_are_told_from_rankings_of_two_and_what_cannot_be_used_from_something_else(tell, tmp_path):
+    pair = {"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1]}
+    _, found, _ = tell(write_jsonl(tmp_path / "two.jsonl", [pair]))
+    assert found["read as"][0].startswith("ranked, by rlhf reward (also: preference by rlhf dpo")
+    file = write_jsonl(tmp_path / "wrong.jsonl", [{**pair, "scores": [0, 1]}] * 2)
+    status, _, err = tell(file)
+    assert status == 2 and f"{file}:1: " in err and "ranks" in err and f"{file}:2: " in err
+
+
 def test_published_formats_and_columns(tell, tmp_path):
     nectar = {
         "prompt": "\n\nHuman: a\n\nAssistant: ",
