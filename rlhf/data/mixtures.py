@@ -3,9 +3,9 @@
 import itertools
 import logging
 import math
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
 
 from .chunks import DataError
 from .store import take
@@ -42,7 +42,7 @@ def named_sets(name):
 
 
 def _exists(name):
-    return Path(name).expanduser().exists()
+    return os.path.exists(os.path.expanduser(name))  # False also of a name that is too long
 
 
 def _weighted(piece):

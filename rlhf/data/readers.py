@@ -87,7 +87,7 @@ def _table(path, delimiter):
     try:
         for cells in reader:
             if names is None:
-                names = _column_names(path, cells) if cells else None
+                names = _column_names(path, cells, delimiter) if cells else None
             elif len(cells) == len(names):
                 yield line, {name: cell for name, cell in zip(names, cells, strict=True) if name}
             elif cells:
@@ -97,13 +97,16 @@ def _table(path, delimiter):
         raise DataError(f"{path}:{line}: is not a row of cells ({error})") from None
 
 
-def _column_names(path, cells):
+def _column_names(path, cells, delimiter):
     """The names of columns; an empty one is the number of the row, as other programs write it."""
     names = [cell.strip() for cell in cells]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice or not any(names):
         what = f"names {', '.join(map(repr, twice))} twice" if twice else "names no column"
         raise DataError(f"{path}:1: the first row {what}, wants a name for each column")
+    others = {",", ";", "\t"} - {delimiter}
+    if len(names) == 1 and any(mark in names[0] for mark in others):
+        raise DataError(f"{path}:1: got {names[0]!r} as the only column, wants {delimiter!r} between columns")
     return names
 
 

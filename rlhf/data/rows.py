@@ -8,6 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from . import formats, rankings
+from .cells import typed
 from .files import Bad, DataError, read
 from .messages import (
     Chat,
@@ -165,12 +166,13 @@ def check_row(raw, kind, *, columns=False):
         Bad: what is wrong with it.
     """
     raw = {name: value for name, value in raw.items() if value is not None}
-    if kind == "unpaired" and "label" not in raw and "chosen" in raw:
-        pair = _check_preference(raw)
+    read = typed(raw)
+    if kind == "unpaired" and "label" not in read and "chosen" in read:
+        pair = _check_preference(read)
         sides = (("chosen", True), ("rejected", False))
         rows = [{"prompt": pair["prompt"], "completion": pair[name], "label": label} for name, label in sides]
     else:
-        rows = [_CHECKS[kind](raw)]
+        rows = [_CHECKS[kind](read)]
     return [{**raw, **row} for row in rows] if columns else rows
 
 

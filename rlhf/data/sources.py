@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 import re
 from pathlib import Path
 
@@ -25,11 +26,14 @@ def files_of(name, split, config):
     Raises:
         DataError: a folder or a pattern that does not hold it, or holds only some of its shards.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name))
+    if os.path.isfile(path):
         return [path]
-    if path.is_dir():
-        return _in_folder(path, split, config)
+    if os.path.isdir(path):
+        try:
+            return _in_folder(path, split, config)
+        except OSError as error:
+            raise DataError(f"{error.filename or name}: cannot be read ({error.strerror})") from None
     if glob.has_magic(str(name)):
         found = [Path(file) for file in glob.glob(str(path), recursive=True)]
         found = [file for file in found if file.is_file() and not _NOT_ROWS.match(file.name)]

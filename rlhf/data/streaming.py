@@ -5,9 +5,10 @@ from itertools import chain, islice
 
 from . import formats
 from .chunks import Bad, DataError
-from .files import fingerprint, read
+from .files import read
 from .mixtures import named_sets
 from .rows import FIRST, checked_rows
+from .sources import files_of
 
 logger = logging.getLogger("rlhf")
 _SHOWN = 10
@@ -37,10 +38,9 @@ def stream_identity(name, *, split="train", config=None):
     """What a stream reads, as JSON values, wherever it lies: names and sizes of files, and the sets' shares."""
     found = []
     for one, weight in named_sets(name):
-        for entry in fingerprint(one, split, config):
-            found.append(
-                [weight, *entry] if entry[0] == "datasets" else [weight, entry[0].rpartition("/")[2], entry[2]]
-            )
+        files = files_of(one, split, config)
+        files = [(file.name, file.stat().st_size) for file in files] if files is not None else [(one, split, config)]
+        found += [[weight, *file] for file in files]
     return found
 
 
@@ -59,7 +59,7 @@ def shuffled(rows, size, generator):
 
 
 def _one_set(name, kind, split, config, column_map, data_format, bad_rows, tell):
-    found = read(name, kind, split, config)
+    found = read(name, kind, split, config, streaming=True)
     first = list(islice(found, FIRST))
     if not first:
         raise DataError(f"{name}: holds no rows")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .. import columns
+from ..cells import typed
 from ..files import Bad, DataError
 from . import arena, chats, dialogues, instructions, maths, own, pairs, ranked, trees
 
@@ -50,7 +51,7 @@ def conversion(kind, column_map, data_format, first_rows):
     name, chat, rest = data_format.partition(CHAT)
     if rest:
         raise ValueError(f"data_format: got {data_format!r}, wants the name of a format, or the name and {CHAT!r}")
-    first_rows = [raw for raw in first_rows if isinstance(raw, dict)]
+    first_rows = [typed(raw) for raw in first_rows if isinstance(raw, dict)]
     if column_map:
         if name not in ("auto", OWN):
             raise ValueError(f"data_format: got {data_format!r} beside columns, which say the same thing; give one")

@@ -236,6 +236,8 @@ def test_a_cell_as_long_as_a_book(tmp_path):
         ('prompt,completion\n"a"b,c\n', r"a\.csv:2: is not a row of cells"),
         ("prompt,prompt\na,b\n", r"a\.csv:1: the first row names 'prompt' twice"),
         (",\na,b\n", r"a\.csv:1: the first row names no column"),
+        ("prompt;completion\na;b\n", r"a\.csv:1: got 'prompt;completion' as the only column, wants ',' between"),
+        ("prompt\tcompletion\na\tb\n", r"a\.csv:1: got .* as the only column"),
         ("prompt,completion\n", "holds no rows"),
         ("", "holds no rows"),
     ],
@@ -244,6 +246,34 @@ def test_bad_tables_of_text(tmp_path, text, reason):
     (tmp_path / "a.csv").write_text(text)
     with pytest.raises(data.DataError, match=reason):
         data.load_rows(tmp_path / "a.csv", "sft")
+
+
+def test_cells_that_hold_numbers_and_lists(tmp_path):
+    """A table of text has text alone: what our fields want otherwise is read, and an empty cell is an absent field."""
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "[1]"}]
+    tables = {
+        "ranked": [
+            ["prompt", "completions", "ranks", "weight", "margin"],
+            ["7", '["[1]", "2"]', "[0, 1]", "2.5", ""],
+            ["a", '["b", "c"]', "[1, 0]", "", "3"],
+        ],
+        "unpaired": [
+            ["prompt", "completion", "label"],
+            *(["a", "7", label] for label in ("True", "false", "1", "0.0")),
+        ],
+        "sft": [["messages"], [json.dumps(messages)]],
+    }
+    found = {}
+    for kind, table in tables.items():
+        (tmp_path / "a.csv").write_bytes(csv_text(table).encode())
+        found[kind] = [{k: v for k, v in row.items() if k != "at"} for row in data.load_rows(tmp_path / "a.csv", kind)]
+    assert found["ranked"][0] == {"prompt": "7", "completions": ["[1]", "2"], "ranks": [0, 1], "weight": 2.5}
+    assert found["ranked"][1] == {"prompt": "a", "completions": ["b", "c"], "ranks": [1, 0], "margins": [[3.0] * 2] * 2}
+    assert [row["label"] for row in found["unpaired"]] == [True, False, True, False]
+    assert {row["completion"] for row in found["unpaired"]} == {"7"}
+    assert found["sft"] == [{"prompt": messages[:1], "completion": messages[1:]}]
+    (tmp_path / "a.csv").write_text("prompt,label\na,7\n")
+    assert data.load_rows(tmp_path / "a.csv", "prompts", columns=True)[0]["label"] == "7"
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])

@@ -20,7 +20,7 @@ def load(tmp_path, *rows):
 BAD = [
     ({**ROW, "weight": 0}, "`weight` must be a finite number above 0, got 0"),
     ({**ROW, "weight": -1.5}, "`weight` must be a finite number above 0, got -1.5"),
-    ({**ROW, "weight": "2"}, "`weight` must be a finite number above 0, got '2'"),
+    ({**ROW, "weight": "heavy"}, "`weight` must be a finite number above 0, got 'heavy'"),
     ({**ROW, "weight": True}, "`weight` must be a finite number above 0, got True"),
     ('{"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1], "weight": Infinity}', "above 0, got inf"),
     ({**PAIR, "weight": 0}, "`weight` must be a finite number above 0, got 0"),

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from rlhf import data
-from rlhf.data import files
+from rlhf.data import files, mixtures, sources
+from rlhf.data.streaming import stream_rows
 from tests.tiny import write_jsonl
 
 
@@ -178,19 +179,26 @@ def test_a_name_that_datasets_knows(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="needs the optional package datasets")
     rows = datasets.Dataset.from_list([{"text": "a", "other": None}, {"text": "b", "other": 1}])
 
-    def load_dataset(name, config, *, split):
+    calls = []
+
+    def load_dataset(name, config, *, split, streaming):
+        calls.append(name)
         if name != "team/texts":
             raise RuntimeError("no such\nset")
-        return rows.select(range(2 if (config, split) == ("main", "test") else 1))
+        chosen = rows.select(range(2 if (config, split) == ("main", "test") else 1))
+        return chosen.to_iterable_dataset() if streaming else chosen
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    files._named.cache_clear()
     assert list(files.read("team/texts", "text", "test", "main")) == [
         ("team/texts:1", {"text": "a"}),
         ("team/texts:2", {"text": "b", "other": 1}),
     ]
     first, second = (files.fingerprint("team/texts", split, "main") for split in ("test", "train"))
     assert json.loads(json.dumps(first)) == first != second
-    assert files.size("team/texts", "test", "main") > 0
+    assert files.size("team/texts", "test", "main") > 0 and len(calls) == 2
+    streamed = stream_rows("team/texts", "text", split="test", config="main", bad_rows="skip")
+    assert [row["text"] for row in streamed] == ["a", "b"]
     refused("team/none", "team/none: no such file, and datasets.load_dataset says: no such set$")
 
 
@@ -198,3 +206,23 @@ def test_a_name_that_datasets_knows(tmp_path, monkeypatch):
 def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", "not to be used")
     refused(name, rf"^{re.escape(name)}: no such file$")
+
+
+def test_a_name_longer_than_a_path_can_be(tmp_path):
+    fill(tmp_path, "a.jsonl")
+    names = [f"{tmp_path}/a.jsonl"] * 200
+    assert [one for one, _ in mixtures.named_sets(",".join(names))] == names
+    assert sources.files_of(",".join(names), "train", None) is None
+
+
+def test_a_part_of_a_split_is_of_named_sets_only(tmp_path):
+    fill(tmp_path, "a.jsonl")
+    refused(tmp_path / "a.jsonl", r"got the split 'train\[:10\]', wants a whole split", "train[:10]")
+
+
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    def iterdir(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", iterdir)
+    refused(tmp_path, rf"^{tmp_path}: cannot be read \(Permission denied\)$")
