@@ -66,6 +66,13 @@ def entries(raw, name):
     return value
 
 
+def no_media(raw):
+    """Raise Bad for a row that goes with images, sound or films."""
+    for name in ("image", "images", "video", "videos", "audio", "audios"):
+        if raw.get(name):
+            raise Bad(f"goes with `{name}`; only texts can be read")
+
+
 def is_text(value):
     return isinstance(value, str)
 

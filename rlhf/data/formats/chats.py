@@ -2,7 +2,19 @@
 
 import json
 
-from .base import DEMONSTRATION, Bad, Format, as_ranking, entries, is_messages, others, pair, pairs, records_with
+from .base import (
+    DEMONSTRATION,
+    Bad,
+    Format,
+    as_ranking,
+    entries,
+    is_messages,
+    no_media,
+    others,
+    pair,
+    pairs,
+    records_with,
+)
 from .dialogues import role_of
 
 _COLUMNS = ("conversations", "conversation", "messages", "dialog", "dialogue")
@@ -23,6 +35,7 @@ def _shape(raw):
 
 
 def _turns_of(raw):
+    no_media(raw)
     column, who, said = _shape(raw) or (None, None, None)
     if column is None:
         raise Bad(f"holds no conversation in {', '.join(_COLUMNS)}")
@@ -35,6 +48,8 @@ def _turns_of(raw):
 
 def _message(turn, who, said):
     more = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
+    if turn.get("loss") is False:
+        more["weight"] = 0
     if turn[who] in _CALLS:
         return {"role": "assistant", "content": "", **more, "tool_calls": _calls(turn[said])}
     return {"role": role_of(turn[who]), "content": turn[said], **more}
@@ -77,20 +92,29 @@ def _conversation(raw, turns, kind, more):
 
 
 def _sharegpt_pair(raw):
-    turns = _turns_of(raw)
-    answers = []
-    for name in ("chosen", "rejected"):
-        who, said = next(keys for keys in _KEYS if is_messages([raw[name]], *keys))
-        answers.append([_message(raw[name], who, said)])
+    turns = raw["messages"] if is_messages(raw.get("messages")) else _turns_of(raw)
+    answers = [_answer(raw[name]) for name in ("chosen", "rejected")]
     return pair(turns, *answers, **_tools(raw, turns))
 
 
+def _answer(value):
+    turn = value[0] if isinstance(value, list) else value
+    who, said = next(keys for keys in _KEYS if is_messages([turn], *keys))
+    return [_message(turn, who, said)]
+
+
+def _is_answer(value):
+    turns = value if isinstance(value, list) else [value]
+    return len(turns) == 1 and any(is_messages(turns, *keys) for keys in _KEYS)
+
+
 def _is_sharegpt_pair(raw):
-    answers = [[raw.get("chosen")], [raw.get("rejected")]]
-    return _shape(raw) is not None and all(any(is_messages(said, *keys) for keys in _KEYS) for said in answers)
+    asked = is_messages(raw.get("messages")) or _shape(raw) is not None
+    return asked and _is_answer(raw.get("chosen")) and _is_answer(raw.get("rejected"))
 
 
 def _alternating_column(raw):
+    """The column that holds a list of texts."""
     for name in ("data", "conversations", "dialog", "dialogue"):
         value = raw.get(name)
         if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
@@ -107,7 +131,7 @@ def _alternating(raw, kind):
 
 
 def _is_exchanges(raw):
-    return records_with("input", "output")(raw.get("conversation"))
+    return records_with("input", "output")(raw.get("conversation")) and "chosen" not in raw
 
 
 def _exchanges(raw, kind):
@@ -129,16 +153,17 @@ FORMATS = (
     ),
     Format(
         "sharegpt-pairs",
-        "ShareGPT preferences: conversations[].from, .value, and chosen and rejected, each one turn",
+        "ShareGPT preferences: conversations[].from, .value (or messages), chosen and rejected, each one turn",
         pairs(""),
         _is_sharegpt_pair,
         as_ranking(_sharegpt_pair),
+        over_own=("sft",),
     ),
     Format(
         "alternating",
         "UltraChat as its makers publish it, LIMA: data or conversations, a list of texts, the user's first",
         DEMONSTRATION,
-        lambda raw: _alternating_column(raw) is not None,
+        lambda raw: _alternating_column(raw) is not None and "chosen" not in raw,
         _alternating,
         aliases=("ultrachat", "lima"),
     ),

@@ -83,7 +83,7 @@ def _named(name, kind):
 
 
 def _holds_others(format, kind):
-    return f"data_format: {format.name} holds rows of the kind {', '.join(format.kinds)}, not {kind}"
+    return f"data_format: the format {format.name} holds rows of the kind {', '.join(format.kinds)}, not {kind}"
 
 
 def _recognised(kind, first_rows):
@@ -101,7 +101,7 @@ def _recognised(kind, first_rows):
         return next((FORMATS[name] for name in found if name != OWN), None)
     for format in FORMATS.values():
         if format.auto and any(map(format.detect, first_rows)):
-            raise DataError(_holds_others(format, kind))
+            raise DataError(f"{_holds_others(format, kind)} (so the rows look; --columns can say otherwise)")
     if first_rows and not any("text" in raw for raw in first_rows):
         logger.warning("data_format: no known format; --columns can say which columns hold what of %s rows", kind)
     return None

@@ -19,9 +19,10 @@ ROLES = {name: role for role, names in _SAID_BY.items() for name in names}
 
 def role_of(name):
     """The role of who says something, by the names that data sets use."""
-    if name not in ROLES:
+    role = ROLES.get(name.lower()) if isinstance(name, str) else None
+    if role is None:
         raise Bad(f"a turn must be of one of {', '.join(ROLES)}, got {name!r}")
-    return ROLES[name]
+    return role
 
 
 def is_dialogue(value):

@@ -5,12 +5,14 @@ from .base import DEMONSTRATION, Format, as_demonstration, has, others, text, us
 DOUBTFUL = {  # columns that may belong to the question, or judge the answer: which way is not for us to guess
     "context", "contexts", "passage", "document", "article", "choices", "options", "history", "evidence", "image",
     "images", "system", "system_prompt", "instruction", "question", "query", "prompt", "problem", "input", "messages",
-    "conversations", "chosen", "rejected", "is_safe", "label", "labels", "rank", "rating",
+    "definition", "conversations", "chosen", "rejected", "is_safe", "label", "labels", "rank", "rating",
 }  # fmt: skip
 _PAIRS = (
     ("question", "response"), ("query", "response"), ("prompt", "response"), ("instruction", "response"),
-    ("prompt", "output"), ("question", "output"), ("query", "answer"), ("input", "output"), ("inputs", "targets"),
+    ("prompt", "output"), ("question", "output"), ("query", "answer"), ("input", "output"), ("input", "target"),
+    ("inputs", "targets"), ("message_1", "message_2"),
 )  # fmt: skip
+_OWN = ("prompt", "completion")
 
 
 def _joined(*pieces):
@@ -35,15 +37,30 @@ def _dolly(raw):
     return {"prompt": prompt, "completion": text(raw, "response")}
 
 
+_SYSTEMS = ("system_prompt", "system")
+
+
 def _openorca(raw):
-    prompt = user(text(raw, "question"), text(raw, "system_prompt", default=""))
-    return {"prompt": prompt, "completion": text(raw, "response")}
+    system = next((name for name in _SYSTEMS if name in raw), _SYSTEMS[0])
+    asked, said = _names(raw, _SYSTEMS) or _OWN
+    return {"prompt": user(text(raw, asked), text(raw, system, default="")), "completion": text(raw, said)}
 
 
-def _names(raw):
-    """The columns of question and answer, if there is one way to read them."""
-    found = [names for names in _PAIRS if all(isinstance(raw.get(name), str) for name in names)]
-    return found[0] if len(found) == 1 and not DOUBTFUL.difference(found[0]).intersection(raw) else None
+def _is_openorca(raw):
+    systems = [name for name in _SYSTEMS if isinstance(raw.get(name), str)]
+    return len(systems) == 1 and _names(raw, systems) is not None
+
+
+def _names(raw, known=()):
+    """The columns of question and answer, if there is one way to read them.
+
+    Args:
+        known: columns that are read besides.
+    """
+    pairs = (*_PAIRS, _OWN) if known else _PAIRS
+    found = [names for names in pairs if all(isinstance(raw.get(name), str) for name in names)]
+    doubtful = DOUBTFUL.difference(known, *found[:1]).intersection(raw)
+    return found[0] if len(found) == 1 and not doubtful else None
 
 
 def _question_response(raw):
@@ -58,7 +75,26 @@ def _beavertails(raw, kind):
     return [{"prompt": prompt, "completion": text(raw, "response"), "label": safe}]
 
 
+def _content(raw, kind):
+    return [{"text": text(raw, "content" if "content" in raw else "raw_content")}]
+
+
+def _is_content(raw):
+    return (
+        "text" not in raw
+        and "role" not in raw
+        and any(isinstance(raw.get(name), str) for name in ("content", "raw_content"))
+    )
+
+
 FORMATS = (
+    Format(
+        "content",
+        "RefinedWeb, The Stack, RedPajama: content or raw_content",
+        {"text": ""},
+        _is_content,
+        _content,
+    ),
     Format(
         "alpaca",
         "Alpaca and its kin: instruction, input, output; system, history",
@@ -80,10 +116,11 @@ FORMATS = (
     ),
     Format(
         "openorca",
-        "OpenOrca: system_prompt, question, response",
+        "OpenOrca and others: system_prompt or system, question and response (or others of question-response)",
         dict.fromkeys(DEMONSTRATION, "as messages; an empty system_prompt is left out"),
-        has("system_prompt", "question", "response"),
+        _is_openorca,
         as_demonstration(_openorca),
+        over_own=("sft", "prompts"),
     ),
     Format(
         "beavertails",

@@ -81,6 +81,13 @@ def _mbpp(raw, kind):
     return [{**others(raw), "prompt": prompt, "test": test}]
 
 
+def _humaneval(raw, kind):
+    if kind == "sft":
+        return [{"prompt": text(raw, "prompt"), "completion": text(raw, "canonical_solution")}]
+    test = f"{text(raw, 'test')}\n\ncheck({text(raw, 'entry_point')})"
+    return [{**others(raw), "prompt": text(raw, "prompt"), "test": test}]
+
+
 def _has_truth(value):
     return isinstance(value, dict) and "ground_truth" in value
 
@@ -122,7 +129,7 @@ FORMATS = (
         "verl",
         "verl's data: prompt (messages), reward_model.ground_truth, data_source",
         {"prompts": "reward_model.ground_truth as the column answer"},
-        has("data_source", prompt=is_messages, reward_model=_has_truth),
+        has("data_source", prompt=(str, list), reward_model=_has_truth),
         _verl,
         over_own=("prompts",),
         aliases=("dapo-math-17k",),
@@ -143,6 +150,14 @@ FORMATS = (
             has("code", test_list=_is_texts)(raw) and any(isinstance(raw.get(n), str) for n in ("text", "prompt"))
         ),
         _mbpp,
+        over_own=("prompts",),
+    ),
+    Format(
+        "humaneval",
+        "HumanEval: prompt, canonical_solution, test, entry_point",
+        {"sft": "", "prompts": "the column test with a call of check, for unit_test"},
+        has("prompt", "canonical_solution", "test", "entry_point"),
+        _humaneval,
         over_own=("prompts",),
     ),
 )

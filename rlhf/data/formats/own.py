@@ -102,7 +102,7 @@ FORMATS = (  # what is told when rows of one kind are asked for as another; or b
         "messages",
         "Tulu, no_robots, UltraChat-200k, smoltalk and others: messages[].role, .content",
         {"sft": "", "prompts": "the conversation up to its last question"},
-        lambda raw: _is_conversation(raw) and not is_pair(raw),
+        lambda raw: _is_conversation(raw) and "chosen" not in raw,
         _convert,
         aliases=("tulu", "no-robots", "ultrachat-200k", "smoltalk"),
     ),

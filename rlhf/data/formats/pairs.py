@@ -8,6 +8,7 @@ from .base import (
     entries,
     has,
     is_messages,
+    no_media,
     number,
     pair,
     pairs,
@@ -101,9 +102,16 @@ def _by_id(name):
 _QUESTIONS = ("instruction", "question", "query", "input")
 
 
+def _asked(raw):
+    """The column of the question. Our own `prompt` is one beside a column system, which is not ours."""
+    names = (*_QUESTIONS, "prompt") if "system" in raw else _QUESTIONS
+    return next((name for name in names if isinstance(raw.get(name), str)), None)
+
+
 def _question_pair(chosen, rejected):
     def read(raw):
-        name = next(name for name in _QUESTIONS if isinstance(raw.get(name), str))
+        no_media(raw)
+        name = _asked(raw) or _QUESTIONS[0]
         asked = [text(raw, name), text(raw, "input", default="") if name == "instruction" else ""]
         question = "\n\n".join(piece for piece in asked if piece.strip())
         prompt = user(question, text(raw, "system", default="")) if "system" in raw else question
@@ -113,8 +121,8 @@ def _question_pair(chosen, rejected):
 
 
 def _is_question_pair(chosen, rejected):
-    held = has(chosen, rejected, without=("prompt",))
-    return lambda raw: held(raw) and any(isinstance(raw.get(name), str) for name in _QUESTIONS)
+    held = has(chosen, rejected)
+    return lambda raw: held(raw) and _asked(raw) is not None and ("system" in raw or "prompt" not in raw)
 
 
 def _stack_exchange_paired(raw):
@@ -206,10 +214,11 @@ FORMATS = (
     ),
     Format(
         "orca-dpo-pairs",
-        "Orca DPO pairs and others: instruction, question or input, chosen, rejected; system",
+        "Orca DPO pairs and others: instruction, question or input, chosen, rejected; system (also beside prompt)",
         pairs("messages where there is a column system"),
         _is_question_pair("chosen", "rejected"),
         as_ranking(_question_pair("chosen", "rejected")),
+        over_own=("ranked", "preference", "unpaired", "sft", "prompts"),
         aliases=("distilabel-intel-orca-dpo-pairs",),
     ),
     Format(

@@ -740,6 +740,27 @@ PUBLISHED = [
         both([user("A bird?")], [assistant("Owl.")], [assistant("Elk.")]),
     ),
     (
+        "sharegpt-pairs",
+        [{"messages": [user("A bird?")], "chosen": assistant("Owl."), "rejected": assistant("Elk.")}],
+        both([user("A bird?")], [assistant("Owl.")], [assistant("Elk.")]),
+    ),
+    (
+        "sharegpt",
+        [
+            {
+                "system": "",
+                "mask": "User",
+                "conversations": [
+                    {"from": "User", "value": "A?", "label": None, "loss": None},
+                    {"from": "Assistant", "value": "B.", "label": "x", "loss": False},
+                    {"from": "User", "value": "C?", "label": None, "loss": None},
+                    {"from": "Assistant", "value": "D.", "label": "x", "loss": True},
+                ],
+            }
+        ],
+        {"sft": [{"messages": [user("A?"), assistant("B.", weight=0), user("C?"), assistant("D.")]}]},
+    ),
+    (
         "alternating",
         [{"id": "1", "data": ["A bird?", "Owl.", "Sure?", "Yes."]}],
         {"sft": [{"messages": [user("A bird?"), assistant("Owl."), user("Sure?"), assistant("Yes.")]}]},
@@ -801,6 +822,28 @@ PUBLISHED = [
         "openorca",
         [{"id": "1", "system_prompt": "", "question": "A?", "response": "B."}],
         {"sft": [{"prompt": [user("A?")], "completion": "B."}]},
+    ),
+    (
+        "openorca",
+        [{"system": "Be brief.", "prompt": "A?", "response": "B.", "id": "1"}],
+        {
+            "sft": [{"prompt": [system("Be brief."), user("A?")], "completion": "B."}],
+            "prompts": [
+                {"system": "Be brief.", "response": "B.", "id": "1", "prompt": [system("Be brief."), user("A?")]}
+            ],
+        },
+    ),
+    ("content", [{"content": "All owls.", "url": "u"}], {"text": [{"text": "All owls."}]}),
+    ("content", [{"raw_content": "All owls."}], {"text": [{"text": "All owls."}]}),
+    (
+        "question-response",
+        [{"kind": "k", "input": "A?", "target": "B."}],
+        {"sft": [{"prompt": "A?", "completion": "B."}]},
+    ),
+    (
+        "question-response",
+        [{"role_1": "r", "topic": "t", "message_1": "A?", "message_2": "B."}],
+        {"sft": [{"prompt": "A?", "completion": "B."}]},
     ),
     (
         "beavertails",
@@ -927,6 +970,37 @@ ALSO_OURS = [
                     "winner_model_b": 0, "prompt": [user("A?")],
                 }
             ]
+        },
+    ),
+    (
+        "orca-dpo-pairs",
+        [{"id": "1", "system": "Be brief.", "prompt": "A?", "chosen": "B.", "rejected": "C."}],
+        {
+            **both([system("Be brief."), user("A?")], "B.", "C."),
+            "prompts": [{"id": "1", "system": "Be brief.", "prompt": [system("Be brief."), user("A?")]}],
+        },
+    ),
+    (
+        "openorca",
+        [{"system": "Be brief.", "prompt": "A?", "completion": "B."}],
+        {"sft": [{"prompt": [system("Be brief."), user("A?")], "completion": "B."}]},
+    ),
+    (
+        "humaneval",
+        [
+            {
+                "task_id": "T/0", "prompt": "def f(x):\n", "canonical_solution": "    return x\n",
+                "test": "def check(candidate):\n    assert candidate(1) == 1", "entry_point": "f",
+            }
+        ],
+        {
+            "sft": [{"prompt": "def f(x):\n", "completion": "    return x\n"}],
+            "prompts": [
+                {
+                    "task_id": "T/0", "prompt": "def f(x):\n", "canonical_solution": "    return x\n",
+                    "entry_point": "f", "test": "def check(candidate):\n    assert candidate(1) == 1\n\ncheck(f)",
+                }
+            ],
         },
     ),
     (
