@@ -80,7 +80,7 @@ class ReferenceTrainer(StageTrainer):
         processing_class=None, compute_metrics=None, callbacks=None, optimizers=(None, None),
         quantization_config=None, peft_config=None,
     ):  # fmt: skip
-        if ref_model is not None and ref_model is model:
+        if isinstance(model, torch.nn.Module) and ref_model is model:
             raise ValueError("ref_model: got the model itself, wants another one, or None for the model at the start")
         self.ref_model = ref_model
         super().__init__(
@@ -133,6 +133,16 @@ class ReferenceTrainer(StageTrainer):
             for examples in (self.train_dataset, self.held_out):
                 self.add_reference(examples)
             models.reshard(self.model)
+
+    def measure(self, examples):
+        if self.needs_reference and "ref_log_probs" not in examples.columns:
+            if self.ref_model is None and self.state.global_step:
+                raise ValueError(
+                    "eval_dataset: the reference, the model before its training, is no more; give these rows, or a "
+                    "ref_model, to the trainer"
+                )
+            self.add_reference(examples)
+        return super().measure(examples)
 
     @torch.no_grad()
     def add_reference(self, examples):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from rlhf import models
-from rlhf.preference import DPOConfig, DPOTrainer, pair_log_probs, train_dpo
+from rlhf import data, models
+from rlhf.preference import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, pair_log_probs, train_dpo
 from tests.roundings import STORED, assert_same
 from tests.tiny import model_folder, words, write_jsonl
 
@@ -120,3 +120,32 @@ def test_reference_is_the_start_after_a_resume(settings, tmp_path):
     train_dpo(settings(output_dir=str(stopped), resume_from_checkpoint="true", **options))
     ours, theirs = models.load_policy(whole), models.load_policy(stopped)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("config", "trainer_class"), [(DPOConfig, DPOTrainer), (KTOConfig, KTOTrainer)])
+def test_other_rows_are_evaluated_against_the_same_reference(tmp_path, config, trainer_class):
+    """Before the first step policy and reference are one; later the reference must have been given."""
+    policy, rows = model_folder(tmp_path / "policy"), preferences(12)
+    options = {"use_cpu": True, "disable_tqdm": True, "max_steps": 2, "eval_fraction": 0.25, "learning_rate": 1e-2}
+
+    def trainer(name, **more):
+        args = config(output_dir=str(tmp_path / name), **options)
+        return trainer_class(policy, args=args, train_dataset=rows, **more)
+
+    start, given = trainer("start"), trainer("given", ref_model=policy)
+    for rows_to_try in (None, rows[:4]):
+        metrics = start.evaluate(rows_to_try)
+        assert abs(metrics["eval_rewards/chosen"]) < 1e-5 and metrics["eval_loss"] > 0
+    start.train()
+    given.train()
+    with pytest.raises(ValueError, match="eval_dataset: the reference, the model before its training, is no more"):
+        start.evaluate(rows[:4])
+    policy_now, reference = (models.load_policy(path) for path in (tmp_path / "given", policy))
+    expected = 0.0
+    for example in given.encode(data.rows_of(rows[:4], given.kind, name="rows"), "held-out"):
+        if config is DPOConfig or example["row"]["label"]:
+            prompt, ids = example["prompt"], example["responses"][0]
+            expected += (
+                0.1 / 4 * float(summed_log_prob(policy_now, prompt, ids) - summed_log_prob(reference, prompt, ids))
+            )
+    assert given.evaluate(rows[:4])["eval_rewards/chosen"] == pytest.approx(expected, abs=1e-5)
