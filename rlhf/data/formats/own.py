@@ -109,7 +109,7 @@ FORMATS = (  # what is told when rows of one kind are asked for as another; or b
     Format(
         "pairs",
         "binarized UltraFeedback, argilla's, trl-lib's, Skywork's and others: chosen, rejected (messages); prompt",
-        {**PAIR_KINDS, "ranked": "", "preference": ""},
+        {"ranked": "", "preference": "", **PAIR_KINDS},
         is_pair,
         _convert,
         aliases=(

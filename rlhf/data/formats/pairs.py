@@ -141,7 +141,7 @@ FORMATS = (
     Format(
         "hh-rlhf",
         "HH-RLHF: chosen and rejected as whole dialogues in text (Human: ... Assistant: ...)",
-        pairs("the prompt goes up to and with the last Assistant: that both dialogues share"),
+        pairs("the prompt is what both share up to an Assistant:, as text; hh-rlhf:chat makes messages of it"),
         _is_hh,
         as_ranking(_hh),
     ),
@@ -200,7 +200,7 @@ FORMATS = (
     Format(
         "pku-saferlhf",
         "PKU-SafeRLHF: prompt, response_0, response_1, better_response_id",
-        rankings("by better_response_id (by safety: --data_format pku-saferlhf-safer)"),
+        rankings("by better_response_id; by safety: --data_format pku-saferlhf-safer"),
         has("prompt", "response_0", "response_1", better_response_id=float),
         as_ranking(_by_id("better_response_id")),
     ),

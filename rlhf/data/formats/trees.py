@@ -4,15 +4,16 @@ from .base import RANKING_KINDS, Bad, Format, has, of_ranking, ranking
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 _KINDS = {
-    **RANKING_KINDS,
     "ranked": "every question with two or more ranked answers; what was said before it is in the prompt",
+    **RANKING_KINDS,
     "sft": "of every tree the conversation of the best ranked turns",
     "prompts": "every question, with what was said before it",
 }
 
 
 def _usable(node):
-    return not node.get("deleted") and node.get("review_result") is not False and node.get("role") in _ROLES
+    kept = not node.get("deleted") and node.get("review_result") is not False
+    return kept and node.get("role") in _ROLES and bool((node.get("text") or "").strip())
 
 
 def _replies(node, role):

@@ -62,6 +62,7 @@ TREE = node(
         reply("Owl.", 0, [node("Why?", rank=1, replies=[reply("X.")]), node("Yes?", rank=0)]),
         reply("Spam.", 2, review_result=False),
         reply("Gone.", 3, deleted=True),
+        reply(" ", 4),
         reply("Unranked."),
     ],
 )
