@@ -65,15 +65,20 @@ def _in_folder(folder, split, config):
         if not places:
             raise DataError(f"{folder}: has no configuration {config!r}, a folder of that name; {_content(folder)}")
         folder = places[0]
-    found = _of_split(folder, split) or _of_split(folder / "data", split)
+    places = [place for place in (folder, folder / "data") if place.is_dir()]
+    found = _of_split(places, split)
     if found:
-        return _whole(found)
-    within = [place for place in _folders(folder) if not _words(place.name) & _SPLITS and _of_split(place, split)]
+        return _whole(found, split)
+    within = [inner for place in places for inner in _folders(place) if inner not in places]
+    within = [inner for inner in within if not _words(inner.name) & _SPLITS and _of_split([inner], split)]
     if len(within) > 1:
-        names = ", ".join(place.name for place in within)
-        raise DataError(f"{folder}: holds {split!r} of several configurations: choose one of {names} (dataset_config)")
+        names = ", ".join(inner.name for inner in within)
+        raise DataError(
+            f"{folder}: holds {split!r} of several configurations: choose one of {names} (dataset_config), or give a "
+            "pattern of names"
+        )
     if within:
-        return _whole(_of_split(within[0], split))
+        return _whole(_of_split(within, split), split)
     raise DataError(f"{folder}: holds no rows of the split {split!r}; {_content(folder)}")
 
 
@@ -86,12 +91,18 @@ def _with_rows(folder, found):
     return sorted({*files, *within}, key=_naturally)
 
 
-def _of_split(folder, split):
-    """The files of a split in a folder: `<split>` alone or in shards, in a folder of that name, or all files where
-    none names a split.
-    """
-    if not folder.is_dir():
-        return []
+def _of_split(places, split):
+    """The files of a split in the first of some folders that has it; where none of them names any split, all files."""
+    found = next(filter(None, (_named(place, split) for place in places)), [])
+    names = [_group(file) for place in places for file in data_files(place)]
+    names += [inner.name for place in places for inner in _folders(place)]
+    if found or any(_words(name) & _SPLITS for name in names):
+        return found
+    return next(filter(None, map(data_files, places)), [])
+
+
+def _named(folder, split):
+    """The files of `<split>` alone or in shards, or in a folder of that name."""
     files = data_files(folder)
     groups = {file: _group(file) for file in files}
     exact = [file for file in files if groups[file] == split]
@@ -103,10 +114,7 @@ def _of_split(folder, split):
         raise DataError(f"{folder}: holds several splits of names like {split!r}: choose one of {names}")
     if longer:
         return [file for file in files if groups[file] in longer]
-    if (folder / split).is_dir():
-        return data_files(folder / split)
-    names = [*groups.values(), *(place.name for place in _folders(folder))]
-    return [] if any(_words(name) & _SPLITS for name in names) else files
+    return data_files(folder / split) if (folder / split).is_dir() else []
 
 
 def _words(name):
@@ -121,11 +129,15 @@ def _group(file):
     return _SHARD.sub("", name)
 
 
-def _whole(files):
-    """The files, if they are one set, each of its shards once."""
-    folder = files[0].parent
-    if len({ending(file) for file in files}) > 1 or len({_unpacked(file) for file in files}) < len(files):
-        raise DataError(f"{folder}: several files could be meant ({_listed(file.name for file in files)}): name one")
+def _whole(files, split=None):
+    """The files, if they are one set, each of its shards once. In the folder of a split they may have any names."""
+    folder, kinds = files[0].parent, {ending(file) for file in files}
+    names = {re.sub(r"\d+", "", _group(file)) for file in files} if split not in (None, folder.name) else ()
+    if len(kinds) > 1 or len(names) > 1 or len({_unpacked(file) for file in files}) < len(files):
+        raise DataError(
+            f"{folder}: several files could be meant ({_listed(file.name for file in files)}): name one, or give a "
+            "pattern of names"
+        )
     sets = {}
     for file in files:
         match = _OF.search(file.name)

@@ -86,8 +86,23 @@ def test_a_plain_folder_of_shards(tmp_path):
     """Of any split, as one file is; but not where names tell of splits."""
     fill(tmp_path, "part-1.jsonl", "part-2.jsonl", "README.md")
     assert found(tmp_path) == found(tmp_path, "test") == ["part-1.jsonl", "part-2.jsonl"]
-    fill(tmp_path, "my_validation.jsonl")
+    fill(tmp_path, "other.jsonl")
+    refused(tmp_path, r"several files could be meant \(other\.jsonl, part-1\.jsonl, part-2\.jsonl\): name one, or give")
+    (tmp_path / "other.jsonl").rename(tmp_path / "my_validation.jsonl")
     refused(tmp_path, "no rows of the split 'train'")
+
+
+def test_names_of_splits_below_go_before_names_of_none(tmp_path):
+    """As where a snapshot holds the raw files of a set beside its shards."""
+    fill(tmp_path, "all.jsonl", "ready.jsonl", "data/train-00000-of-00001.jsonl")
+    assert found(tmp_path) == ["data/train-00000-of-00001.jsonl"]
+    refused(tmp_path, r"no rows of the split 'test'; it holds all\.jsonl, data/, ready\.jsonl", "test")
+
+
+def test_shards_with_long_names(tmp_path):
+    names = [f"part-0000{i}-8f14e45f-ceea-467f-a0e6-1c3b5d7f9a2b-c000.snappy.jsonl" for i in range(3)]
+    fill(tmp_path, *names)
+    assert found(tmp_path) == names
 
 
 def test_names_that_only_begin_like_the_split(tmp_path):
@@ -152,7 +167,7 @@ def test_the_card_of_a_snapshot(tmp_path):
     refused(tmp_path, "several configurations: choose one of large, small, folder, gone")
     for card in ("---\nconfigs: [\n---", "---\nlicense: mit\n---", "---\nconfigs: 3\n---", "# Rows"):
         (tmp_path / "README.md").write_text(card)
-        refused(tmp_path, "'dev' of several configurations: choose one of more, rows", "dev")
+        refused(tmp_path, "'dev' of several configurations: choose one of more, rows .*pattern of names", "dev")
 
 
 def test_what_datasets_saved_to_disk(tmp_path):
