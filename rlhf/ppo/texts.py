@@ -1,6 +1,7 @@
 """The pretraining texts of PPO-ptx: all of them as ids in memory, or a stream of files that are larger than that."""
 
 import random
+from array import array
 from collections import deque
 from itertools import islice
 
@@ -25,19 +26,27 @@ def pieces_of(text, tokenizer, length):
 
 
 class Texts:
-    """All texts in memory, in a fresh order each epoch."""
+    """All texts in memory, in a fresh order each epoch; four bytes a token."""
 
     def __init__(self, args, tokenizer):
-        self.pieces = []
+        self.ids, self.ends, self.longest = array("i"), array("q", [0]), 0
         for row in load_rows(args.ptx_dataset_name, "text", bad_rows=args.bad_rows, num_proc=args.dataset_num_proc):
-            self.pieces += pieces_of(row["text"], tokenizer, args.ptx_max_length)
-        if not self.pieces:
+            for piece in pieces_of(row["text"], tokenizer, args.ptx_max_length):
+                self.ids.extend(piece)
+                self.ends.append(len(self.ids))
+                self.longest = max(self.longest, len(piece))
+        if not len(self):
             raise _no_text(args)
-        self.cursor = Cursor(len(self.pieces), args.seed + 1)
-        self.longest = max(map(len, self.pieces))
+        self.cursor = Cursor(len(self), args.seed + 1)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def _piece(self, index):
+        return self.ids[self.ends[index] : self.ends[index + 1]].tolist()
 
     def digest(self) -> str:
-        return digest(self.pieces)
+        return digest(map(self._piece, range(len(self))))
 
     def state(self) -> dict:
         return self.cursor.state()
@@ -47,7 +56,7 @@ class Texts:
 
     def take(self, count: int) -> list[list[int]]:
         """Return the next texts as ids."""
-        return [self.pieces[i] for i in self.cursor.take(count)]
+        return [self._piece(i) for i in self.cursor.take(count)]
 
 
 class StreamedTexts:

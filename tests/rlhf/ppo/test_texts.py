@@ -1,5 +1,6 @@
 """Pretraining texts of PPO-ptx: those of a stream, in order, again after the end, and from where a run was left."""
 
+import hashlib
 import json
 from collections import Counter
 from types import SimpleNamespace
@@ -40,12 +41,24 @@ def test_an_epoch_of_a_stream_holds_every_piece_once(shards):
     tokenizer = word_tokenizer()
     held, streamed = (pretraining_texts(settings(shards, ptx_streaming=way), tokenizer) for way in (False, True))
     assert isinstance(held, Texts) and isinstance(streamed, StreamedTexts)
-    count = len(held.pieces)
+    count, all_pieces = len(held), sorted(held.take(len(held)))
+    assert all_pieces == sorted(Texts(settings(shards, seed=9), tokenizer).take(count))
     epochs = [streamed.take(count) for _ in range(3)]
     for epoch in epochs:
-        assert Counter(map(tuple, epoch)) == Counter(map(tuple, held.pieces))
+        assert Counter(map(tuple, epoch)) == Counter(map(tuple, all_pieces))
     assert epochs[0] != epochs[1] != epochs[2] and streamed.longest == held.longest == 4
     assert pretraining_texts(settings(shards, ptx_coef=0.0), tokenizer) is None
+
+
+def test_texts_in_memory(tmp_path):
+    """Cut at 4 tokens, the end of each text its last one, a single token left out; named as their JSON is."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("a b c", "a b c d", "a b c d e f", "b")])
+    tokenizer = word_tokenizer()
+    a, b, c, d, e, f, end = tokenizer.convert_tokens_to_ids([*"abcdef", "</s>"])
+    pieces = [[a, b, c, end], [a, b, c, d], [a, b, c, d], [e, f, end], [b, end]]
+    texts = Texts(settings(path), tokenizer)
+    assert len(texts) == 5 and sorted(texts.take(5)) == sorted(pieces) and texts.longest == 4
+    assert texts.digest() == hashlib.sha256(json.dumps(pieces).encode()).hexdigest()[:16]
 
 
 def test_the_order_of_a_stream_depends_on_the_seed(shards):
