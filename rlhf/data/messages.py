@@ -38,34 +38,51 @@ class Chat(list):
         return Chat(messages, self.tools, self.template_kwargs)
 
 
-def check_value(name, value, depth=0):
+def check_value(name, value):
     """Text must be text: half a surrogate pair, as JSON may hold by an escape, is a character of Python's strings only.
     And what a template reads must be JSON that is not too deep for those who write and render it."""
+    try:
+        _check_value(value, DEEPEST)
+    except _Unfit as error:
+        raise Bad(f"`{name}{error.path}` {error}") from None
+    except RecursionError:
+        raise Bad(f"`{name}` is nested deeper than {DEEPEST} levels") from None
+
+
+class _Unfit(ValueError):
+    path = ""
+
+
+def _check_value(value, levels):
     if isinstance(value, str):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise Bad(f"`{name}` holds half a surrogate pair, {value[error.start]!a}, which is no text") from None
-    elif depth > DEEPEST:
-        raise Bad(f"`{name.partition('[')[0]}` is nested deeper than {DEEPEST} levels")
-    elif isinstance(value, dict):
-        for key, item in value.items():
+            raise _Unfit(f"holds half a surrogate pair, {value[error.start]!a}, which is no text") from None
+    elif isinstance(value, (dict, list)):
+        if not levels:
+            raise RecursionError
+        for key in value if isinstance(value, dict) else ():
             if not isinstance(key, str):
-                raise Bad(f"`{name}` has the key {key!r}, which is no string")
-            check_value(name, key)
-            check_value(f"{name}[{key}]", item, depth + 1)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            check_value(f"{name}[{index}]", item, depth + 1)
+                raise _Unfit(f"has the key {key!r}, which is no string")
+            _check_value(key, levels)
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if type(item) is str and item.isascii():
+                continue
+            try:
+                _check_value(item, levels - 1)
+            except _Unfit as error:
+                error.path = f"[{key}]{error.path}"
+                raise
     elif value is not None and not isinstance(value, (bool, int, float)):
-        raise Bad(f"`{name}` holds a {type(value).__name__}, which is not of JSON")
+        raise _Unfit(f"holds a {type(value).__name__}, which is not of JSON")
 
 
 def text_of(name, value):
     """A string that is not empty."""
     if not isinstance(value, str):
         raise Bad(f"`{name}` must be a string, got {type(value).__name__}")
-    if not value.strip():
+    if not value or value.isspace():
         raise Bad(f"`{name}` is empty")
     check_value(name, value)
     return value
@@ -79,8 +96,9 @@ def messages_of(name, value):
 def _message(name, message):
     if not isinstance(message, dict):
         raise Bad(f"`{name}` must be a message {{'role': ..., 'content': ...}}, got {type(message).__name__}")
-    if not isinstance(message.get("role"), str) or not message["role"].strip():
-        raise Bad(f"`{name}` must be a message {{'role': ..., 'content': ...}}, got the role {message.get('role')!r}")
+    role = message.get("role")
+    if not isinstance(role, str) or not role or role.isspace():
+        raise Bad(f"`{name}` must be a message {{'role': ..., 'content': ...}}, got the role {role!r}")
     found = {field: value for field, value in message.items() if value is not None or field == "content"}
     content = found.get("content")
     if isinstance(content, list):
@@ -88,8 +106,8 @@ def _message(name, message):
     if content is not None and not isinstance(content, str):
         raise Bad(f"the content of `{name}` must be a string, parts of text or null, got {type(content).__name__}")
     if content is None and set(found) <= _ABOUT:
-        raise Bad(f"`{name}`, of the role {found['role']!r}, has no content")
-    if found.get("weight", 1) not in (0, 1):
+        raise Bad(f"`{name}`, of the role {role!r}, has no content")
+    if "weight" in found and found["weight"] not in (0, 1):
         raise Bad(f"the weight of `{name}` must be 1 (learned) or 0 (only read), got {found['weight']!r}")
     check_value(name, found)
     return found
@@ -108,7 +126,8 @@ def _part(name, part):
 
 def says_something(message):
     """Whether a message has content, a tool call or reasoning."""
-    return bool((message.get("content") or "").strip() or any(message.get(field) for field in SAID))
+    content = message.get("content")
+    return bool(content and not content.isspace()) or any(message.get(field) for field in SAID)
 
 
 def _parsed(name, value, kind, what):
@@ -138,10 +157,14 @@ def prompt_of(name, value):
     """A string or checked messages, not empty."""
     if not isinstance(value, list):
         return text_of(name, value)
-    found = messages_of(name, value)
-    if not any(map(says_something, found)):
+    return said(name, messages_of(name, value))
+
+
+def said(name, messages):
+    """Messages of which some say something."""
+    if not any(map(says_something, messages)):
         raise Bad(f"`{name}` is empty")
-    return found
+    return messages
 
 
 def joined(raw, answers):

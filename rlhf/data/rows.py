@@ -18,6 +18,7 @@ from .messages import (
     lacks,
     messages_of,
     prompt_of,
+    said,
     text_of,
     with_template_inputs,
 )
@@ -193,7 +194,7 @@ def _dialogue(raw):
 
 
 def _split_dialogue(raw, messages, cut):
-    prompt = with_template_inputs(raw, prompt_of("messages", messages[:cut]))
+    prompt = with_template_inputs(raw, said("messages", messages[:cut]))
     check_answer("messages", messages[cut:], cut)
     return {"prompt": prompt, "completion": messages[cut:]}
 
