@@ -15,6 +15,7 @@ import torch
 from . import locks, models
 from .checkpoint import write_json
 from .data import encode_prompt, load_rows
+from .data.checks import encode_prompts
 from .disk import json_bytes, prepare_output_file, write_bytes
 from .metrics import wilson_interval
 from .models.sequences import by_length, join, per_token_log_probs, response_scores
@@ -216,7 +217,7 @@ def evaluate_policies(
     tokenizer = models.load_tokenizer(policies[reference])
     reference_model = models.load_policy(policies[reference], dtype=dtype)
     scorer = models.load_reward_model(reward_model, dtype=dtype) if reward_model else None
-    prompt_ids = _encoded(tokenizer, prompts)
+    prompt_ids = encode_prompts(tokenizer, prompts)
     rows, responses = [], {}
     for place, (name, path) in enumerate(policies.items()):
         on_policy(name)
@@ -277,11 +278,6 @@ def evaluate_policies(
     }
 
 
-def _encoded(tokenizer, prompts, places=None):
-    places = places or [f"prompts[{index}]" for index in range(len(prompts))]
-    return [encode_prompt(tokenizer, prompt, at) for prompt, at in zip(prompts, places, strict=True)]
-
-
 def best_of_n(
     model_path,
     reward_model_path,
@@ -314,7 +310,7 @@ def best_of_n(
     rollouts = sample(
         model,
         tokenizer,
-        _encoded(tokenizer, prompts, places),
+        encode_prompts(tokenizer, prompts, places),
         response_length=response_length,
         temperature=temperature,
         stop_token_ids=stop,
