@@ -10,9 +10,10 @@ from .chat import (
     pad_batch,
 )
 from .checks import check_chats
-from .encoding import Encoded, TooLong, encode_row, encode_sampled
+from .encoding import Encoded, TooLong, encode_row, encode_sampled, fit_prompt
 from .files import DataError
 from .messages import Chat
+from .prompts import encode_within
 from .rows import KINDS, load_rows, reading, rows_of, split_rows
 
 __all__ = [
@@ -28,8 +29,10 @@ __all__ = [
     "encode_row",
     "encode_sampled",
     "encode_text",
+    "encode_within",
     "end_of_turn_id",
     "end_of_turn_ids",
+    "fit_prompt",
     "load_rows",
     "pad_batch",
     "reading",

@@ -25,10 +25,11 @@ from .sharding import cut_like, gathered, trained_weights, whole_state
 
 MAY_CHANGE = (
     "sft_model_path", "reward_model_path", "value_model_path", "dataset_name", "dataset_config", "dataset_train_split",
-    "ptx_dataset_name", "output_dir", "trust_remote_code", "total_episodes", "num_train_epochs", "max_steps",
-    "save_steps", "save_updates", "save_total_limit", "resume_from_checkpoint", "report_to", "num_logged_samples",
-    "disable_tqdm", "rollout_gap_warning", "rollout_gap_limit", "on_health", "health_kl", "health_entropy",
-    "health_explained_variance", "health_clip_fraction", "health_patience",
+    "columns", "data_format", "bad_rows", "dataset_num_proc", "ptx_dataset_name", "output_dir", "trust_remote_code",
+    "total_episodes", "num_train_epochs", "max_steps", "save_steps", "save_updates", "save_total_limit",
+    "resume_from_checkpoint", "report_to", "num_logged_samples", "disable_tqdm", "rollout_gap_warning",
+    "rollout_gap_limit", "on_health", "health_kl", "health_entropy", "health_explained_variance",
+    "health_clip_fraction", "health_patience",
 )  # fmt: skip
 """Settings that a resumed run may have otherwise: where things lie, how long it goes on, what it writes and guards."""
 DATA = ("dataset_name", "ptx_dataset_name")
@@ -121,6 +122,6 @@ def _run(trainer) -> dict:
     run = {"num_processes": trainer.world, **settings}
     if trainer.args.lr_scheduler_type != "constant":
         run["max_steps"] = trainer.iterations  # such a schedule looks to the end
-    prompts = [row["prompt_ids"] for row in trainer.prompts]
+    prompts = list(trainer.prompts.all_ids())
     digests = digest(prompts), trainer.texts.digest() if trainer.texts else digest([])
     return {**run, **dict(zip(DATA, digests, strict=True)), **trainer.weights}

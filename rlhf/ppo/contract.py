@@ -2,7 +2,7 @@
 
 import torch
 
-from ..data import encode_prompt, encode_row
+from ..data import encode_row, encode_within
 from ..errors import RunError
 from ..models import load_tokenizer
 from ..models.sequences import join, response_log_probs, response_scores, response_values
@@ -98,8 +98,8 @@ def check_contract(trainer) -> dict[str, float]:
 
 def _rows(prompts) -> list[dict]:
     """The two shortest prompts and the two longest, by length."""
-    order = sorted(prompts, key=lambda row: len(row["prompt_ids"]))
-    return order if len(order) < 4 else [*order[:2], *order[-2:]]
+    order = sorted(range(len(prompts)), key=prompts.lengths.__getitem__)
+    return [prompts[number] for number in (order if len(order) < 4 else [*order[:2], *order[-2:]])]
 
 
 @torch.no_grad()
@@ -121,10 +121,10 @@ def _storage(weights) -> set[int]:
 
 def _check_ids(trainer, rows, rollouts, check) -> None:
     """The reward model must read the very ids that it was trained on, and those that were sampled."""
-    tokenizer = trainer.tokenizer
+    tokenizer, room = trainer.tokenizer, trainer.prompt_room
     wrong = 0
     for row in rows:
-        wrong += encode_prompt(tokenizer, row["prompt"]) != row["prompt_ids"]
+        wrong += encode_within(tokenizer, row["prompt"], room)[1] != row["prompt_ids"]
     check("prompt_ids", wrong, "prompts are not the ids that reward training gives them", 0)
     if trainer.own_tokens is not None:
         _check_own_ids(trainer, rows, rollouts, check)
@@ -135,7 +135,7 @@ def _check_ids(trainer, rows, rollouts, check) -> None:
     wrong = int(other.eos_token_id != tokenizer.eos_token_id)
     for row, response in zip(rows, rollouts.response_ids, strict=True):
         text = tokenizer.decode(response, skip_special_tokens=True)
-        wrong += encode_prompt(other, row["prompt"]) != row["prompt_ids"]
+        wrong += encode_within(other, row["prompt"], room)[1] != row["prompt_ids"]
         wrong += _trained(other, row, text) != _trained(tokenizer, row, text)
     meaning = "the reward model's tokenizer gives other ids than the policy's (see --reward_tokenizer auto)"
     check("reward_ids", wrong, meaning, 0)
@@ -156,6 +156,8 @@ def _check_own_ids(trainer, rows, rollouts, check) -> None:
         encoded.response_ids,
     ):  # fmt: skip
         trained, read = _trained(own.tokenizer, row, own.text(*sampled)), prompt + response
+        if own.room is not None and len(trained) > own.room:  # it reads the prompt cut
+            continue
         if not sampled[-1]:  # what ends a turn is left off
             trained, read = (own.tokenizer.decode(ids) for ids in (trained, read))
             trained = trained[: len(read)]

@@ -13,6 +13,7 @@ from ..rewards.scoring import own_tokens
 from ..rollouts.sampling import warn_ignored_sampling_settings
 from ..same_run import weights_digest
 from .config import PPOConfig
+from .prompts import fit_prompts
 
 PATHS = {"model": "sft_model_path", "reward_model": "reward_model_path", "value_model": "value_model_path"}
 
@@ -106,12 +107,13 @@ def load_networks(run, resume: Path | None) -> None:
     warn_ignored_sampling_settings(run.policy)  # 1
     extra = [token for token in (args.stop_token, args.stop_token_id) if token not in (None, "eos")]
     run.stop_ids = models.stop_token_ids(run.tokenizer, run.policy, extra)  # 3
-    _check_context(run)
+    fit_prompts(run, _readers(run))
+    _check_texts(run)
     _check_token_ids(run)
     for model in (run.reference, run.reward_model) if run.sharding.mesh is None else ():
         if model is not None:
             model.to(run.accelerator.device)
-    longest = max(len(row["prompt_ids"]) for row in run.prompts) + args.response_length
+    longest = max(run.prompts.lengths) + args.response_length
     networks = (run.policy, run.reference, run.value, None if run.own_tokens else run.reward_model)
     wanted = args.packing != "false" and args.num_responses > 1
     run.share_width = None  # 12
@@ -186,20 +188,11 @@ def _check_token_ids(run) -> None:
     own = models.embedded_ids(run.policy)
     said = [token for token in run.tokenizer.get_vocab().values() if token < own]
     for name, model in _readers(run).items():
-        ids = itertools.chain(said, *(row["prompt_ids"] for row in run.prompts))
+        ids = itertools.chain(said, run.prompts.tokens)
         models.check_token_ids(model, run.tokenizer, ids, name)
 
 
-def _check_context(run) -> None:
-    for name, model in _readers(run).items():
-        context = models.context_length(model)
-        for row in run.prompts if context else ():
-            if len(row["prompt_ids"]) + run.args.response_length > context:
-                raise ValueError(
-                    f"{row['at']}: the prompt has {len(row['prompt_ids'])} tokens; with response_length "
-                    f"{run.args.response_length} it does not fit the {name}'s context of {context}"
-                    f"{models.context_hint(model)}"
-                )
+def _check_texts(run) -> None:
     context = models.context_length(run.policy)
     if context and run.texts and run.texts.longest > context:
         hint = models.context_hint(run.policy)

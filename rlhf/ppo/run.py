@@ -100,6 +100,7 @@ class PPORun:
             for network in (self.policy, self.value):
                 models.check_saving(network, self.tokenizer, self.output_dir)
         self.scorer = Scorer(self, self.reward_functions)
+        self.iterations = self._count_iterations()
         self._make_optimizer()
         self.kl = KLController(args.kl_coef, args.kl_target, args.kl_horizon)  # 10
         self.ema = None if args.ema_decay is None else WeightAverage(self.policy, args.ema_decay)  # 9
@@ -118,11 +119,15 @@ class PPORun:
     def _load_data(self, train_dataset) -> None:
         args = self.args
         self.tokenizer = self.given.tokenizer(args)
-        self.prompts = load_prompts(args, self.tokenizer, train_dataset, columns=bool(self.reward_functions))
+        self.prompts = load_prompts(self, train_dataset)
         self.texts = pretraining_texts(args, self.tokenizer)  # 7
-        episodes = self.local_batch_size * self.world
+
+    def _count_iterations(self) -> int:
+        args = self.args
+        if args.max_steps > 0:
+            return args.max_steps
         wanted = args.total_episodes or math.ceil(args.num_train_epochs * len(self.prompts) * args.num_responses)
-        self.iterations = args.max_steps if args.max_steps > 0 else math.ceil(wanted / episodes)
+        return math.ceil(wanted / (self.local_batch_size * self.world))
 
     def _make_optimizer(self) -> None:
         args = self.args

@@ -22,7 +22,7 @@ import numbers
 import torch
 
 from .. import models
-from ..data import DataError, encode_prompt, encode_sampled
+from ..data import DataError, encode_sampled, encode_within, fit_prompt
 from ..data.files import Bad
 from ..metrics import Averages
 from ..models.sequences import join, response_scores
@@ -119,13 +119,14 @@ class Scorer:
             if context and len(prompt) + len(response) > context:
                 raise ValueError(
                     f"{row['at']}: prompt and response have {len(prompt) + len(response)} tokens of the reward model, "
-                    f"longer than its context of {context}; nothing is cut, so lower response_length"
+                    f"longer than its context of {context}; a response is not cut, so lower response_length"
                 )
 
     def _arguments(self, rows, rollouts):
         completions = self.trainer._decode(rollouts.response_ids)
         taken = ("prompt", "prompts", "completions", "completion_ids", "prompt_ids", "row_number", "at")
-        names = dict.fromkeys(name for row in rows for name in row if name not in taken)
+        fields = itertools.chain(self.trainer.prompts.fields, *rows)
+        names = dict.fromkeys(name for name in fields if name not in taken)
         columns = {name: [row.get(name) for row in rows] for name in names}
         return ([row["prompt"] for row in rows], completions, [list(ids) for ids in rollouts.response_ids]), columns
 
@@ -258,10 +259,13 @@ class OwnTokens:
 
     A response is decoded with the policy's tokenizer, without the token that ended it, and encoded as the reward
     model's training data were, a chat by its own template; one that was cut off gets no end token.
+
+    Args:
+        room: tokens that prompt and response may have, for which a prompt is cut; None = nothing is cut.
     """
 
-    def __init__(self, policy_tokenizer, tokenizer):
-        self.policy_tokenizer, self.tokenizer = policy_tokenizer, tokenizer
+    def __init__(self, policy_tokenizer, tokenizer, room=None):
+        self.policy_tokenizer, self.tokenizer, self.room = policy_tokenizer, tokenizer, room
 
     def text(self, prompt_ids, response_ids, ended: bool) -> str:
         """The response as it goes on after its prompt: some tokenizers drop the space before a text's first word."""
@@ -276,19 +280,28 @@ class OwnTokens:
         prompts, responses = [], []
         for row, *sampled in zip(rows, rollouts.prompt_ids, rollouts.response_ids, rollouts.ended, strict=True):
             try:
-                ids = encode_sampled(self.tokenizer, row["prompt"], self.text(*sampled), ended=sampled[-1])
-            except Bad as error:
+                prompt, response = self._encoded(row["prompt"], self.text(*sampled), ended=sampled[-1])
+            except (Bad, DataError) as error:
                 raise DataError(f"{row['at']}: of the reward model's tokenizer: {error}") from error
-            prompts.append(ids[0])
-            responses.append(ids[1])
+            prompts.append(prompt)
+            responses.append(response)
         return Rollouts(prompts, responses, list(rollouts.ended))
+
+    def _encoded(self, prompt, text, *, ended):
+        ids, response = encode_sampled(self.tokenizer, prompt, text, ended=ended)
+        room = None if self.room is None else self.room - len(response)
+        if room is not None and 0 < room < len(ids):
+            shorter = encode_within(self.tokenizer, prompt, room)[0]
+            ids, response = encode_sampled(self.tokenizer, shorter, text, ended=ended)
+            ids = fit_prompt(self.tokenizer, ids, room)
+        return ids, response
 
 
 def own_tokens(trainer) -> OwnTokens | None:
     """The way to the reward model's ids where `reward_tokenizer` is auto and its tokenizer is not the policy's.
 
     Raises:
-        ValueError: the value network would have to start from that reward model, or a prompt is too long for it.
+        ValueError: the value network would have to start from that reward model.
     """
     args = trainer.args
     if trainer.reward_model is None or args.reward_tokenizer == "same":
@@ -303,14 +316,7 @@ def own_tokens(trainer) -> OwnTokens | None:
         )
     logger.warning("the reward model has another tokenizer: responses are decoded, and encoded again for it")
     context = models.context_length(trainer.reward_model)
-    for row in trainer.prompts if context else ():
-        length = len(encode_prompt(tokenizer, row["prompt"], row["at"]))
-        if length + args.response_length > context:
-            raise ValueError(
-                f"{row['at']}: the prompt has {length} tokens of the reward model; with response_length "
-                f"{args.response_length} it does not fit its context of {context}"
-            )
-    return OwnTokens(trainer.tokenizer, tokenizer)
+    return OwnTokens(trainer.tokenizer, tokenizer, context if args.long_prompts == "truncate" else None)
 
 
 def same_tokenizer(first, second) -> bool:

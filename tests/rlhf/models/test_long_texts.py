@@ -85,6 +85,6 @@ def test_longer_texts_are_refused_by_every_stage(tmp_path):
 
     ppo(output_dir=str(tmp_path / "within"))
     with pytest.raises(ValueError, match=f"response_length 10 it does not fit the policy's context of 12{HINT}"):
-        ppo(response_length=10)
+        ppo(response_length=10, long_prompts="error")
     with pytest.raises(ValueError, match=f"ptx_max_length: got 16, wants at most 12, the policy's context{HINT}"):
         ppo(ptx_coef=1.0, ptx_dataset_name=str(tmp_path / "texts.jsonl"), ptx_max_length=16)

@@ -181,7 +181,7 @@ def test_names_of_functions(home):
     with pytest.raises(ValueError, match="reward_fn: got 3, want a function"):
         home.trainer(reward_fn=[bananas, 3])
     with pytest.raises(ValueError, match=r"reward_weights: got 1 numbers, want one for each of bananas, regex"):
-        home.trainer("weights", reward_fn=[bananas, regex], reward_weights=[1.0])
+        home.trainer("weights", reward_fn=[bananas, functools.partial(regex, pattern="a")], reward_weights=[1.0])
 
 
 def test_functions_from_the_command_line(home):
@@ -486,7 +486,7 @@ def test_the_start_up_check_reads_the_other_ids(home):
         check_contract(trainer)
 
 
-def test_another_tokenizer_may_need_more_room(home):
+def test_another_tokenizer_may_need_more_room(home, caplog):
     short = models.load_reward_model(home.path / "other-rm")
     short.config.max_position_embeddings = 12
     models.save_model(short, make_tokenizer(OTHER_WORDS), home.path / "short-rm")
@@ -494,7 +494,14 @@ def test_another_tokenizer_may_need_more_room(home):
     with pytest.raises(
         ValueError, match=r"prompts.jsonl:4: the prompt has 6 tokens of the reward model; .* context of 12"
     ):
-        home.trainer(reward_model_path=str(home.path / "short-rm"), **options)
+        home.trainer(reward_model_path=str(home.path / "short-rm"), long_prompts="error", **options)
+    with caplog.at_level("WARNING"):
+        cut = home.trainer("cut", reward_model_path=str(home.path / "short-rm"), **options)
+    assert "long_prompts: the reward model reads 1 of 6 prompts cut" in caplog.text
+    assert cut.contract["reward_ids"] == 0 and len(cut.prompts[3]["prompt_ids"]) == 6
+    read, _ = ids_read(cut, cut.prompts[3:4], Rollouts([[0]], [[4] * 8], [False]))
+    assert [[OTHER_WORDS[token] for token in ids] for ids in read] == [["and", "the", "cat", "ran", *["banana"] * 8]]
+    cut.train()
     rows = [{"prompt": "it", "at": "file:1"}]
     (home.path / "one.jsonl").write_text('{"prompt": "it"}\n')
     trainer = home.trainer(

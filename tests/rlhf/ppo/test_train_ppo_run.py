@@ -195,7 +195,10 @@ def test_nan_stops_the_run(home):
         ({"num_responses": 3}, "num_responses: got 3, want a divisor of 8"),
         ({"reward_model_path": None}, "reward_model_path: got none, want a reward model"),
         ({"dataset_name": None}, "dataset_name: got none"),
-        ({"response_length": 43}, "the prompt has 6 tokens; with response_length 43 .*policy's context of 48"),
+        (
+            {"response_length": 43, "long_prompts": "error"},
+            "the prompt has 6 tokens; with response_length 43 .*policy's context of 48",
+        ),
         ({"temperature": 0.0}, "temperature: got 0.0"),
         ({"ptx_coef": 1.0}, "ptx_dataset_name: got none"),
         ({"ptx_coef": -1.0}, "ptx_coef: got -1.0"),
