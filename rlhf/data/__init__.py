@@ -15,6 +15,7 @@ from .files import DataError
 from .messages import Chat
 from .prompts import encode_within
 from .rows import KINDS, load_rows, reading, rows_of, split_rows
+from .templates import with_chat_template
 
 __all__ = [
     "KINDS",
@@ -38,4 +39,5 @@ __all__ = [
     "reading",
     "rows_of",
     "split_rows",
+    "with_chat_template",
 ]

@@ -15,6 +15,7 @@ from .forward import (
     supports_packing,
     token_scores,
 )
+from .growing import make_room
 from .loading import (
     DEMO_MODEL,
     as_policy,
@@ -64,6 +65,7 @@ __all__ = [
     "load_reward_model",
     "load_tokenizer",
     "loaded_whole",
+    "make_room",
     "model_inputs",
     "position_ids_from_mask",
     "quiet",

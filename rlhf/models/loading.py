@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.integrations import unset_hf_deepspeed_config
 
-from ..data import end_of_turn_ids
+from ..data import end_of_turn_ids, with_chat_template
 from .adapters import merged
 from .classifiers import classifier_of, saved_class
 from .dropout import disable_dropout, set_residual_dropout
@@ -90,15 +90,17 @@ def _cached(name):
         return None
 
 
-def load_tokenizer(path, *, pad_token=None, eos_token=None, trust_remote_code=False):
+def load_tokenizer(path, *, pad_token=None, eos_token=None, chat_template=None, trust_remote_code=False):
     """The tokenizer of a model folder, with a pad token and an EOS token.
 
     Args:
         path: as in `resolve_model_path`.
         pad_token, eos_token: set these; each must already be in the vocabulary. The pad token may equal EOS: padding is
             told by the mask everywhere, never by the id.
+        chat_template: chatml, or a file with a template, which the tokenizer gets; see `data.with_chat_template`.
     Raises:
-        ValueError: no tokenizer in the folder; no pad or EOS token; or the given one is not in the vocabulary.
+        ValueError: no tokenizer in the folder; no pad or EOS token; or the given one is not in the vocabulary; a
+            template that cannot be used.
     """
     folder = resolve_model_path(path, trust_remote_code=trust_remote_code)
     try:
@@ -108,11 +110,12 @@ def load_tokenizer(path, *, pad_token=None, eos_token=None, trust_remote_code=Fa
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model path {str(path)!r} holds no tokenizer that can be read ({reason})") from None
-    return with_tokens(tokenizer, f"the tokenizer of {str(path)!r}", pad_token=pad_token, eos_token=eos_token)
+    owner, tokens = f"the tokenizer of {str(path)!r}", {"pad_token": pad_token, "eos_token": eos_token}
+    return with_tokens(tokenizer, owner, **tokens, chat_template=chat_template)
 
 
-def with_tokens(tokenizer, owner="the tokenizer", *, pad_token=None, eos_token=None):
-    """The tokenizer, its pad and EOS token set where they are given, and checked; errors as in `load_tokenizer`."""
+def with_tokens(tokenizer, owner="the tokenizer", *, pad_token=None, eos_token=None, chat_template=None):
+    """The tokenizer with what is given, its pad and EOS token checked; errors as in `load_tokenizer`."""
     if not hasattr(tokenizer, "get_vocab"):
         raise ValueError(f"{owner}: got {type(tokenizer).__name__}, wants a tokenizer of transformers, or its path")
     for name, token in (("pad_token", pad_token), ("eos_token", eos_token)):
@@ -123,7 +126,7 @@ def with_tokens(tokenizer, owner="the tokenizer", *, pad_token=None, eos_token=N
         if getattr(tokenizer, f"{name}_id") is None:
             hint = f" (often: --pad_token '{tokenizer.eos_token}')" if tokenizer.eos_token else ""
             raise ValueError(f"{owner} has no {name}; name one of its tokens with --{name}{hint}")
-    return tokenizer
+    return with_chat_template(tokenizer, chat_template)
 
 
 @contextlib.contextmanager

@@ -7,11 +7,14 @@ from torch import nn
 
 from ..checkpoint import atomic_directory, remove_directory
 from ..disk import WriteError, temporary_name
+from .loading import stop_token_ids
 from .parts import quiet, unwrapped
 
 
 def save_model(model, tokenizer, directory, state_dict=None):
     """Write a model (safetensors), or another state of it, and its tokenizer; a reader sees all of it or none of it.
+
+    Its generation config names all tokens that end a response, so that other engines stop there too.
 
     Files are written aside and moved when all are there, config.json last; without it a folder is not a model. A disk
     that is full leaves the folder as it was.
@@ -21,6 +24,9 @@ def save_model(model, tokenizer, directory, state_dict=None):
     """
     while hasattr(model, "module") and isinstance(model.module, nn.Module):
         model = model.module
+    if getattr(model, "generation_config", None) is not None:
+        stop = stop_token_ids(tokenizer, model)
+        model.generation_config.eos_token_id = stop if len(stop) > 1 else stop[0]
     with atomic_directory(directory) as folder, quiet():
         model.save_pretrained(folder, state_dict=state_dict)
         tokenizer.save_pretrained(folder)

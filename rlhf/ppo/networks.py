@@ -71,7 +71,7 @@ class Given:
 
     def tokenizer(self, args: PPOConfig):
         """The tokenizer that was given, or that of the policy's folder."""
-        tokens = {"pad_token": args.pad_token, "eos_token": args.eos_token}
+        tokens = {"pad_token": args.pad_token, "eos_token": args.eos_token, "chat_template": args.chat_template}
         if self.processing_class is not None and not isinstance(self.processing_class, (str, Path)):
             return models.with_tokens(self.processing_class, "processing_class", **tokens)
         path = self.processing_class or getattr(getattr(self.model, "config", None), "_name_or_path", None)
@@ -92,8 +92,10 @@ def load_networks(run, resume: Path | None) -> None:
         "trust_remote_code": args.trust_remote_code,
     }  # fmt: skip
     whole = None if args.use_peft else resume
+    _make_room(run, model=given.model, ref_model=given.ref_model, value_model=given.value_model)
     run.reference = None if args.use_peft else _reference(args, given, options)
     run.policy = _policy(args, given, options, whole)
+    _make_room(run, policy=run.policy, reference=run.reference)
     run.reward_model = given.reward_model
     if run.reward_model is not None:
         run.reward_model = models.as_reward_model(run.reward_model)
@@ -104,6 +106,7 @@ def load_networks(run, resume: Path | None) -> None:
             frozen.requires_grad_(False).eval()
     run.own_tokens = own_tokens(run)  # 15
     run.value = _value(run, options, whole)
+    _make_room(run, value_network=run.value)
     warn_ignored_sampling_settings(run.policy)  # 1
     extra = [token for token in (args.stop_token, args.stop_token_id) if token not in (None, "eos")]
     run.stop_ids = models.stop_token_ids(run.tokenizer, run.policy, extra)  # 3
@@ -127,6 +130,13 @@ def load_networks(run, resume: Path | None) -> None:
     for model in own:
         if model is not None:
             run.sharding(model)  # 19
+
+
+def _make_room(run, **networks):
+    """Room for the tokens that chat_template brought; the same rows in all of them."""
+    for name, network in networks.items() if run.args.chat_template else ():
+        if isinstance(network, torch.nn.Module):
+            models.make_room(network, run.tokenizer, run.args.seed, name, adapters=run.args.use_peft)
 
 
 def _policy(args, given, options, whole):

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from .. import data, models
 
 DEFAULT_CONTEXT = 1024
@@ -35,12 +37,19 @@ def load_data(args, kind, train_dataset=None, eval_dataset=None):
 
 
 def load_stage_tokenizer(args, processing_class=None):
-    """The tokenizer of the run: the one given, else that of its model's folder; with the tokens that the run names."""
-    tokens = {"pad_token": args.pad_token, "eos_token": args.eos_token}
+    """The tokenizer of the run: the one given, else that of its model's folder; with what the run names for it."""
+    tokens = {"pad_token": args.pad_token, "eos_token": args.eos_token, "chat_template": args.chat_template}
     if processing_class is not None and not isinstance(processing_class, (str, Path)):
         return models.with_tokens(processing_class, "processing_class", **tokens)
     path = processing_class or args.model_name_or_path
     return models.load_tokenizer(path, trust_remote_code=args.trust_remote_code, **tokens)
+
+
+def make_room(args, networks, tokenizer, *, adapters):
+    """Room for the tokens that args.chat_template brought, in those of `networks` that are models."""
+    for network in networks if args.chat_template else ():
+        if isinstance(network, torch.nn.Module):
+            models.make_room(network, tokenizer, args.seed, adapters=adapters)
 
 
 def model_options(args):

@@ -22,7 +22,7 @@ from .callbacks import MetricsFile, SavingTried, StageProgress, StepsArrive, che
 from .config import settings
 from .probes import try_model
 from .resume import GoesOn, StopAtSignal, check_record, digests, this_run, write_logged, write_record
-from .stage import load_data, load_stage_tokenizer, set_max_length
+from .stage import load_data, load_stage_tokenizer, make_room, set_max_length
 
 logger = logging.getLogger("rlhf")
 
@@ -84,6 +84,8 @@ class StageTrainer(Trainer):
         self.check_data(args, train, held_out)
         with models.loaded_whole(args.deepspeed_plugin):
             model = self.load_model(args, model, tokenizer)
+            networks, adapters = (model, *self.also_compared().values()), bool(args.use_peft or peft_config)
+            make_room(args, networks, tokenizer, adapters=adapters)
         set_max_length(args, model)
         self.args, self.tokenizer = args, tokenizer
         train, self.held_out = self.encode(train, "training"), self.encode(held_out, "held-out")
