@@ -5,9 +5,9 @@ prompt with 9 responses weighs as much as one with 4 (Ouyang et al. 2022, eq. 1)
 example and never part. At the end the scores are shifted so that demonstrations score 0 on average.
 """
 
+import functools
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -24,6 +24,7 @@ from .ranges import at_least, option
 from .reports.reward_model import labeler_agreement, ranking_report, report_table
 from .training import StageConfig, StageTrainer, logger
 from .training.batches import batch_scores
+from .training.stage import once
 
 
 @dataclass
@@ -112,7 +113,8 @@ class RewardTrainer(StageTrainer):
 
     def before_training(self):
         rows, options = self.demonstrations, {"what": "demonstration"}
-        self.demonstrations = training.encode_rows(self.tokenizer, rows, ("completion",), self.args, **options)
+        encode = functools.partial(training.encode_rows, self.tokenizer, rows, ("completion",), self.args, **options)
+        self.demonstrations = once(self.args.distributed_state, encode)
         self.demonstrations.rows = Mapped(_alone, rows)
 
     def finish(self):
@@ -165,7 +167,7 @@ class RewardTrainer(StageTrainer):
             raise FloatingPointError(f"step {self.state.global_step}: scores are not finite; lower --learning_rate")
         return {"loss": loss, **ranking_report(scores, [example["row"] for example in examples], self.labelers)}
 
-    @cached_property
+    @functools.cached_property
     def labelers(self):
         """Those of the training rankings."""
         examples = Examples.of(self.train_dataset)

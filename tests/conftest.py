@@ -207,6 +207,17 @@ def gloo_ranks(tmp_path: Path):
     return run
 
 
+@pytest.fixture(scope="session")
+def _cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(_cache_directory: Path, monkeypatch: pytest.MonkeyPatch):
+    """What the tests keep does not go into the cache directory of whoever runs them."""
+    monkeypatch.setenv("RLHF_CACHE", str(_cache_directory))
+
+
 @pytest.fixture(autouse=True)
 def _quiet_environment(monkeypatch: pytest.MonkeyPatch):
     """A backend chosen in the caller's shell does not leak into the tests. RLHF_KERNELS_CPU_ISA does: with it the suite

@@ -1,21 +1,19 @@
 """Rows as token ids, four bytes a token, in arrays that index like a list of dicts."""
 
 import hashlib
-import logging
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy
 
+from ..disk import write_all, writing
 from . import rankings, store
-from .encoding import TooLong, encode_row
-from .files import Bad
-from .problems import Problems
 
-logger = logging.getLogger("rlhf")
+TOKENS = "tokens.bin"
+SIZES, COUNTS, SOURCE, IS_TEXT, PLACES = "sizes.npy", "counts.npy", "source.npy", "is_text.npy", "places.npy"
 
 
 class Examples(Sequence):
@@ -74,7 +72,7 @@ class Examples(Sequence):
 
     def _stored(self, sequence):
         start = self.arrays.starts[sequence]
-        return self.arrays.tokens[start : start + self.arrays.sizes[sequence]]
+        return self.arrays.tokens.read(start, start + self.arrays.sizes[sequence])
 
     def row(self, index):
         """The row of an example; of a ranking, with only the completions that the example has."""
@@ -88,16 +86,14 @@ class Examples(Sequence):
     @property
     def largest_id(self):
         """The largest token id of all, -1 without any."""
-        tokens = self.arrays.tokens
-        return int((tokens ^ (tokens >> 31)).max()) if len(tokens) else -1
+        return self.arrays.tokens.largest
 
     def digest(self):
         """A name of the ids and of what the rows say; where they lie does not count."""
-        arrays, found = self.arrays, hashlib.sha256()
-        places = () if arrays.places is None else (arrays.places,)
-        for values in (arrays.tokens, arrays.starts, arrays.sizes, arrays.first, *places):
-            found.update(memoryview(values))
-        found.update(store.digest(store.Mapped(self.rows.__getitem__, arrays.source)))
+        arrays, found = self.arrays, hashlib.sha256(self.arrays.tokens.digest())
+        for values in (arrays.starts, arrays.sizes, arrays.first, arrays.places):
+            found.update(b"" if values is None else memoryview(numpy.ascontiguousarray(values)))
+        found.update(store.digest(store.take(self.rows, arrays.source)))
         return found.digest()
 
     def pairs(self, *, ties=False):
@@ -129,11 +125,58 @@ class Examples(Sequence):
         return Examples(self.rows, arrays)
 
 
-class Arrays(NamedTuple):
-    """What `Examples` are made of: E examples of a prompt and its responses, Q sequences together, N tokens."""
+class Tokens:
+    """N token ids as int32 in memory; ~id where a token is read and not learned."""
 
-    tokens: numpy.ndarray  # [N] int32; ~id where it is read and not learned
-    starts: numpy.ndarray  # [Q] int64, sequence q is tokens[starts[q] : starts[q] + sizes[q]]
+    def __init__(self, values):
+        self.values = values
+
+    def __len__(self):
+        return len(self.values)
+
+    def read(self, start, end):
+        return self.values[start:end]
+
+    def with_more(self, ids):
+        """These tokens in memory, and `ids` behind them."""
+        return Tokens(numpy.concatenate([self.read(0, len(self)), numpy.asarray(ids, numpy.int32)]))
+
+    @property
+    def largest(self):
+        return largest(self.values)
+
+    def digest(self):
+        return hashlib.sha256(self.values).digest()
+
+
+class TokenFile(Tokens):
+    """Token ids in a file whose largest id and digest are known."""
+
+    largest = None
+
+    def __init__(self, path, largest, digest):
+        self.blob, self.largest, self._digest = store.Blob(path), largest, digest
+
+    def __len__(self):
+        return self.blob.path.stat().st_size // 4
+
+    def read(self, start, end):
+        return numpy.frombuffer(self.blob.read(4 * int(start), 4 * int(end)), numpy.int32)
+
+    def digest(self):
+        return bytes.fromhex(self._digest)
+
+
+def largest(values):
+    """The largest token id of stored ones, -1 without any."""
+    return int((values ^ (values >> 31)).max()) if len(values) else -1
+
+
+class Arrays(NamedTuple):
+    """What `Examples` are made of: E examples of a prompt and its responses, Q sequences together."""
+
+    tokens: Tokens
+    starts: numpy.ndarray  # [Q] int64, sequence q has the tokens starts[q] up to starts[q] + sizes[q]
     sizes: numpy.ndarray  # [Q] int64
     first: numpy.ndarray  # [E+1] int64, example e has the sequences first[e] (its prompt) up to first[e+1]
     source: numpy.ndarray  # [E] int64, the number of its row
@@ -142,12 +185,13 @@ class Arrays(NamedTuple):
 
 
 class Packer:
-    """Puts examples one by one into arrays."""
+    """Puts examples one by one into arrays, and counts what was done to rows on the way."""
 
     def __init__(self):
         self.tokens, self.sizes, self.counts = array("i"), array("q"), array("q")
         self.source, self.is_text, self.places = array("q"), array("b"), array("q")
         self.has_lost = False
+        self.problems, self.cut, self.dropped = [], 0, 0
 
     def add(self, source, prompt, responses, learned=None, *, is_text=False, places=None):
         """Add an example of row number `source`; `places`: the responses that are left of a ranking, None = all."""
@@ -162,92 +206,63 @@ class Packer:
         self.places.extend([-1, *(range(len(responses)) if places is None else places)])
         self.has_lost = self.has_lost or places is not None
 
-    def arrays(self):
-        """The Arrays of what was added."""
-        sizes = numpy.asarray(self.sizes)
-        return Arrays(
-            numpy.asarray(self.tokens),
-            sizes.cumsum() - sizes,
-            sizes,
-            numpy.concatenate([[0], self.counts]).astype(numpy.int64).cumsum(),
+    def extend(self, other, *, tokens=True):
+        """Add what another one has, behind this one's."""
+        for name in ("tokens", "sizes", "counts", "source", "is_text", "places")[not tokens :]:
+            getattr(self, name).extend(getattr(other, name))
+        self.has_lost = self.has_lost or other.has_lost
+        self.problems += other.problems
+        self.cut += other.cut
+        self.dropped += other.dropped
+
+    def arrays(self, tokens=None):
+        """The Arrays of what was added; `tokens`: where the tokens are instead."""
+        return _arrays(
+            Tokens(numpy.asarray(self.tokens)) if tokens is None else tokens,
+            numpy.asarray(self.sizes),
+            numpy.asarray(self.counts),
             numpy.asarray(self.source),
             numpy.asarray(self.is_text).astype(bool),
             numpy.asarray(self.places) if self.has_lost else None,
         )
 
 
-@dataclass
-class Encoder:
-    """How rows become examples; `encode` collects them in `packer`, and counts what it does to rows that are too long.
-
-    Args:
-        names: fields that hold completions, or one field that holds a list of them.
-    """
-
-    tokenizer: object
-    names: tuple
-    options: dict
-    packer: Packer = field(default_factory=Packer)
-    problems: list = field(default_factory=list)
-    cut: int = 0
-    dropped: int = 0
-
-    def encode(self, number, row):
-        """Add what row `number` gives, or note why it gives nothing."""
-        try:
-            found, places = self._fitted(row)
-        except TooLong:
-            self.dropped += 1
-            return
-        except Bad as error:
-            self.problems.append((row["at"], str(error)))
-            return
-        for prompt, responses, learned, cut in found:
-            self.packer.add(number, prompt, responses, learned, is_text="text" in row, places=places)
-            self.cut += cut
-
-    def _fitted(self, row):
-        """(list of Encoded, the completions that are left of a ranking or None): those that do not fit go, down to a
-        last pair."""
-        try:
-            return encode_row(self.tokenizer, row, self.names, **self.options), None
-        except TooLong as error:
-            places = error.fits
-            if self.names != ("completions",) or len({row["ranks"][place] for place in places}) < 2:
-                raise
-        return encode_row(self.tokenizer, rankings.keep(row, places), self.names, **self.options), places
+def _arrays(tokens, sizes, counts, source, is_text, places):
+    first = numpy.concatenate([[0], counts]).astype(numpy.int64).cumsum()
+    return Arrays(tokens, sizes.cumsum() - sizes, sizes, first, source, is_text, places)
 
 
-def encode_rows(tokenizer, rows, names, args, *, what):
-    """Ids of each row's prompt and completions, as Examples.
+def write(folder, packers) -> dict:
+    """Write what packers hold, in their order, into a folder for `read`.
 
-    All completions of a row get the same prompt, cut on the left so that the longest completion fits. A row with a
-    completion that does not fit is dropped (of a ranking, that completion only, as long as a pair is left). Both are
-    counted and told.
-
-    Args:
-        names: fields that hold completions, or one field that holds a list of them.
-        args: settings, of which max_length and long_prompts must be there.
-        what: the name of these rows in messages.
+    Returns:
+        {"largest", "digest"} of the tokens, and the packers' "problems", "cut" and "dropped".
     Raises:
-        DataError: rows that cannot be encoded, by file and line.
-        ValueError: no row is left.
+        WriteError: names the file.
     """
-    options = {"max_length": args.max_length, "long_prompts": args.long_prompts}
-    options["learn_turns"] = getattr(args, "learn_turns", "all")
-    encoder = Encoder(tokenizer, tuple(names), options)
-    for number, row in enumerate(rows):
-        encoder.encode(number, row)
-    problems = Problems(getattr(args, "bad_rows", "error"))
-    for at, reason in encoder.problems:
-        problems.add(at, reason)
-    problems.settle(len(rows))
-    limit = f"max_length {args.max_length}"
-    if encoder.cut:
-        logger.warning("cut the left end of %d of %d %s prompts to fit into %s", encoder.cut, len(rows), what, limit)
-    if encoder.dropped:
-        logger.warning("dropped %d of %d %s rows: they do not fit into %s", encoder.dropped, len(rows), what, limit)
-    examples = Examples(rows, encoder.packer.arrays())
-    if len(rows) and not len(examples):
-        raise ValueError(f"max_length: got {args.max_length}, too short for every completion of the {what} rows")
-    return examples
+    whole, found, most = Packer(), hashlib.sha256(), -1
+    path = Path(folder) / TOKENS
+    with writing(path):
+        file = open(path, "wb", buffering=0)  # noqa: SIM115 - an error of the packers, below, is none of the file
+    with file:
+        for packer in packers:
+            found.update(packer.tokens)
+            most = max(most, largest(numpy.asarray(packer.tokens)))
+            with writing(path):
+                write_all(file, memoryview(packer.tokens).cast("B"))
+            whole.extend(packer, tokens=False)
+    named = {SIZES: whole.sizes, COUNTS: whole.counts, SOURCE: whole.source, IS_TEXT: whole.is_text}
+    for name, values in {**named, **({PLACES: whole.places} if whole.has_lost else {})}.items():
+        with writing(Path(folder) / name):
+            numpy.save(Path(folder) / name, numpy.asarray(values))
+    counted = {"problems": whole.problems, "cut": whole.cut, "dropped": whole.dropped}
+    return {"largest": most, "digest": found.hexdigest(), **counted}
+
+
+def read(folder, said) -> Arrays:
+    """The Arrays that `write` put into a folder; `said` is what it returned."""
+    folder = Path(folder)
+    sizes, counts, source, is_text = (numpy.load(folder / name) for name in (SIZES, COUNTS, SOURCE, IS_TEXT))
+    places = numpy.load(folder / PLACES) if (folder / PLACES).exists() else None
+    tokens = TokenFile(folder / TOKENS, said["largest"], said["digest"])
+    return _arrays(tokens, sizes, counts, source, is_text.astype(bool), places)

@@ -28,7 +28,7 @@ def mismatched(examples, max_length, spare=None):
             raise DataError("all rows have one prompt, and KTO needs two: it reads responses behind other prompts")
         others = numpy.full(count, len(starts))
         starts, sizes = numpy.append(starts, len(tokens)), numpy.append(sizes, len(stranger["responses"][0]))
-        tokens = numpy.concatenate([tokens, numpy.asarray(stranger["responses"][0], tokens.dtype)])
+        tokens = tokens.with_more(stranger["responses"][0])
     elif count:
         others = prompts[others] + 1
     picked = numpy.stack([prompts, prompts + 1, others], axis=1).ravel() if count else prompts
@@ -42,7 +42,16 @@ def mismatched(examples, max_length, spare=None):
 
 def _following(arrays):
     """[E] int64: for each example the number of the next one with another prompt; None where all have one prompt."""
-    prompts = [arrays.tokens[arrays.starts[q] : arrays.starts[q] + arrays.sizes[q]] for q in arrays.first[:-1]]
-    begins = [index for index in range(len(prompts)) if not numpy.array_equal(prompts[index], prompts[index - 1])]
+    prompts, begins = arrays.first[:-1], []
+    before = _ids(arrays, prompts[-1]) if len(prompts) else ()
+    for index, sequence in enumerate(prompts):
+        ids = _ids(arrays, sequence)
+        if not numpy.array_equal(ids, before):
+            begins.append(index)
+        before = ids
     after = numpy.searchsorted(begins, numpy.arange(len(prompts)), side="right")
     return numpy.asarray(begins)[after % len(begins)] if begins else None
+
+
+def _ids(arrays, sequence):
+    return arrays.tokens.read(arrays.starts[sequence], arrays.starts[sequence] + arrays.sizes[sequence])

@@ -7,8 +7,10 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 
+import numpy
+
 from .chunks import DataError
-from .store import take
+from .store import DIGEST_BYTES, key_of, take
 
 logger = logging.getLogger("rlhf")
 
@@ -99,8 +101,24 @@ class Joined(Sequence):
     @property
     def digests(self):
         """The digests of all rows' prompts, where the parts have them; else None."""
-        found = [getattr(part, "digests", None) for part in self.parts]
-        return None if any(part is None for part in found) else itertools.chain.from_iterable(found)
+        return self._of_parts("digests")
+
+    @property
+    def contents(self):
+        """What names the content of each row, where the parts have it; else None."""
+        return self._of_parts("contents")
+
+    def _of_parts(self, name):
+        found = [getattr(part, name, None) for part in self.parts]
+        if any(part is None for part in found):
+            return None
+        return numpy.concatenate(found) if found else numpy.zeros((0, DIGEST_BYTES), numpy.uint8)
+
+    @property
+    def key(self):
+        """A JSON value that names these rows, and what they were read from; None where a part has none."""
+        found = [key_of(part) for part in self.parts]
+        return None if any(part is None for part in found) else found
 
     def take(self, numbers):
         """The rows of these numbers."""

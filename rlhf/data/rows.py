@@ -1,15 +1,13 @@
 """Reading the user's data: every row is checked before any training starts, and a bad one is named by file and line."""
 
-import hashlib
-import json
 import logging
 import random
 from itertools import chain, islice
 from pathlib import Path
 
-from . import formats, rankings
+from . import formats, large, rankings
 from .cells import typed
-from .files import Bad, DataError, read
+from .files import Bad, DataError, read, size
 from .messages import (
     Chat,
     after_last_question,
@@ -24,6 +22,7 @@ from .messages import (
 )
 from .mixtures import mixed, named_sets
 from .problems import Problems
+from .store import prompt_digest, take
 
 logger = logging.getLogger("rlhf")
 
@@ -73,8 +72,18 @@ def load_rows(
         options = {"split": split, "config": config, "columns": columns, "column_map": column_map}
         options |= {"data_format": data_format, "bad_rows": bad_rows, "num_proc": num_proc}
         return mixed([load_rows(name, kind, **options) for name in names], names, weights)
-    found = read(str(name_or_path), kind, split, config)
-    return _checked(found, name_or_path, f"{name_or_path}:1", kind, columns, column_map, data_format, bad_rows)
+    name = str(name_or_path)
+    if columns or size(name, split, config) < large.BYTES:
+        found = read(name, kind, split, config)
+        return _checked(found, name, f"{name}:1", kind, columns, column_map, data_format, bad_rows)
+    rows, said = large.load(
+        name, kind, split, config, [column_map, data_format], first=FIRST, num_proc=num_proc,
+        convert=lambda first: formats.conversion(kind, column_map, data_format, first),
+        check=lambda at, raw, each: checked_rows(at, raw, kind, each),
+    )  # fmt: skip
+    _tell(name, said["format"], said["note"])
+    _settle(said["problems"], said["total"], bad_rows)
+    return _some(rows, f"{name}:1", said["total"], said["note"])
 
 
 def rows_of(rows, kind, *, name, columns=False, column_map=None, data_format="auto", bad_rows="error", num_proc=None):
@@ -118,23 +127,35 @@ def _checked(found, source, place, kind, columns, column_map, data_format, bad_r
     if not first:
         raise DataError(f"{place}: holds no rows")
     conversion = formats.conversion(kind, column_map, data_format, [raw for _, raw in first])
-    if conversion.name:
-        note = f" ({conversion.note})" if conversion.note else ""
-        logger.warning("%s: read as the format %s%s", source, conversion.name, note)
+    _tell(source, conversion.name, conversion.note)
     found, each = chain(first, found), conversion.each
     if conversion.whole:
         found, each = conversion.whole(found), _as_it_is
-    rows, problems, total = [], Problems(bad_rows), 0
+    rows, problems, total = [], [], 0
     for total, (at, raw) in enumerate(found, start=1):  # noqa: B007
         try:
             rows += checked_rows(at, raw, kind, each, columns=columns)
         except Bad as error:
-            problems.add(at, error)
+            problems.append((at, error))
+    _settle(problems, total, bad_rows)
+    return _some(rows, place, total, conversion.note)
+
+
+def _tell(source, name, note):
+    if name:
+        logger.warning("%s: read as the format %s%s", source, name, f" ({note})" if note else "")
+
+
+def _settle(found, total, bad_rows):
+    problems = Problems(bad_rows)
+    for at, reason in found:
+        problems.add(at, reason)
     problems.settle(total)
-    if not rows:
-        raise DataError(
-            f"{place}: none of {total} rows gives one to learn from{conversion.note and f' ({conversion.note})'}"
-        )
+
+
+def _some(rows, place, total, note):
+    if not len(rows):
+        raise DataError(f"{place}: none of {total} rows gives one to learn from{f' ({note})' if note else ''}")
     return rows
 
 
@@ -283,14 +304,6 @@ def plain(row):
     return found
 
 
-def prompt_digest(row):
-    """16 bytes that stand for a row's prompt with its tools and chat_template_kwargs (or for its text)."""
-    prompt = row["prompt"] if "prompt" in row else row["text"]
-    inputs = [prompt.tools, prompt.template_kwargs] if isinstance(prompt, Chat) else [None, None]
-    text = json.dumps([prompt, *inputs], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
 def split_rows(rows, fraction, seed):
     """Hold out a share of the rows, split by prompt: no prompt is on both sides. The same seed gives the same split.
 
@@ -304,9 +317,8 @@ def split_rows(rows, fraction, seed):
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction: got {fraction}, wants a number in [0, 1)")
-    take = getattr(rows, "take", None) or (lambda indices: [rows[index] for index in indices])
     if fraction == 0:
-        return take(range(len(rows))), []
+        return take(rows, range(len(rows))), []
     digests = getattr(rows, "digests", None)
     keys = list(map(prompt_digest, rows)) if digests is None else list(map(bytes, digests))
     prompts = sorted(set(keys))
@@ -317,4 +329,4 @@ def split_rows(rows, fraction, seed):
     sides = ([], [])
     for index, key in enumerate(keys):
         sides[key in held].append(index)
-    return take(sides[0]), take(sides[1])
+    return take(rows, sides[0]), take(rows, sides[1])

@@ -11,7 +11,7 @@ import torch
 from rlhf_kernels import pack_responses
 
 from .. import data, models
-from ..data.examples import encode_rows
+from ..data.encoders import encode_rows
 from ..models.sequences import label_log_probs
 
 __all__ = ["batch_inputs", "batch_scores", "batch_values", "encode_rows", "make_batch", "response_log_probs"]

@@ -3,10 +3,42 @@
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 
 from .. import data, models
+from ..data import parallel
+from ..errors import RunError
 
 DEFAULT_CONTEXT = 1024
+
+
+def once(state, make):
+    """`make()` on one process of each machine, and then on the others, which find in the cache what it left there.
+
+    All processes must call; an error of one of them is an error of all.
+
+    Args:
+        state: a `PartialState` or an `Accelerator`.
+    Raises:
+        RunError: it failed on another process.
+    """
+    if state.num_processes == 1:
+        return make()
+    found = error = None
+    for is_first in (True, False):
+        if state.is_local_main_process is is_first:
+            try:
+                with parallel.others_wait(is_first):
+                    found = make()
+            except Exception as raised:
+                error = raised
+        told = gather_object([error and (" ".join(str(error).split()) or type(error).__name__)])
+        if error is not None:
+            raise error
+        for process, reason in enumerate(told):
+            if reason:
+                raise RunError(f"process {process}: {reason}")
+    return found
 
 
 def load_data(args, kind, train_dataset=None, eval_dataset=None):
@@ -19,6 +51,10 @@ def load_data(args, kind, train_dataset=None, eval_dataset=None):
         raise ValueError(
             "dataset_name: got none, wants the data to train on (--dataset_name FILE, or in Python train_dataset)"
         )
+    return once(args.distributed_state, lambda: _load(args, kind, train_dataset, eval_dataset))
+
+
+def _load(args, kind, train_dataset, eval_dataset):
     read = data.reading(args)
     options = {"config": args.dataset_config, **read}
     if train_dataset is None:

@@ -20,7 +20,7 @@ def test_examples_read_as_the_dicts_that_they_were_made_from():
     examples = Examples.of(DICTS)
     assert list(examples) == DICTS and examples[-1] == DICTS[2] and examples[1:] == DICTS[1:]
     assert all(type(token) is int for ids in examples[1]["responses"] for token in ids)
-    assert examples.arrays.tokens.nbytes == 4 * sum(
+    assert examples.arrays.tokens.values.nbytes == 4 * sum(
         len(row["prompt"]) + sum(map(len, row["responses"])) for row in DICTS
     )
     assert examples.lengths.tolist() == [5, 5, 2] and examples.prompt_lengths.tolist() == [2, 1, 1]
