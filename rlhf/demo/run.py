@@ -371,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ends with a table and report.html. Started again with the same settings, it goes on where it stopped.",
     )
     parser.add_argument("--model", help="folder of a Hugging Face causal LM, or 'smollm2'; default: the embedded one")
-    parser.add_argument("--data", help="your demonstrations: jsonl, json or parquet with `prompt` and `completion`")
+    parser.add_argument("--data", help="your demonstrations: a file or folder of rows with `prompt` and `completion`")
     parser.add_argument("--output_dir", default=None, help="default: runs/demo, or runs/demo-MODEL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", help="YAML file instead of the preset demo.yaml (demo_llm.yaml for large models)")
