@@ -96,6 +96,7 @@ def render(tokenizer, chat, messages, **options):
         raise Bad(f"chat_template_kwargs: got {taken[0]}, wants names that the template itself reads")
     try:
         tools = getattr(chat, "tools", None)
+        messages = _as_parts(messages) if _known(tokenizer).wants_parts else messages
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options, **more)
     except Exception as error:  # a template is a program: whatever it raises is about these messages
         reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
@@ -159,12 +160,14 @@ def pieces_of(tokenizer, text):
 
 class Known(NamedTuple):
     """What is known of a tokenizer: all tokens that a template may write out, those that end a turn, where texts part,
-    and the ids of a line break where it puts a space before every string, else none."""
+    the ids of a line break where it puts a space before every string, else none, and whether its template writes
+    contents as lists of parts only."""
 
     written: tuple
     ends: list
     parting: re.Pattern
     anchor: list
+    wants_parts: bool
 
 
 _KNOWN = weakref.WeakKeyDictionary()
@@ -177,7 +180,8 @@ def _known(tokenizer):
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         added |= dict.fromkeys(filter(None, tokenizer.all_special_tokens), True)
         written = tuple(token for token in added if token.strip())
-        ends = _ends(tokenizer, written, added) if tokenizer.chat_template else []
+        wants_parts = bool(tokenizer.chat_template) and _wants_parts(tokenizer)
+        ends = _ends(tokenizer, written, added, wants_parts) if tokenizer.chat_template else []
         parting = [
             re.escape(str(token))
             for token in tokenizer.added_tokens_decoder.values()
@@ -186,11 +190,38 @@ def _known(tokenizer):
         parting = re.compile(f"(?={'|'.join(parting)})" if parting else "(?!)")
         anchor = tokens_of(tokenizer, "\n")
         puts_space = len(anchor) > 1 and tokens_of(tokenizer, "\n\n")[: len(anchor)] == anchor
-        _KNOWN[tokenizer] = (key, Known(written, ends, parting, anchor if puts_space else []))
+        _KNOWN[tokenizer] = (key, Known(written, ends, parting, anchor if puts_space else [], wants_parts))
     return _KNOWN[tokenizer][1]
 
 
-def _ends(tokenizer, tokens, is_special):
+def _wants_parts(tokenizer):
+    """Whether the template writes contents that are lists of parts, and strings not, as those of models that see do."""
+    asked, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
+    if _ANSWER in _tried(tokenizer, [asked, answer]):
+        return False
+    text = _tried(tokenizer, _as_parts([asked, answer]))
+    return _QUESTION in text and _ANSWER in text
+
+
+def _as_parts(messages):
+    """Messages whose contents are lists of parts in place of strings."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
+
+
+def _tried(tokenizer, messages, **options):
+    """What the template writes of messages, if need be behind a system message; "" where it refuses them."""
+    for system in ([], [{"role": "system", "content": "s"}]):
+        with suppress(Exception):  # a template is a program
+            return tokenizer.apply_chat_template([*system, *messages], tokenize=False, **options)
+    return ""
+
+
+def _ends(tokenizer, tokens, is_special, wants_parts):
     """The tokens that end a turn, found by rendering some: one that is the last, one that is not, calls of a tool."""
     asked, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
     thoughtful = {**answer, "reasoning_content": _THOUGHT, "thinking": _THOUGHT}
@@ -201,10 +232,7 @@ def _ends(tokenizer, tokens, is_special):
     tool = {"type": "function", "function": {"name": "find", "description": "find", "parameters": parameters}}
 
     def rendered(*messages, **options):
-        for system in ([], [{"role": "system", "content": "s"}]):  # which some templates want
-            with suppress(Exception):  # a template is a program
-                return tokenizer.apply_chat_template([*system, *messages], tokenize=False, **options)
-        return ""
+        return _tried(tokenizer, _as_parts(messages) if wants_parts else list(messages), **options)
 
     last = _written(tokens, rendered(asked, answer).rpartition(_ANSWER)[2])
     within = _written(tokens, _between(rendered(asked, thoughtful), _THOUGHT, _ANSWER))

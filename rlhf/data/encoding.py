@@ -5,6 +5,7 @@ rendering of the whole conversation, split where that parts from the rendering o
 behind the end of the last turn is left off.
 """
 
+import re
 import sys
 from bisect import bisect_left, bisect_right
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from .chat import (
 from .files import Bad
 
 BEFORE_TURNS = ("system", "developer")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 class Encoded(NamedTuple):
@@ -213,6 +215,7 @@ def _spans(tokenizer, talk, text, asked):
         own = text if is_last else render(tokenizer, talk.chat, talk.messages[: index + 1])
         start = _common(own, asked if index == talk.learned[0] else _asked(tokenizer, talk, index))
         end = end_of_turn(tokenizer, own, start)
+        _check_written(talk.messages[index], own, start, end)
         if not is_last and not text.startswith(own[:end]):
             raise Rewritten(
                 "the chat template renders earlier turns otherwise once more turns follow (it may leave their thoughts "
@@ -220,6 +223,19 @@ def _spans(tokenizer, talk, text, asked):
             )
         spans.append((start, end))
     return spans
+
+
+def _check_written(message, text, start, end):
+    """Raise Bad where a template leaves out what an answer says: its end alone would be learned. The last word is
+    looked for, as a template may strip the text or set its thoughts apart; a call of a tool says enough."""
+    content = message.get("content") or ""
+    field = "content" if content.strip() else next((name for name in THOUGHTS if message.get(name)), None)
+    if message.get("tool_calls") or message.get("function_call") or field is None:
+        return
+    said = str(message[field]).strip()
+    word = (re.findall(r"\w+", said) or [said[-1:]])[-1]
+    if text.rfind(word, 0, end) < start - len(word) + 1:
+        raise Bad(f"the chat template does not write the {field} of an answer, {said[:40]!r}")
 
 
 def _encode_turns(tokenizer, talks):

@@ -289,3 +289,58 @@ def test_sampled_text_is_encoded_as_in_training():
         asked, cut = data.encode_sampled(tokenizer, prompt, "A rose", ended=False)
         text = tokenizer.decode(trained.responses[0]).partition("A rose")
         assert asked == trained.prompt and tokenizer.decode(cut) == text[0] + text[1]
+
+
+PARTS = """
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
+{%- for part in m.content %}{% if part.type == 'text' %}{{- part.text }}{% endif %}{% endfor %}
+{{- '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+FIRST_PART = PARTS.replace("{%- for part", "{%- set first = m.content[0].text + '' %}{%- for part")
+
+
+def with_template(template):
+    plain = tokenizer_of("chatml")
+    tokenizer = type(plain)(tokenizer_object=plain.backend_tokenizer, eos_token="<|endoftext|>", pad_token="<pad>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [PARTS, FIRST_PART])  # of a string the one writes nothing, the other raises
+def test_a_template_that_wants_parts_gets_them(template):
+    tokenizer, row = with_template(template), talk_row("a", "one", "b", "two")
+    messages = [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        for message in row["prompt"] + row["completion"]
+    ]
+    (found,) = data.encode_row(tokenizer, row, ("completion",), max_length=999)
+    whole = rendered(tokenizer, messages, None, None)
+    assert found.prompt == rendered(tokenizer, messages[:1], None, None, add_generation_prompt=True)
+    assert found.prompt + found.responses[0] == whole[: -len(tokenizer("\n").input_ids)]
+    assert [tokenizer.decode(part) for part in learned_parts(found)] == ["one<|im_end|>", "two<|im_end|>"]
+    assert tokenizer.convert_ids_to_tokens(data.end_of_turn_ids(tokenizer)) == ["<|im_end|>"]
+    begun = {"prompt": data.Chat([*row["prompt"], {"role": "assistant", "content": "So"}]), "completion": " one"}
+    (found,) = data.encode_row(tokenizer, begun, ("completion",), max_length=999)
+    assert tokenizer.decode(found.responses[0]) == " one<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("answer", "field"),
+    [
+        ({"content": "A rose."}, "content"),
+        ({"content": "rose"}, "content"),
+        ({"content": "", "reasoning_content": "Let me see."}, "reasoning_content"),
+    ],
+)
+def test_an_answer_that_the_template_leaves_out(answer, field):
+    """It writes what users say, and of the answers one field that no row has."""
+    tokenizer = with_template(PARTS.replace("m.content %}{% if", "m[{'user': 'content'}.get(m.role, 'x')] %}{% if"))
+    row = {
+        "prompt": data.Chat([{"role": "user", "content": "A rose"}]),
+        "completion": [{"role": "assistant", **answer}],
+    }
+    with pytest.raises(Bad, match=f"the chat template does not write the {field} of an answer"):
+        data.encode_row(tokenizer, row, ("completion",), max_length=999)
+    pair = {"prompt": row["prompt"], "chosen": row["completion"], "rejected": [{**row["completion"][0]}]}
+    with pytest.raises(Bad, match=f"does not write the {field}"):
+        data.encode_row(tokenizer, pair, ("chosen", "rejected"), max_length=999)
