@@ -1,5 +1,6 @@
 """Several sets as one: `a.jsonl,b.jsonl` are all rows of both, `a.jsonl:0.7,b.jsonl:0.3` a mixture of these shares."""
 
+import hashlib
 import itertools
 import logging
 import math
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import numpy
 
 from .chunks import DataError
-from .store import DIGEST_BYTES, key_of, take
+from .store import DIGEST_BYTES, digest, key_of, take
 
 logger = logging.getLogger("rlhf")
 
@@ -116,8 +117,8 @@ class Joined(Sequence):
 
     @property
     def key(self):
-        """A JSON value that names these rows, and what they were read from; None where a part has none."""
-        found = [key_of(part) for part in self.parts]
+        """A JSON value that names these rows, and what they were read from; None where nothing names a part's."""
+        found = [_key_in_memory(part) if isinstance(part, list) else key_of(part) for part in self.parts]
         return None if any(part is None for part in found) else found
 
     def take(self, numbers):
@@ -129,3 +130,8 @@ class Joined(Sequence):
     def _place(self, index):
         part = bisect_right(self.ends, index)
         return part, index - (self.ends[part - 1] if part else 0)
+
+
+def _key_in_memory(rows):
+    places = hashlib.sha256("\n".join(str(row.get("at")) for row in rows).encode("utf-8", "surrogatepass"))
+    return [digest(rows).hex(), places.hexdigest()]

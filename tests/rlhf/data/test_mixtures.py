@@ -1,5 +1,7 @@
 """Several sets as one: all rows of each, or the largest mixture with the shares asked for."""
 
+import json
+
 import pytest
 
 from rlhf import data
@@ -108,3 +110,21 @@ def test_rows_that_are_not_in_memory_stay_there():
     assert [row["text"] for row in rows.take([3, 0, 2])] == [101, 0, 100]
     with pytest.raises(IndexError):
         rows[4]
+
+
+def test_a_mixture_of_files_and_rows_in_memory_has_a_key():
+    """It changes with what the rows in memory say, and with where they come from."""
+
+    class Known(Mapped):
+        key = "the files"
+
+    class Unknown(Mapped):
+        key = None
+
+    def key(*rows, files=Known):
+        return Joined([files(str, [1, 2]), list(rows)]).key
+
+    first = {"text": "a", "at": "a.jsonl:1"}
+    keys = [key(first), key(first | {"text": "b"}), key(first | {"at": "b.jsonl:1"}), key(first, first)]
+    assert len({json.dumps(one) for one in keys}) == 4 and key(first) == key(dict(first))
+    assert key(first, files=Unknown) is None
