@@ -6,7 +6,7 @@ over SFT, KL from SFT, share of responses that end properly, length. The loss on
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,92 +14,35 @@ import torch
 
 from . import locks, models
 from .checkpoint import write_json
-from .data import encode_prompt, load_rows
-from .data.checks import encode_prompts
+from .data import as_text, encode_prompt, load_rows
+from .data.prompts import encode_prompts
 from .disk import json_bytes, prepare_output_file, write_bytes
-from .metrics import wilson_interval
+from .metrics import WinRate, best_of, best_of_n_kl, wilson_interval, win_rate
 from .models.sequences import by_length, join, per_token_log_probs, response_scores
 from .ranges import SEED, above, at_least, check_arguments
 from .rollouts.sampling import Rollouts, sample
 from .settings import ToolParser
+
+__all__ = [
+    "WinRate",
+    "best_of",
+    "best_of_n",
+    "best_of_n_kl",
+    "evaluate_policies",
+    "held_out_loss",
+    "response_log_probs",
+    "reward_scores",
+    "texts_of",
+    "wilson_interval",
+    "win_rate",
+    "write_evaluation",
+]
 
 SAMPLING = {
     "response_length": (int, at_least(1)), "temperature": (float, above(0)), "samples_per_prompt": (int, at_least(1)),
     "seed": (int, SEED), "batch_size": (int, at_least(1)),
 }  # fmt: skip
 """What the numbers of a sampling are, and their ranges."""
-
-
-@dataclass(frozen=True)
-class WinRate:
-    """Share of comparisons won, ties counting half, with its 95 % Wilson interval.
-
-    `n_effective` <= n is what the interval is computed with (see `win_rate`).
-    """
-
-    rate: float
-    low: float
-    high: float
-    wins: int
-    ties: int
-    n: int
-    n_effective: float
-
-
-def win_rate(scores: Sequence[float], rivals: Sequence[float], *, per_prompt: int = 1) -> WinRate:
-    """Win rate of `scores` over `rivals`, compared one by one, with a 95 % interval.
-
-    Comparisons on one prompt are not independent news about other prompts. So where their means vary between prompts
-    more than chance explains, the interval counts fewer comparisons (variance ratio, as in Kish's design effect).
-
-    Args:
-        scores, rivals: N judgements each, `per_prompt` after each other for every prompt, higher is better.
-        per_prompt: comparisons per prompt.
-    Raises:
-        ValueError: lengths differ, are 0, or are no multiple of per_prompt.
-    """
-    if len(scores) != len(rivals) or not len(scores) or len(scores) % per_prompt:
-        raise ValueError(
-            f"scores and rivals must have one length, a multiple of per_prompt = {per_prompt} above 0, "
-            f"got {len(scores)} and {len(rivals)}"
-        )
-    a, b = np.asarray(scores, dtype=np.float64), np.asarray(rivals, dtype=np.float64)
-    won = np.where(a > b, 1.0, np.where(a == b, 0.5, 0.0))
-    rate, n = float(won.mean()), float(len(won))
-    prompts = won.reshape(-1, per_prompt).mean(axis=1)
-    if per_prompt > 1 and len(prompts) > 1 and 0 < rate < 1:
-        n = float(min(n, rate * (1 - rate) / max(prompts.var(ddof=1) / len(prompts), 1e-12)))
-    low, high = wilson_interval(rate, n)
-    return WinRate(rate, low, high, int((a > b).sum()), int((a == b).sum()), len(won), n)
-
-
-def best_of_n_kl(n: int) -> float:
-    """Upper bound on KL(best-of-n || base) in nats: log n - (n - 1) / n; exact where no two responses tie.
-
-    Example:
-        >>> round(best_of_n_kl(16), 3)
-        1.835
-    """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    return math.log(n) - (n - 1) / n
-
-
-def best_of(scores: Sequence[float], n: int, ended: Sequence[bool] | None = None) -> list[int]:
-    """Index of the best of each successive group of n scores; the first wins a tie.
-
-    Args:
-        scores: G * n rewards.
-        ended: G * n flags; a response that was cut at the length limit wins only where none of its group ended, since
-            the reward model was trained on whole texts and its score of a torso means little.
-    Returns:
-        G indices into `scores`.
-    """
-    if n < 1 or len(scores) % n:
-        raise ValueError(f"scores must come in whole groups of n = {n}, got {len(scores)}")
-    whole = [True] * len(scores) if ended is None else ended
-    groups = (range(start, start + n) for start in range(0, len(scores), n))
-    return [max(group, key=lambda i: (bool(whole[i]), scores[i], -i)) for group in groups]
 
 
 def texts_of(tokenizer, rollouts: Rollouts, stop_token_ids: Sequence[int]) -> list[str]:
@@ -168,6 +111,18 @@ def held_out_loss(model, tokenizer, texts: Sequence[str], *, max_length: int = 2
     return -sum(response_log_probs(model, rollouts, batch_size=batch_size)) / sum(len(row) - 1 for row in rows)
 
 
+def _room(readers, response_length, most=None) -> int | None:
+    """Tokens that a prompt may have beside a response."""
+    contexts = [models.context_length(model) for model in readers if model is not None]
+    rooms = [context - response_length for context in contexts if context]
+    if rooms and min(rooms) < 1:
+        raise ValueError(
+            f"response_length: got {response_length}, which leaves no room for a prompt in a context of "
+            f"{min(rooms) + response_length}"
+        )
+    return min([*rooms, *([most] if most else [])], default=None)
+
+
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     v = np.asarray(values, dtype=np.float64)
     return float(v.mean()), float(v.std(ddof=1) / math.sqrt(len(v))) if len(v) > 1 else math.nan
@@ -177,6 +132,8 @@ def evaluate_policies(
     policies: dict[str, str | Path],
     prompts: Sequence,
     *,
+    long_prompts: str = "truncate",
+    max_prompt_length: int | None = None,
     reward_model: str | Path | None = None,
     gold: Callable[[str, str, bool], float] | None = None,
     ends_properly: Callable[[str, bool], bool] = lambda text, ended: ended,
@@ -195,6 +152,8 @@ def evaluate_policies(
     Args:
         policies: name -> model directory; `reference` must be one of them. They share one tokenizer (the reference's).
         prompts: held-out prompts, strings or message lists.
+        long_prompts: what becomes of prompts of more than max_prompt_length tokens, or that leave the models no room
+            for a response: "truncate", "drop" or "error".
         reward_model: directory; the judge of win rates where there is no `gold`.
         gold: (prompt, completion, ended) -> true score, higher is better.
         ends_properly: (completion, ended) -> bool.
@@ -217,7 +176,8 @@ def evaluate_policies(
     tokenizer = models.load_tokenizer(policies[reference])
     reference_model = models.load_policy(policies[reference], dtype=dtype)
     scorer = models.load_reward_model(reward_model, dtype=dtype) if reward_model else None
-    prompt_ids = encode_prompts(tokenizer, prompts)
+    room = _room([reference_model, scorer], response_length, max_prompt_length)
+    prompts, prompt_ids = encode_prompts(tokenizer, prompts, room=room, long_prompts=long_prompts)
     rows, responses = [], {}
     for place, (name, path) in enumerate(policies.items()):
         on_policy(name)
@@ -255,8 +215,7 @@ def evaluate_policies(
         row["lm_loss"] = held_out_loss(model, tokenizer, texts, batch_size=batch_size) if texts else None
         rows.append(row)
         responses[name] = [
-            {"prompt": p if isinstance(p, str) else p[-1]["content"], "completion": text, "ended": e}
-            | {key: values[i] for key, values in columns.items()}
+            {"prompt": as_text(p), "completion": text, "ended": e} | {key: values[i] for key, values in columns.items()}
             for i, (p, text, e) in enumerate(zip(asked, found, rollouts.ended))
         ]
     judge = "gold" if gold is not None else "reward" if scorer is not None else None
@@ -290,6 +249,9 @@ def best_of_n(
     batch_size: int = 64,
     gold: Callable[[str, str, bool], float] | None = None,
     places: Sequence[str] | None = None,
+    long_prompts: str = "truncate",
+    max_prompt_length: int | None = None,
+    bad_rows: str = "error",
 ) -> tuple[list[dict], list[dict]]:
     """Sample max(n_values) responses a prompt once; for each n keep the one that the reward model likes best.
 
@@ -297,6 +259,9 @@ def best_of_n(
 
     Args:
         places: where each prompt comes from ("file:line"), for messages.
+        long_prompts: what becomes of prompts of more than max_prompt_length tokens, or that leave the models no room
+            for a response: "truncate", "drop" or "error".
+        bad_rows: "skip" leaves out prompts that the chat template refuses.
     Returns:
         (table, choices): per n a row {n, kl (nats, upper bound), reward, gold or None, clipped_ratio, mean_length}; and
         per prompt the choice at the largest n {prompt, completion, score, ended}.
@@ -306,11 +271,14 @@ def best_of_n(
     tokenizer = models.load_tokenizer(model_path)
     model, scorer = models.load_policy(model_path), models.load_reward_model(reward_model_path)
     stop, most = models.stop_token_ids(tokenizer, model), max(n_values)
+    room = _room([model, scorer], response_length, max_prompt_length)
+    options = {"room": room, "long_prompts": long_prompts, "bad_rows": bad_rows}
+    prompts, prompt_ids = encode_prompts(tokenizer, prompts, places, **options)
     torch.manual_seed(seed)
     rollouts = sample(
         model,
         tokenizer,
-        encode_prompts(tokenizer, prompts, places),
+        prompt_ids,
         response_length=response_length,
         temperature=temperature,
         stop_token_ids=stop,
@@ -355,14 +323,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--max_prompts", type=int, default=None, help="use only the first so many prompts")
     parser.add_argument("--batch_size", type=int, default=64, help="rows sampled and scored at once")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--columns", help="which columns hold what, as of `rlhf ppo`")
+    parser.add_argument("--data_format", default="auto", help="how a public data set is read, as of `rlhf ppo`")
+    parser.add_argument("--bad_rows", default="error", choices=("error", "skip"), help="rows that cannot be used")
+    parser.add_argument("--max_prompt_length", type=int, default=None, help="most tokens of a prompt")
+    parser.add_argument("--long_prompts", default="truncate", choices=("truncate", "drop", "error"), help="longer ones")
     parser.add_argument("--output_file", default=None, help="jsonl file for the choices at the largest n")
     args = parser.parse_args(argv)
     try:
-        check_arguments({"max_prompts": (int | None, at_least(1))}, vars(args))
+        counts = ("max_prompts", "max_prompt_length")
+        check_arguments(dict.fromkeys(counts, (int | None, at_least(1))), vars(args))
         output = args.output_file and prepare_output_file(args.output_file)
         if output:
             locks.hold(output, is_file=True, option="output_file")
-        rows = load_rows(args.dataset_name, "prompts")[: args.max_prompts]
+        read = {"column_map": args.columns, "data_format": args.data_format, "bad_rows": args.bad_rows}
+        rows = load_rows(args.dataset_name, "prompts", **read)[: args.max_prompts]
         table, choices = best_of_n(
             args.model_name_or_path,
             args.reward_model_path,
@@ -373,6 +348,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=args.seed,
             batch_size=args.batch_size,
             places=[row["at"] for row in rows],
+            long_prompts=args.long_prompts,
+            max_prompt_length=args.max_prompt_length,
+            bad_rows=args.bad_rows,
         )
     except ValueError as error:
         parser.exit(2, f"rlhf best-of-n: {error}\n")

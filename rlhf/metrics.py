@@ -1,7 +1,10 @@
-"""Numbers of a run: weighted means over a loop, and how sure a rate is."""
+"""Numbers of a run: weighted means over a loop, how sure a rate is, who wins a comparison."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -58,3 +61,75 @@ def wilson_interval(rate: float, n: float, z: float = Z95) -> tuple[float, float
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Share of comparisons won, ties counting half, with its 95 % Wilson interval.
+
+    `n_effective` <= n is what the interval is computed with (see `win_rate`).
+    """
+
+    rate: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    n: int
+    n_effective: float
+
+
+def win_rate(scores: Sequence[float], rivals: Sequence[float], *, per_prompt: int = 1) -> WinRate:
+    """Win rate of `scores` over `rivals`, compared one by one, with a 95 % interval.
+
+    Comparisons on one prompt are not independent news about other prompts. So where their means vary between prompts
+    more than chance explains, the interval counts fewer comparisons (variance ratio, as in Kish's design effect).
+
+    Args:
+        scores, rivals: N judgements each, `per_prompt` after each other for every prompt, higher is better.
+        per_prompt: comparisons per prompt.
+    Raises:
+        ValueError: lengths differ, are 0, or are no multiple of per_prompt.
+    """
+    if len(scores) != len(rivals) or not len(scores) or len(scores) % per_prompt:
+        raise ValueError(
+            f"scores and rivals must have one length, a multiple of per_prompt = {per_prompt} above 0, "
+            f"got {len(scores)} and {len(rivals)}"
+        )
+    a, b = np.asarray(scores, dtype=np.float64), np.asarray(rivals, dtype=np.float64)
+    won = np.where(a > b, 1.0, np.where(a == b, 0.5, 0.0))
+    rate, n = float(won.mean()), float(len(won))
+    prompts = won.reshape(-1, per_prompt).mean(axis=1)
+    if per_prompt > 1 and len(prompts) > 1 and 0 < rate < 1:
+        n = float(min(n, rate * (1 - rate) / max(prompts.var(ddof=1) / len(prompts), 1e-12)))
+    low, high = wilson_interval(rate, n)
+    return WinRate(rate, low, high, int((a > b).sum()), int((a == b).sum()), len(won), n)
+
+
+def best_of_n_kl(n: int) -> float:
+    """Upper bound on KL(best-of-n || base) in nats: log n - (n - 1) / n; exact where no two responses tie.
+
+    Example:
+        >>> round(best_of_n_kl(16), 3)
+        1.835
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    return math.log(n) - (n - 1) / n
+
+
+def best_of(scores: Sequence[float], n: int, ended: Sequence[bool] | None = None) -> list[int]:
+    """Index of the best of each successive group of n scores; the first wins a tie.
+
+    Args:
+        scores: G * n rewards.
+        ended: G * n flags; a response that was cut at the length limit wins only where none of its group ended, since
+            the reward model was trained on whole texts and its score of a torso means little.
+    Returns:
+        G indices into `scores`.
+    """
+    if n < 1 or len(scores) % n:
+        raise ValueError(f"scores must come in whole groups of n = {n}, got {len(scores)}")
+    whole = [True] * len(scores) if ended is None else ended
+    groups = (range(start, start + n) for start in range(0, len(scores), n))
+    return [max(group, key=lambda i: (bool(whole[i]), scores[i], -i)) for group in groups]

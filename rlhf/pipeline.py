@@ -13,9 +13,12 @@ from types import SimpleNamespace
 
 from . import models
 from .data import check_chats, load_rows, reading, split_rows
+from .data.formats.base import others
 from .data.rows import plain, prompt_digest
 from .disk import lines_of
 from .ranges import SEED, at_least, check, check_arguments, option
+from .rewards.row_checks import usable
+from .rewards.scoring import named, reward_functions
 from .settings import ToolParser, preset_file, read_yaml
 from .stages import Stage, Stages, check_names, fresh_or_resumed, make_config, settings_of, write_rows
 from .training.stage import load_stage_tokenizer
@@ -179,6 +182,8 @@ def run_pipeline(args: PipelineConfig) -> Path:
 
         run = make_config(PPOConfig, "ppo", {**ppo, "ptx_coef": 0.0})
         options = {"response_length": run.response_length, "temperature": run.temperature, "seed": args.seed}
+        options |= {"max_prompt_length": run.max_prompt_length}
+        options |= {"long_prompts": "truncate" if run.long_prompts == "truncate" else "drop"}
         found = evaluate_policies(
             policies,
             [row["prompt"] for row in held_out],
@@ -216,19 +221,26 @@ def read_data(args: PipelineConfig, configs: dict) -> tuple[list[dict], list[dic
         configs: of `check_sections`.
     """
 
-    def read(name, kind, stage):
+    def read(name, kind, stage, **options):
         run = configs[stage]
-        rows = load_rows(name, kind, split=run.dataset_train_split, config=run.dataset_config, **reading(run))
-        return check_chats(tokenizers[stage], rows, run.bad_rows)
+        options |= {"split": run.dataset_train_split, "config": run.dataset_config, **reading(run)}
+        return check_chats(tokenizers[stage], load_rows(name, kind, **options), run.bad_rows)
 
     first = configs["sft"].chat_template if args.sft_dataset else None  # which later stages find with the model
     tokenizers = {stage: _tokenizer(args.model_name_or_path, run, first) for stage, run in configs.items()}
     if args.sft_dataset:
         read(args.sft_dataset, "sft", "sft")
     prompts = read(args.ranked_dataset, "ranked", "reward")
+    functions = named(reward_functions(None, configs["ppo"].reward_function))
     if args.prompts_dataset:
-        prompts = read(args.prompts_dataset, "prompts", "ppo")
-    prompts = list({prompt_digest(row): {"prompt": row["prompt"]} for row in prompts}.values())
+        prompts = read(args.prompts_dataset, "prompts", "ppo", columns=bool(functions))
+        prompts = [{**others(row), "prompt": row["prompt"], "at": row["at"]} for row in prompts]
+    else:
+        prompts = [{"prompt": row["prompt"], "at": row["at"]} for row in prompts]
+    prompts = usable(functions, prompts, configs["ppo"].bad_rows, has_reward_model=True)
+    for row in prompts:
+        del row["at"]
+    prompts = list({prompt_digest(row): row for row in prompts}.values())
     skip = {"bad_rows": configs["ppo"].bad_rows, "num_proc": configs["ppo"].dataset_num_proc}
     return prompts, load_rows(args.ptx_dataset, "text", **skip) if args.ptx_dataset else []
 

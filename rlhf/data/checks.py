@@ -2,7 +2,7 @@
 
 import sys
 
-from .chat import encode_prompt, render_prompt
+from .chat import render_prompt
 from .encoding import encode_row
 from .files import Bad
 from .problems import Problems
@@ -41,16 +41,3 @@ def _encode(tokenizer, row):
         render_prompt(tokenizer, prompt, prompt)
     else:
         encode_row(tokenizer, row, names, max_length=sys.maxsize)
-
-
-def encode_prompts(tokenizer, prompts, places=None):
-    """The ids of each prompt.
-
-    Args:
-        places: where each comes from, for messages; None: its number.
-    Raises:
-        DataError: all prompts that the chat template refuses.
-    """
-    places = places or [f"prompts[{index}]" for index in range(len(prompts))]
-    check_chats(tokenizer, [{"prompt": prompt, "at": at} for prompt, at in zip(prompts, places, strict=True)])
-    return [encode_prompt(tokenizer, prompt) for prompt in prompts]

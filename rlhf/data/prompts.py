@@ -1,11 +1,51 @@
 """Prompts that must fit into some room before a response is sampled: PPO, best-of-n, evaluation."""
 
+import logging
 from bisect import bisect_left
 
 from .chat import encode_prompt
-from .encoding import BEFORE_TURNS, fit_prompt
-from .files import Bad
+from .encoding import BEFORE_TURNS, TooLong, fit_prompt
+from .files import Bad, DataError
 from .messages import Chat
+from .problems import Problems
+
+logger = logging.getLogger("rlhf")
+
+
+def encode_prompts(tokenizer, prompts, places=None, *, room=None, long_prompts="truncate", bad_rows="error"):
+    """(prompts, their ids) of prompts made to fit into `room` tokens; how many were cut or dropped is told.
+
+    Args:
+        places: where each comes from, for messages; None: its number.
+        room, long_prompts: as in `encode_within`.
+        bad_rows: "skip" leaves out what the chat template refuses.
+    Raises:
+        DataError: all prompts that cannot be used, by place; or none is left.
+    """
+    if long_prompts not in ("truncate", "drop", "error"):
+        raise ValueError(f"long_prompts: got {long_prompts!r}, wants truncate, drop or error")
+    places = places or [f"prompts[{index}]" for index in range(len(prompts))]
+    problems, too_long, kept, found, cut = Problems(bad_rows), Problems("error"), [], [], 0
+    way = "drop" if long_prompts == "error" else long_prompts
+    for prompt, at in zip(prompts, places, strict=True):
+        try:
+            prompt, ids, is_cut = encode_within(tokenizer, prompt, room, way)
+        except TooLong as error:
+            too_long.add(at, error)
+            continue
+        except (Bad, DataError) as error:
+            problems.add(at, error)
+            continue
+        kept.append(prompt)
+        found.append(ids)
+        cut += is_cut
+    problems.settle(len(prompts))
+    if long_prompts == "error" or not kept:
+        too_long.settle(len(prompts))
+    for count, what in ((cut, "cut"), (len(too_long.found), "dropped")):
+        if count:
+            logger.warning("long_prompts: %s %d of %d prompts: %d tokens fit", what, count, len(prompts), room)
+    return kept, found
 
 
 def encode_within(tokenizer, prompt, room, long_prompts="truncate"):

@@ -9,7 +9,7 @@ function must reward it. `functools.partial` is looked through.
 import functools
 import logging
 
-from ..data.problems import by_reason
+from ..data.problems import Problems, by_reason
 
 logger = logging.getLogger("rlhf")
 
@@ -77,6 +77,21 @@ def unusable(functions, found, rows, *, has_reward_model=False):
             lines = by_reason([(rows[index]["at"], str(said[index])) for index in silent])
             logger.warning("%s says nothing about %d of %d rows:\n%s", name, len(silent), len(rows), "\n".join(lines))
     return bad
+
+
+def usable(functions, rows, bad_rows="error", *, has_reward_model=False):
+    """The rows that the functions can use; the others are an error, or left out.
+
+    Raises:
+        DataError: rows that cannot be used, by file and line; under "skip" only if nothing else is left.
+        ValueError: no row at all has the column that a function reads.
+    """
+    bad = unusable(functions, results(functions, rows), rows, has_reward_model=has_reward_model)
+    problems = Problems(bad_rows)
+    for index, reason in bad.items():
+        problems.add(rows[index]["at"], reason)
+    problems.settle(len(rows))
+    return [row for index, row in enumerate(rows) if index not in bad] if bad else rows
 
 
 def _reason(error):

@@ -46,7 +46,16 @@ def commands(home):
     }
     models_of_ppo = ["--sft_model_path", home / "policy", "--reward_model_path", home / "rm"]
     found["ppo"] = ["ppo", *models_of_ppo, "--dataset_name", home / "prompts.jsonl", "--output_dir", home / "run"]
-    best = ["--model_name_or_path", home / "policy", "--reward_model_path", home / "rm", "--n", 2]
+    best = [
+        "--model_name_or_path",
+        home / "policy",
+        "--reward_model_path",
+        home / "rm",
+        "--n",
+        2,
+        "--response_length",
+        8,
+    ]
     found["best-of-n"] = ["best-of-n", *best, "--dataset_name", home / "prompts.jsonl"]
     pipeline = ["pipeline", "--model_name_or_path", home / "policy", "--output_dir", home / "run"]
     found["pipeline, prompts"] = [*pipeline, "--ranked_dataset", home / "good-reward.jsonl"]
@@ -118,7 +127,8 @@ def test_they_are_left_out_when_asked(home, notes, name):
 
 
 def test_a_pipeline_reads_its_data_as_its_stages_do(home, notes):
-    """Names of columns, rows to leave out and messages with tools come to every stage, and to the evaluation."""
+    """Names of columns, rows to leave out and messages with tools come to every stage, and to the evaluation; what
+    reward functions read comes to PPO, once they have looked at it."""
     tools = [{"type": "function", "function": {"name": "find"}}]
     asked = [
         {"q": [{"role": "user", "content": text}], "tools": tools} for text in ("the dog", "the cat", "the", "dog")
@@ -127,12 +137,14 @@ def test_a_pipeline_reads_its_data_as_its_stages_do(home, notes):
     refused = {**good[0], "q": REFUSED}
     ranked = write_jsonl(home / "r.jsonl", [*good, refused])
     sft = write_jsonl(home / "s.jsonl", [refused, *good])
-    prompts = write_jsonl(home / "p.jsonl", [*asked, {"q": REFUSED}, *asked])
+    patterns = [{**row, "pattern": "ran"} for row in asked]
+    wrong = {"q": "the dog ran", "pattern": "("}
+    prompts = write_jsonl(home / "p.jsonl", [*patterns, {"q": REFUSED}, *patterns, wrong])
     skip = {"bad_rows": "skip"}
     sections = {
         "sft": {**STAGE, **skip, "columns": "prompt=q,completion=a", "num_samples": 0},
         "reward": {**STAGE, **skip, "columns": "prompt=q,chosen=a,rejected=b"},
-        "ppo": {**PPO, **skip, "columns": "prompt=q"},
+        "ppo": {**PPO, **skip, "columns": "prompt=q", "reward_function": "regex"},
         "evaluate": {"samples_per_prompt": 1},
     }
     (home / "settings.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
@@ -140,6 +152,7 @@ def test_a_pipeline_reads_its_data_as_its_stages_do(home, notes):
     argv += ["--ranked_dataset", ranked, "--prompts_dataset", prompts, "--held_out_prompts", 1]
     assert cli.main(list(map(str, [*argv, "--config", home / "settings.yaml"]))) == 0
     written = [json.loads(line) for line in (home / "run" / "data" / "prompts.jsonl").read_text().splitlines()]
-    assert len(written) == 3 and all(row["tools"] == tools for row in written)
+    assert len(written) == 3 and all((row["tools"], row["pattern"]) == (tools, "ran") for row in written)
     said = "\n".join(notes.messages)
     assert "p.jsonl:5: the tokenizer's chat template refuses" in said and "s.jsonl:1: the tokenizer's" in said
+    assert "left out 1 of 9 rows:" in said and "p.jsonl:10: regex: pattern: '(' is not a regular expression" in said

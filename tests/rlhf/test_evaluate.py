@@ -160,6 +160,55 @@ def test_best_of_n_command(models, tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
 
 
+LONG = ["a b c d e f g", "c", "a b c d"]
+
+
+def test_prompts_that_are_too_long_are_cut_dropped_or_an_error(models, caplog):
+    """In best-of-n and in an evaluation, by the models' context of 32 and by a limit of one's own."""
+    seen = []
+
+    def gold(prompt, text, ended):
+        seen.append(prompt)
+        return 0.0
+
+    best = {"n_values": (1,), "gold": gold}
+    policies = {"SFT": models["SFT"]}
+    for call in (
+        lambda **options: evaluate.best_of_n(models["SFT"], models["reward"], LONG, **best, **options),
+        lambda **options: evaluate.evaluate_policies(policies, LONG, gold=gold, **options),
+    ):
+        for options, asked, told in (
+            ({"response_length": 28}, LONG, "cut 1 of 3 prompts: 4 tokens fit"),
+            ({"response_length": 2, "max_prompt_length": 3}, LONG, "cut 2 of 3 prompts: 3 tokens fit"),
+            ({"response_length": 28, "long_prompts": "drop"}, LONG[1:], "dropped 1 of 3 prompts: 4 tokens fit"),
+        ):
+            seen.clear(), caplog.clear()
+            with caplog.at_level("WARNING"):
+                call(**options)
+            assert seen == asked and f"long_prompts: {told}" in caplog.text
+        with pytest.raises(
+            ValueError, match=r"prompts\[0\]: the prompt has 7 tokens, .*\nprompts\[2\]: the prompt has 4"
+        ):
+            call(response_length=29, long_prompts="error")
+        with pytest.raises(ValueError, match=r"response_length: got 32, which leaves no room .* a context of 32"):
+            call(response_length=32)
+        with pytest.raises(ValueError, match="long_prompts: got 'keep', wants truncate, drop or error"):
+            call(response_length=2, long_prompts="keep")
+    options = {"response_length": 2, "max_prompt_length": 1, "long_prompts": "drop"}
+    with pytest.raises(ValueError, match=r"prompts\[1\]: the prompt has 2 tokens, longer than the 1 that fit"):
+        evaluate.best_of_n(models["SFT"], models["reward"], ["a b", "c d"], **options)
+
+
+def test_best_of_n_reads_columns_and_leaves_bad_rows_out(models, tmp_path, capsys):
+    rows = [{"q": "a b"}, {"q": ""}, {"q": "c d e"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model_name_or_path", models["SFT"], "--reward_model_path", models["reward"], "--response_length", 6]
+    flags += ["--dataset_name", tmp_path / "p.jsonl", "--n", 1, "--columns", "prompt=q", "--bad_rows", "skip"]
+    flags += ["--max_prompt_length", 2, "--long_prompts", "drop", "--output_file", tmp_path / "best.jsonl"]
+    assert evaluate.main(list(map(str, flags))) == 0
+    assert [json.loads(line)["prompt"] for line in (tmp_path / "best.jsonl").read_text().splitlines()] == ["a b"]
+
+
 def test_best_of_n_keeps_what_the_reward_model_likes(models):
     table, choices = evaluate.best_of_n(
         models["SFT"], models["reward"], ["a", "b c"], n_values=(1, 16), response_length=5
