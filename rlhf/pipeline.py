@@ -224,7 +224,8 @@ def read_data(args: PipelineConfig, configs: dict) -> tuple[list[dict], list[dic
     def read(name, kind, stage, **options):
         run = configs[stage]
         options |= {"split": run.dataset_train_split, "config": run.dataset_config, **reading(run)}
-        return check_chats(tokenizers[stage], load_rows(name, kind, **options), run.bad_rows)
+        rows = load_rows(name, kind, **options)
+        return check_chats(tokenizers[stage], rows, run.bad_rows, what=kind, num_proc=run.dataset_num_proc)
 
     first = configs["sft"].chat_template if args.sft_dataset else None  # which later stages find with the model
     tokenizers = {stage: _tokenizer(args.model_name_or_path, run, first) for stage, run in configs.items()}

@@ -115,7 +115,7 @@ def encoded(rows, way, args, *, what, limit):
     problems = Problems(getattr(args, "bad_rows", "error"))
     for at, reason in told["problems"]:
         problems.add(at, reason)
-    problems.settle(len(rows))
+    problems.settle(len(rows), what)
     if told["cut"]:
         logger.warning("cut the left end of %d of %d %s prompts to fit into %s", told["cut"], len(rows), what, limit)
     if told["dropped"]:

@@ -25,15 +25,21 @@ class Problems:
     def add(self, at, reason):
         self.found.append((at, str(reason)))
 
-    def settle(self, total):
-        """Raise, or tell, what was found among `total` rows; where all of them are bad it raises in any case."""
+    def settle(self, total, what=""):
+        """Raise, or tell, what was found among `total` rows; where all of them are bad it raises in any case.
+
+        Args:
+            what: the name of these rows in messages, such as "held-out".
+        """
         if not self.found:
             return
-        bad = len({at for at, _ in self.found})
-        if self.bad_rows == "error" or bad >= total:
+        bad, name = len({at for at, _ in self.found}), f"{what} rows" if what else "rows"
+        if self.bad_rows == "error":
             raise DataError("\n".join(self._listed()))
+        if bad >= total:
+            raise DataError("\n".join([*self._listed(), f"bad_rows: skip leaves none of the {total} {name}"]))
         reasons = "\n".join(by_reason(self.found))
-        logger.warning("left out %d of %d rows:\n%s", bad, total, reasons, extra={"bad_rows": bad})
+        logger.warning("left out %d of %d %s:\n%s", bad, total, name, reasons, extra={"bad_rows": bad})
 
     def _listed(self):
         lines = [f"{at}: {reason}" for at, reason in self.found[:SHOWN]]
@@ -56,7 +62,7 @@ _PLACE = re.compile(r"(.*?[:\[])(\d+)(\]?)", re.DOTALL)
 
 
 def _places(places):
-    """ "file:3", "file:4", "file:5", "file:9" as "file:3-5,9"; places of another form as they are."""
+    """Lines in a row as one place: file:3, file:4, file:5, file:9 as file:3-5,9; places of another form as they are."""
     spans = []
     for at in places:
         found = _PLACE.fullmatch(at)

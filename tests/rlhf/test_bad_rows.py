@@ -123,7 +123,22 @@ def test_they_are_left_out_when_asked(home, notes, name):
     assert cli.main(argv) == 0
     said = "\n".join(notes.messages)
     assert f"left out 1 of 4 rows:\n{file}:4: is not JSON" in said
-    assert f"left out 1 of 3 rows:\n{file}:3: the tokenizer's chat template refuses" in said
+    which = "" if name == "ppo" else "training "
+    assert f"left out 1 of 3 {which}rows:\n{file}:3: the tokenizer's chat template refuses" in said
+
+
+def test_an_error_says_where_none_is_left(home, capsys):
+    """Of two rows the one that is held out is the one that is refused."""
+    rows = write_jsonl(home / "two.jsonl", [{"prompt": prompt, "completion": "ran"} for prompt in (GOOD, REFUSED)])
+    argv = ["sft", "--model_name_or_path", home / "policy", "--dataset_name", rows, "--bad_rows", "skip"]
+    for seed in range(8):
+        flags = ["--use_cpu", "true", "--output_dir", home / f"run-{seed}", "--seed", seed, "--eval_fraction", 0.5]
+        flags += ["--max_steps", 1, "--num_samples", 0]
+        if cli.main(list(map(str, argv + flags))) and "held-out rows" in (said := capsys.readouterr().err):
+            break
+    lines = said.strip().split("\n")[-2:]
+    assert f"{rows}:2: the tokenizer's chat template refuses" in lines[0]
+    assert lines[1] == "bad_rows: skip leaves none of the 1 held-out rows"
 
 
 def test_a_pipeline_reads_its_data_as_its_stages_do(home, notes):
