@@ -1,6 +1,7 @@
 """`rlhf data`: what a data set holds, as a stage would read it; and its rows written in our own fields."""
 
 import contextlib
+import hashlib
 import itertools
 import logging
 import zlib
@@ -12,11 +13,10 @@ import numpy
 
 from .. import data
 from ..data import formats, kinds, rankings, rows
-from ..data.examples import encode_rows
+from ..data.encoders import encode_rows
 from ..data.mixtures import named_sets
-from ..data.problems import Problems
+from ..data.prompts import encode_prompts
 from ..data.sources import files_of
-from ..data.store import content_digest
 from ..disk import json_bytes, prepare_output_file, write_parts
 from ..ranges import at_least, check_arguments
 from ..settings import ToolParser
@@ -39,6 +39,7 @@ def main(argv=None) -> int:
     parser.add_argument("file", nargs="?", help="file, pattern, folder, or a name that the package datasets knows")
     parser.add_argument("--kind", choices=rows.KINDS, help="read it as this; default: the kind that says most")
     parser.add_argument("--model_name_or_path", help="count tokens, and render the example, as this model reads them")
+    parser.add_argument("--chat_template", help="for a model without one: chatml, or a file with one")
     parser.add_argument("--trust_remote_code", action="store_true", help="let the model's folder run code of its own")
     parser.add_argument("--columns", help="which columns hold what: prompt=instruction+input,completion=output")
     parser.add_argument("--data_format", default="auto", help="how a published set is read; see --formats")
@@ -59,8 +60,9 @@ def main(argv=None) -> int:
     if args.file is None:
         parser.error("wants a file, a folder or the name of a data set (or --formats)")
     check_arguments({"max_length": (int | None, at_least(2))}, vars(args))
-    if args.max_length and not args.model_name_or_path:
-        parser.error("--max_length counts tokens, so it needs --model_name_or_path")
+    for name in ("max_length", "chat_template"):
+        if getattr(args, name) and not args.model_name_or_path:
+            parser.error(f"--{name} is about tokens, so it needs --model_name_or_path")
     output = output_file(args) if args.write else None
     with noted() as told:
         found = Survey(args, told)
@@ -165,7 +167,7 @@ class Survey:
         if args.max_length:
             told.clear()
             with contextlib.suppress(ValueError):  # that no row is left; it is told too
-                self.encoded(args.max_length)
+                self.prompt_tokens(args.max_length) if self.kind == "prompts" else self.encoded(args.max_length)
             self.notes += [record.getMessage() for record in told if not hasattr(record, "bad_rows")]
 
     def report(self):
@@ -233,15 +235,10 @@ class Survey:
         names = ANSWERS.get(self.kind, ("completion",))
         return encode_rows(self.tokenizer, self.rows, names, settings, what=self.kind)
 
-    def prompt_tokens(self):
-        found, problems = [], Problems("skip")
-        for row in self.rows:
-            try:
-                found.append(len(data.encode_prompt(self.tokenizer, row["prompt"])))
-            except data.DataError as error:
-                problems.add(row["at"], error)
-        problems.settle(len(self.rows))
-        return found
+    def prompt_tokens(self, room=None):
+        prompts, places = [row["prompt"] for row in self.rows], [row["at"] for row in self.rows]
+        _, found = encode_prompts(self.tokenizer, prompts, places, room=room, bad_rows="skip")
+        return list(map(len, found))
 
     def example(self):
         """Lines of the first row, the learned part in marks."""
@@ -290,8 +287,15 @@ def answers_of(ranked) -> str:
 
 def duplicates_of(found) -> str:
     """How many rows repeat another one's prompt, or all that it says."""
-    prompts, whole = (len(found) - len(set(map(name, found))) for name in (rows.prompt_digest, content_digest))
+    prompts = repeated(found, "digests", rows.prompt_digest)
+    whole = repeated(found, "contents", lambda row: hashlib.sha256(line_of(row)).digest())
     return f"{prompts} rows repeat a prompt, {whole} the whole row" if "prompt" in found[0] else f"{whole} rows"
+
+
+def repeated(found, name, digest) -> int:
+    """How many rows have a digest that an earlier one has; `name`: the attribute that holds them, if it is there."""
+    held = getattr(found, name, None)
+    return len(found) - len(set(map(digest, found) if held is None else map(bytes, held)))
 
 
 def texts_of(row, kind):
@@ -342,4 +346,5 @@ def shown(text):
 def load_tokenizer(args):
     from .. import models
 
-    return models.load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    options = {"chat_template": args.chat_template, "trust_remote_code": args.trust_remote_code}
+    return models.load_tokenizer(args.model_name_or_path, **options)

@@ -168,6 +168,21 @@ def test_what_does_not_fit(tell, tmp_path, model):
     assert "cut the left end of 1 of 2" in told and "dropped 1 of 2" in told
 
 
+def test_prompts_and_a_template_of_ones_own(tell, tmp_path, model):
+    """chatml writes user, line breaks and assistant beside a's word; words that are one token each, or unknown."""
+    file = write_jsonl(
+        tmp_path / "p.jsonl", [{"prompt": [user("a")]}, {"prompt": [{"role": "system", "content": "a"}]}]
+    )
+    status, found, _ = tell(file, "--model_name_or_path", model)
+    assert status == 1 and f"{file}:2: the tokenizer's chat template refuses" in "\n".join(found["rows"])
+    assert found["prompts"][0] == "1; tokens: least 4, median 4, 95 % up to 4, most 4"
+    _, found, _ = tell(file, "--model_name_or_path", model, "--bad_rows", "skip", "--max_length", 3)
+    assert "cut 1 of 2 prompts: 3 tokens fit" in "\n".join(found["rows"])
+    status, found, _ = tell(file, "--model_name_or_path", model, "--chat_template", "chatml")
+    assert status == 0 and found["prompts"][0].startswith("2; tokens: ")
+    assert found["example"][1:] == ["a"]
+
+
 def test_classes_of_a_histogram():
     sizes = [3] * 4 + [12] * 10 + [25] * 5 + [1000]
     lines = list(data_set.histogram(sizes, "tokens"))
@@ -252,7 +267,7 @@ def test_formats_are_listed(capsys):
     ("argv", "message"),
     [
         ([], "wants a file, a folder or the name of a data set"),
-        (["x.jsonl", "--max_length", "8"], "--max_length counts tokens, so it needs --model_name_or_path"),
+        (["x.jsonl", "--max_length", "8"], "--max_length is about tokens, so it needs --model_name_or_path"),
         (["no-such.jsonl"], "no-such.jsonl: no such file"),
         (
             ["x.jsonl", "--max_length", "1", "--model_name_or_path", "demo"],
