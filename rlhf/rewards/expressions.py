@@ -9,6 +9,7 @@ import importlib.util
 import math
 import numbers
 import re
+from decimal import Decimal
 from typing import NamedTuple
 
 from .final_answer import Number, final_part, is_marked, only_number, without_dollars
@@ -20,15 +21,17 @@ KEPT = 1 << 16
 """Comparisons that are remembered; a policy says the same again and again."""
 
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}")
-_FUNCTIONS = "arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|infty|theta"
+_FUNCTIONS = "arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|infty|infinity|theta"
 _WAYS_TO_WRITE = (
     (r"\*\*", "^"), (r"(?<!\\)\*", r"\\cdot "), ("−", "-"), ("×", r"\\times "), ("·", r"\\cdot "), ("÷", r"\\div "),
     ("∞", r"\\infty "), ("π", r"\\pi "), ("≤", r"\\le "), ("≥", r"\\ge "), ("∪", r"\\cup "), ("∩", r"\\cap "),
-    (r"√\s*\(([^()]*)\)|√\s*(\w+)", r"\\sqrt{\1\2}"), (r"\\?\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"\^\s*(-\d+|\d\d+)", r"^{\1}"), (rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])", r"\\\1 "),
+    (r"√\s*\(([^()]*)\)|√\s*(\w+)", r"\\sqrt{\1\2}"), (r"\\?(?<![A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"\^\s*(-\d+|\d\d+)", r"^{\1}"), (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
+    (rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])", r"\\\1 "), (r",?\s+(?:and|or)\s+", ", "),
 )  # fmt: skip
 _UNIT = re.compile(r"(?<=[\d})!])\s+[A-Za-z][A-Za-z ]{3,}$")
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}")
+_NO_WORDS = re.compile(rf"\\(?:begin|end|operatorname)\{{\w+\*?\}}|(?<![A-Za-z])(?:{_FUNCTIONS})(?![A-Za-z])")
+_WORD = re.compile(r"(?<![\\A-Za-z])(?=[A-Z]*[a-z])[A-Za-z]{4,}")
 
 _workers = Workers("math")
 _known = {}
@@ -58,14 +61,14 @@ def truth_of(entry):
     Returns:
         Truth; None where there is nothing that could be read. Whether its LaTeX can be, `readable` tells.
     """
-    if isinstance(entry, bool) or not isinstance(entry, (str, numbers.Real)):
+    if isinstance(entry, bool) or not isinstance(entry, (str, numbers.Real, Decimal)):
         return None
-    if isinstance(entry, float) and not math.isfinite(entry):
+    if not isinstance(entry, str) and not math.isfinite(entry):
         return None
     return _truth(str(entry))
 
 
-@functools.lru_cache(maxsize=KEPT)
+@functools.lru_cache(maxsize=KEPT // 4)
 def _truth(text):
     part, number = final_part(text) if is_marked(text) else (text, only_number(text))
     part = without_dollars(part or "")
@@ -89,9 +92,7 @@ def _words(text):
 
 
 def _may_be_read(text):
-    bare = re.sub(
-        rf"\\(?:begin|end|operatorname)\{{\w+\*?\}}|\b({_FUNCTIONS})\b", "", _UNIT.sub("", _TEXT.sub("", text))
-    )
+    bare = _NO_WORDS.sub("", _UNIT.sub("", _TEXT.sub("", text)))
     return 0 < len(text.strip()) <= MAX_CHARACTERS and re.search(r"\w", text) is not None and not _WORD.search(bare)
 
 

@@ -22,11 +22,12 @@ _LATEX = (
 _FRACTION = re.compile(r"(?:(\d)\s*)?\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)\s*(\d))")
 _WORDS = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{[^{}]*\}")
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_MARK = re.compile(r"####|\b[Aa]nswers?\b\**(?:[^.\n:=]{0,60}?\bis\b|[ ]?[:=])")
+_MARK = re.compile(r"####|\b(?i:answers?)\b\**(?:[^.\n:=]{0,60}?\bis\b|[ ]?[:=])")
 _SENTENCE = re.compile(r"\.(?=\s|\**$)|[\n;]")
 _FORMULA = re.compile(  # as in Markdown: a dollar beside a space, or before a digit, is money
     r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?=[^\s$])((?:\\.|[^$\\\n])*?[^\s\\])\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
 )
+_LINK = re.compile(r"\s*(?:,\s*)?(?:and|or)?\s*")
 _TAIL = 4000
 """Characters at the end of a text in which a formula or a mark is looked for."""
 
@@ -39,8 +40,10 @@ class Number(NamedTuple):
 
     def same(self, other):
         """Whether both are one number, where 50 % may stand for 50 and for 1/2."""
-        values = [{number.value, number.value / 100} if number.percent else {number.value} for number in (self, other)]
-        return bool(values[0] & values[1])
+        if self.percent == other.percent:
+            return self.value == other.value
+        share, number = (self, other) if self.percent else (other, self)
+        return number.value in (share.value, share.value / 100)
 
 
 def final_part(text):
@@ -58,8 +61,7 @@ def final_part(text):
             return said, only_number(said) or _leading_number(said)
     formula = next(reversed([found for found in _FORMULA.finditer(text) if _is_formula(found)]), None)
     if formula and not _NUMBER.search(plain(text[formula.end() :])):
-        inside = next(filter(None, formula.groups()))
-        return inside, only_number(inside)
+        return _inside(formula), only_number(_inside(formula))
     found = list(_NUMBER.finditer(plain(text)))
     return (found[-1][0], _value(found[-1])) if found else (None, None)
 
@@ -81,18 +83,30 @@ def is_marked(text):
 
 
 def _said(tail):
-    """What stands behind a mark to the end of its sentence, without Markdown's stars; what a formula there holds."""
+    """What stands behind a mark to the end of its sentence, without Markdown's stars.
+
+    Of a formula, what is in it, and of formulas with "and", "or" or a comma between them; unless a number comes first.
+    """
     tail = tail.lstrip(" \t\n:*=")
     end = _SENTENCE.search(tail)
     formula = _FORMULA.search(tail)
-    if formula and (end is None or formula.start() < end.start()):
-        return next(filter(None, formula.groups())).strip()
+    if formula and (end is None or formula.start() < end.start()) and not _NUMBER.search(tail[: formula.start()]):
+        parts = [_inside(formula)]
+        while link := _LINK.match(tail, formula.end()):
+            formula = _FORMULA.match(tail, link.end())
+            if formula is None:
+                break
+            parts.append(_inside(formula))
+        return ", ".join(parts)
     return tail[: end and end.start()].strip().rstrip("*.,;!? ")
 
 
+def _inside(formula):
+    return next(filter(None, formula.groups())).strip()
+
+
 def _is_formula(found):
-    inside = next(filter(None, found.groups()))
-    return re.search(r"\d|\\[A-Za-z]|[-+*/=<>]", inside) is not None
+    return re.search(r"\d|\\[A-Za-z]|[-+*/=<>]", _inside(found)) is not None
 
 
 def _last_box(text):
@@ -142,7 +156,7 @@ def without_dollars(text):
     """A formula without what stands around it."""
     text = text.strip()
     found = _FORMULA.fullmatch(text)
-    return next(filter(None, found.groups())).strip() if found else text
+    return _inside(found) if found else text
 
 
 def plain(text):

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def grade(truth, response):
         (r"(-\infty,0)\cup(1,2)", r"\boxed{(1,2)\cup(-\infty,0)}", r"\boxed{(1,2)}"),
         (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\boxed{1,2}"),
         (r"\pm 3", r"\boxed{3,-3}", r"\boxed{3}"),
+        ("2 or 3", "The answer is $3$, $2$.", "The answer is $3$."),
+        ("2, 3 and 4", "The answer is $3$, $4$ and $2$.", "The answer is $3$ and $2$."),
+        ("[2sqrt(3), inf)", r"\boxed{\left[\sqrt{12}, \infty\right)}", r"\boxed{[2, \infty)}"),
         ("y = 2x + 3", r"\boxed{3+2x}", r"\boxed{3-2x}"),
         (r"3\sqrt{2}\text{ cm}", r"\boxed{3\sqrt{2}}", r"\boxed{3}"),
         (r"3\sqrt{2} oranges", r"\boxed{3\sqrt{2}}", r"\boxed{2}"),
@@ -73,6 +77,8 @@ def test_expressions(math_verify, truth, right, wrong):
         ("50%", "50", 1.0),
         ("50%", "0.5", 1.0),
         ("50%", "5", 0.0),
+        ("50%", "0.5%", 0.0),
+        ("50 percent", r"\boxed{50\%}", 1.0),
         (r"\$1,250.50", "1250.5", 1.0),
         ("1,234,567", r"\boxed{1{,}234{,}567}", 1.0),
         ("1 1/2", r"\boxed{1\frac{1}{2}}", 1.0),
@@ -96,6 +102,10 @@ def test_expressions(math_verify, truth, right, wrong):
         (42, "**Answer:** 42 apples, as 6 * 7 is 42", 1.0),
         (9, "The answer is 12 - 3 = 9", 1.0),
         (12, "The answer is 12 - 3 = 9", 0.0),
+        (5, "The answer is 5, since $x = 3$.", 1.0),
+        (3, "The answer is 5, since $x = 3$.", 0.0),
+        (5, "ANSWER: 5", 1.0),
+        (Decimal("0.50"), "1/2", 1.0),
         (11, "The answer is x + 11", 0.0),
         (1, "The answer is (1, 2)", 0.0),
         (12, "The answer is:\n\n12", 1.0),
