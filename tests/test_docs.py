@@ -267,3 +267,11 @@ def test_make_targets_exist(name):
     if named:
         targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
         assert named <= targets, f"{name} names targets that the Makefile lacks: {sorted(named - targets)}"
+
+
+def test_the_page_on_data_names_every_format():
+    """Each under the commands that its rows serve."""
+    formats = importlib.import_module("rlhf.data.formats").FORMATS
+    text = need_page("docs/data.md").read_text()
+    table = {name for line in text.splitlines() if line.startswith("| ") for name in re.findall(r"`([\w-]+)`", line)}
+    assert formats.keys() <= table
