@@ -23,6 +23,7 @@ from .messages import (
 from .mixtures import mixed, named_sets
 from .problems import Problems
 from .store import prompt_digest, take
+from .tables import unpadded
 
 logger = logging.getLogger("rlhf")
 
@@ -111,8 +112,9 @@ def rows_of(rows, kind, *, name, columns=False, column_map=None, data_format="au
 
 
 def _in_memory(rows, name):
+    is_table = hasattr(rows, "features")  # of the package `datasets`
     for index, row in enumerate(rows):
-        yield f"{name}[{index}]", row
+        yield f"{name}[{index}]", unpadded(row) if is_table else row
 
 
 def _check_kind(kind):

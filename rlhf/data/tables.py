@@ -27,7 +27,7 @@ def _table(path, what, batches):
         raise DataError(f"{path}: reading {what} files needs the package pyarrow (pip install pyarrow)") from None
     try:
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches(path))
-        yield from chunked(path, enumerate(map(without_none, rows), start=1))
+        yield from chunked(path, enumerate(map(unpadded, rows), start=1))
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: is not a whole {what} file ({reason})") from None
@@ -61,12 +61,36 @@ def _arrow_batches(path):
 
 def chunks_of_set(name, rows):
     """The rows of a set of the package `datasets`."""
-    yield from chunked(name, enumerate(map(without_none, rows), start=1))
+    yield from chunked(name, enumerate(map(unpadded, rows), start=1))
 
 
-def without_none(row):
-    """A row without the fields that are None."""
-    return {name: value for name, value in row.items() if value is not None}
+CALLS = ("tools", "tool_calls", "function_call", "chat_template_kwargs")
+
+
+def unpadded(row):
+    """A row without the fields that are None, and without those in calls and descriptions of tools.
+
+    All rows of a table have all fields of a struct: what only the call of another row says is None here.
+    """
+    return {name: _unpadded(name, value) for name, value in row.items() if value is not None}
+
+
+def _unpadded(name, value):
+    if isinstance(value, (dict, list)):
+        if name in CALLS:
+            return _without_none(value)
+        if isinstance(value, list):
+            return [_unpadded(None, item) for item in value]
+        return {key: _unpadded(key, item) for key, item in value.items()}
+    return value
+
+
+def _without_none(value):
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return value
 
 
 TABLES = {".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}

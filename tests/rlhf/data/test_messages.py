@@ -65,6 +65,35 @@ def test_tools_and_template_settings_go_with_the_prompt(kind, written):
         assert read(kind, {"messages": [USER, YO], "tools": nothing})[0]["prompt"].tools is None
 
 
+def called(**arguments):
+    return {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
+def described(**properties):
+    return [{"function": {"name": "f", "parameters": {"properties": properties}}}]
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved", "memory"])
+def test_a_call_holds_what_it_says_and_not_what_other_rows_say(tmp_path, form):
+    """Tables give every row the fields of all, None where it has none; in JSON a null is meant."""
+    datasets = pytest.importorskip("datasets", reason="needs the optional package datasets")
+    given = [
+        {"messages": [USER, called(city="x")], "tools": described(city={"type": "string"})},
+        {"messages": [USER, called(day=3)], "tools": described(day={"type": "integer", "least": 1})},
+    ]
+    table = datasets.Dataset.from_list(given)
+    if form == "parquet":
+        table.to_parquet(tmp_path / "rows.parquet")
+    elif form == "saved":
+        table.save_to_disk(tmp_path / "rows")
+    source = {"parquet": tmp_path / "rows.parquet", "saved": tmp_path / "rows", "memory": table}[form]
+    rows = data.rows_of(source, "sft", name="rows")
+    assert [row["completion"] for row in rows] == [[row["messages"][1]] for row in given]
+    assert [row["prompt"].tools for row in rows] == [row["tools"] for row in given]
+    meant = called(city=None)
+    assert read("sft", {"messages": [USER, meant]})[0]["completion"] == [meant]
+
+
 def test_parts_of_text_are_joined():
     parts = [{"type": "text", "text": "h"}, "i", {"type": "text", "text": "", "image_url": None}]
     (row,) = read("sft", {"messages": [{"role": "user", "content": parts}, YO]})
