@@ -1,5 +1,6 @@
 """Rows: every bad one is named, and what is read has one form."""
 
+import json
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from rlhf import data
 from rlhf.data import Chat
 from rlhf.data import rows as rows_module
+from rlhf.data.files import Bad
 from tests.tiny import WORDS, write_jsonl
 
 TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
@@ -226,3 +228,35 @@ def test_a_pair_is_a_good_and_a_bad_response(tmp_path):
 def test_data_that_give_nothing_to_learn_from_are_an_error():
     with pytest.raises(data.DataError, match=r"rows: none of 1 rows gives one .*tied"):
         data.rows_of([{**RANKED, "ranks": [1, 1]}], "preference", name="rows")
+
+
+FIELDS = (
+    "prompt", "completion", "messages", "text", "completions", "ranks", "scores", "chosen", "rejected", "label",
+    "weight", "margin", "margins", "labeler", "pairs", "tools", "chat_template_kwargs",
+)  # fmt: skip
+
+
+def any_value(chance, depth=0):
+    made = [
+        lambda: chance.choice(["", "a", " ", "\ud83d", "[1]", "{}", "1", "nan"]),
+        lambda: chance.choice([0, 1, -1, 2.5, float("nan"), 10**400, True, None, b"x", (1,)]),
+        lambda: [{"role": chance.choice(["user", "assistant"]), "content": "hi"} for _ in range(chance.randrange(5))],
+        lambda: {chance.choice(["role", "content", "type", "tool_calls", "weight", 3]): any_value(chance, depth + 1)},
+        lambda: [any_value(chance, depth + 1) for _ in range(chance.randrange(4))],
+    ]
+    return chance.choice(made if depth < 3 else made[:3])()
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_whatever_a_row_holds_it_is_read_or_told_in_one_line(kind):
+    chance, rows = random.Random(kind), []
+    for _ in range(3000):
+        raw = {**GOOD[kind], **{name: any_value(chance) for name in chance.sample(FIELDS, chance.randrange(5))}}
+        try:
+            rows += rows_module.check_row(raw, kind)
+        except Bad as error:
+            assert str(error) and "\n" not in str(error)
+    assert rows
+    for row in rows:
+        (again,) = rows_module.check_row(json.loads(json.dumps(rows_module.plain(row))), kind)
+        assert again == row and again.get("prompt") == row.get("prompt")
