@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from .files import Bad, DataError
+from .messages import shown
 
 LONGEST_REASON = 500
 
@@ -262,7 +263,7 @@ def _written(tokens, text):
 
 def as_text(text):
     """A prompt or completion as one string, for people: messages are joined by line breaks."""
-    return text if isinstance(text, str) else "\n".join(str(message.get("content") or "") for message in text)
+    return text if isinstance(text, str) else "\n".join(map(shown, text))
 
 
 def pad_batch(sequences, pad_id, side="right"):

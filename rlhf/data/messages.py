@@ -9,7 +9,7 @@ import json
 from .files import Bad
 
 DEEPEST = 100
-SAID = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+SAID = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
 _ABOUT = {"role", "content", "name", "weight", "tool_call_id"}
 
 
@@ -128,6 +128,13 @@ def says_something(message):
     """Whether a message has content, a tool call or reasoning."""
     content = message.get("content")
     return bool(content and not content.isspace()) or any(message.get(field) for field in SAID)
+
+
+def shown(message):
+    """What a message says, as text for people: reasoning, content and calls of tools, in lines."""
+    said_in = [*SAID[:3], "content", *SAID[3:]]
+    parts = [message[field] for field in said_in if message.get(field)]
+    return "\n".join(part if isinstance(part, str) else json.dumps(part, ensure_ascii=False) for part in parts)
 
 
 def _parsed(name, value, kind, what):

@@ -218,6 +218,15 @@ def test_parts_that_are_no_text_are_refused(kind):
     assert f"the content of `prompt[0]` holds a part of type '{kind}'" in refused("prompts", row)
 
 
+def test_people_see_all_that_is_said():
+    call = [{"function": {"name": "find"}}]
+    thought = {**YO, "reasoning_content": "hm", "tool_calls": call}
+    assert data.as_text([USER, thought, CALL, YO]) == (
+        'hi\nhm\nyo\n[{"function": {"name": "find"}}]\n[{"type": "function", "function": {"name": "find"}}]\nyo'
+    )
+    assert data.as_text("a\nb") == "a\nb"
+
+
 def test_an_unlearned_turn_may_be_empty():
     (row,) = read("sft", {"messages": [USER, {**EMPTY, "weight": 0}, MORE, BYE]})
     assert row["completion"][0] == {**EMPTY, "weight": 0}

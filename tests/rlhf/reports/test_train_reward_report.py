@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf import data
 from rlhf.reports import reward_model as reward_report
 from rlhf.reports.reward_model import calibration, labeler_agreement, ranking_report, report_table, share_interval
 from rlhf.reward import train_reward
@@ -174,7 +175,8 @@ def test_a_run_holds_all_of_it(tmp_path, capsys):
             scores = [score + 2.5 * generator.random() for score in row["scores"]]
             order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
             rows.append({**row, "scores": scores, "labeler": labeler, "pairs": [order[:2]]})
-    run = train_reward(config_maker(tmp_path, rows)(num_train_epochs=2, eval_fraction=0.3))
+    args = config_maker(tmp_path, rows)(num_train_epochs=2, eval_fraction=0.3)
+    run = train_reward(args)
     summary = json.loads((run / "run.json").read_text())["summary"]
     for group in ("k", "gap", "labeler", "labeler_group"):
         counts = summary[f"eval/pairs_by_{group}"]
@@ -184,7 +186,8 @@ def test_a_run_holds_all_of_it(tmp_path, capsys):
         assert set(summary[f"eval/longer_wins_by_{group}"]) == set(counts)
     assert summary["eval/accuracy_low"] < summary["eval/accuracy"] < summary["eval/accuracy_high"]
     assert summary["eval/pairs_by_labeler_group"].keys() == {"in training"}
-    assert summary["eval/pairs_judged"] == 10 and 0.5 < summary["labeler_agreement"] < 1
+    assert summary["eval/pairs_judged"] == len(data.split_rows(rows, 0.3, args.seed)[1])  # one in each row
+    assert 0.5 < summary["labeler_agreement"] < 1
     assert sum(summary["eval/calibration"]["pairs"]) == summary["eval/pairs"]
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = next(row for row in metrics if "eval/accuracy" in row)
