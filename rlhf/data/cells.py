@@ -8,11 +8,19 @@ NOT_TEXT = (
 )  # fmt: skip
 
 
+TEXT_OR_MESSAGES = ("prompt", "completion", "chosen", "rejected")
+
+
 def typed(raw):
-    """A row in our fields; those that are no text are read where they are text. An empty one is absent."""
+    """A row in our fields; those that are no text, or are messages, are read where they are text; empty ones absent."""
     found = {
         name: _read(value) if name in NOT_TEXT and isinstance(value, str) else value for name, value in raw.items()
     }
+    for name in TEXT_OR_MESSAGES:
+        if isinstance(found.get(name), str) and found[name].lstrip().startswith("[{"):
+            value = _read(found[name])
+            if isinstance(value, list) and all(isinstance(v, dict) and {"role", "content"} <= v.keys() for v in value):
+                found[name] = value
     return {name: value for name, value in found.items() if not (name in NOT_TEXT and value == "")}
 
 

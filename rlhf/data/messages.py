@@ -10,7 +10,9 @@ from .files import Bad
 
 DEEPEST = 100
 SAID = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
-_ABOUT = {"role", "content", "name", "weight", "tool_call_id"}
+NOT_LEARNED = ("loss", "train")
+"""Fields of a message that say with false what `weight` says with 0, as other trainers have it."""
+_ABOUT = {"role", "content", "name", "weight", "tool_call_id", *NOT_LEARNED}
 
 
 class Chat(list):
@@ -84,6 +86,8 @@ def text_of(name, value):
         raise Bad(f"`{name}` must be a string, got {type(value).__name__}")
     if not value or value.isspace():
         raise Bad(f"`{name}` is empty")
+    if value.lstrip().startswith("[{'") and "'role':" in value:
+        raise Bad(f"`{name}` looks like a list of messages as Python writes it, wants a list, or one as JSON")
     check_value(name, value)
     return value
 
@@ -107,6 +111,8 @@ def _message(name, message):
         raise Bad(f"the content of `{name}` must be a string, parts of text or null, got {type(content).__name__}")
     if content is None and set(found) <= _ABOUT:
         raise Bad(f"`{name}`, of the role {role!r}, has no content")
+    if any(found.get(field) is False for field in NOT_LEARNED):
+        found.setdefault("weight", 0)
     if "weight" in found and found["weight"] not in (0, 1):
         raise Bad(f"the weight of `{name}` must be 1 (learned) or 0 (only read), got {found['weight']!r}")
     check_value(name, found)
@@ -245,9 +251,11 @@ def _repeated(prompt, dialogue):
     """How many messages at the beginning of a dialogue repeat the prompt."""
     if isinstance(prompt, str):
         first = next((index for index, message in enumerate(dialogue) if message["role"] not in _BEFORE), None)
-        asked = first is not None and dialogue[first]["role"] == "user"
-        same = asked and (dialogue[first].get("content") or "").strip() == prompt.strip()
-        return first + 1 if same else 0
+        if first is None or dialogue[first]["role"] != "user":
+            return 0
+        asked = [index for index, message in enumerate(dialogue) if message["role"] == "user"]
+        said = ((index, (dialogue[index].get("content") or "").strip()) for index in asked)
+        return next((index + 1 for index, text in said if text == prompt.strip()), 0)
     return len(prompt) if prompt[0]["role"] != "assistant" and dialogue[: len(prompt)] == prompt else 0
 
 

@@ -247,6 +247,9 @@ def _check_unpaired(raw):
         row = _split_dialogue(raw, messages, after_last_question(messages))
     else:
         row = _prompt_and_completion(raw)
+        if isinstance(raw["prompt"], str) and isinstance(raw["completion"], list):  # the last answer is judged
+            messages = row["prompt"] + row["completion"]
+            row = _split_dialogue(raw, messages, after_last_question(messages))
     return {**row, "label": bool(label)}
 
 

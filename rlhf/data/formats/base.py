@@ -73,6 +73,38 @@ def no_media(raw):
             raise Bad(f"goes with `{name}`; only texts can be read")
 
 
+SYSTEMS = ("system", "system_prompt")
+
+
+def system_of(raw):
+    """What the column of a system prompt holds, or ""."""
+    found = (raw.get(name) for name in SYSTEMS)
+    return next((value for value in found if isinstance(value, str) and value.strip()), "")
+
+
+def with_system(turns, system):
+    """Messages behind those of a system prompt, if there is one and they do not begin with their own."""
+    if not system.strip() or (turns and turns[0].get("role") in ("system", "developer")):
+        return turns
+    return [{"role": "system", "content": system}, *turns]
+
+
+_BESIDE = (
+    "reasoning", "reasoning_content", "thinking", "thought", "thoughts", "rationale", "explanation", "cot",
+    "chain_of_thought", "corrected",
+)  # fmt: skip
+
+
+def check_alone(raw, answer):
+    """Raise Bad for a row that holds thoughts beside its answer: whether they are learned is not for us to guess."""
+    name = next((name for name in _BESIDE if isinstance(raw.get(name), str) and " " in raw[name].strip()), None)
+    if name:
+        raise Bad(
+            f"holds `{name}` beside `{answer}`: --columns can say what is learned (completion={answer}, or "
+            f"completion={name}+{answer})"
+        )
+
+
 def is_text(value):
     return isinstance(value, str)
 
@@ -204,6 +236,8 @@ def as_demonstration(read):
 
     def convert(raw, kind):
         row = read(raw)
+        if kind == "sft":
+            check_alone(raw, next((name for name, value in raw.items() if value == row["completion"]), "the answer"))
         if kind == "prompts":
             row = {name: value for name, value in {**others(raw), **row}.items() if name != "completion"}
         return [row]

@@ -1,19 +1,26 @@
 """Published sets of conversations in other shapes than our own `messages`."""
 
 import json
+from contextlib import suppress
 
+from ..messages import NOT_LEARNED
 from .base import (
     DEMONSTRATION,
     Bad,
     Format,
     as_ranking,
     entries,
+    has,
     is_messages,
     no_media,
     others,
     pair,
     pairs,
     records_with,
+    system_of,
+    text,
+    user,
+    with_system,
 )
 from .dialogues import role_of
 
@@ -40,15 +47,12 @@ def _turns_of(raw):
     if column is None:
         raise Bad(f"holds no conversation in {', '.join(_COLUMNS)}")
     turns = [_message(turn, who, said) for turn in entries(raw, column)]
-    system = raw.get("system") or raw.get("system_prompt")
-    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
-        turns.insert(0, {"role": "system", "content": system})
-    return turns
+    return with_system(turns, system_of(raw))
 
 
 def _message(turn, who, said):
     more = {key: turn[key] for key in _KEPT if turn.get(key) is not None}
-    if turn.get("loss") is False:
+    if any(turn.get(key) is False for key in NOT_LEARNED):
         more["weight"] = 0
     if turn[who] in _CALLS:
         return {"role": "assistant", "content": "", **more, "tool_calls": _calls(turn[said])}
@@ -92,8 +96,9 @@ def _conversation(raw, turns, kind, more):
 
 
 def _sharegpt_pair(raw):
-    turns = raw["messages"] if is_messages(raw.get("messages")) else _turns_of(raw)
-    answers = [_answer(raw[name]) for name in ("chosen", "rejected")]
+    own = is_messages(raw.get("messages"))
+    turns = with_system(raw["messages"], system_of(raw)) if own else _turns_of(raw)
+    answers = [_answer(raw[name]) for name in _answer_names(raw)]
     return pair(turns, *answers, **_tools(raw, turns))
 
 
@@ -110,7 +115,29 @@ def _is_answer(value):
 
 def _is_sharegpt_pair(raw):
     asked = is_messages(raw.get("messages")) or _shape(raw) is not None
-    return asked and _is_answer(raw.get("chosen")) and _is_answer(raw.get("rejected"))
+    return asked and all(_is_answer(raw.get(name)) for name in _answer_names(raw))
+
+
+def _answer_names(raw):
+    return ("chosen", "rejected") if "chosen" in raw else ("chosen_response", "rejected_response")
+
+
+def _xlam(raw, kind):
+    tools = [{"type": "function", "function": tool} for tool in _listed(raw, "tools")]
+    row = {"prompt": user(text(raw, "query")), "tools": tools}
+    if kind == "prompts":
+        return [{**others(raw), **row}]
+    call = {"role": "assistant", "content": "", "tool_calls": _calls(text(raw, "answers"))}
+    return [{**row, "completion": [call]}]
+
+
+def _listed(raw, name):
+    found = raw[name]
+    with suppress(TypeError, ValueError):
+        found = json.loads(found)
+    if is_messages(found, "name"):
+        return found
+    raise Bad(f"`{name}` must be a JSON list of objects with a name, got {str(raw[name])[:40]!r}")
 
 
 def _alternating_column(raw):
@@ -127,7 +154,7 @@ def _alternating(raw, kind):
     if name is None:
         raise Bad("holds no list of texts in data, conversations, dialog or dialogue")
     turns = [{"role": ("user", "assistant")[index % 2], "content": said} for index, said in enumerate(raw[name])]
-    return _conversation(raw, turns, kind, {})
+    return _conversation(raw, with_system(turns, system_of(raw)), kind, {})
 
 
 def _is_exchanges(raw):
@@ -137,9 +164,10 @@ def _is_exchanges(raw):
 def _exchanges(raw, kind):
     turns = []
     for exchange in entries(raw, "conversation"):
+        turns = turns or with_system([], system_of(exchange))
         turns.append({"role": "user", "content": exchange.get("input")})
         turns.append({"role": "assistant", "content": exchange.get("output")})
-    return _conversation(raw, turns, kind, {})
+    return _conversation(raw, with_system(turns, system_of(raw)), kind, {})
 
 
 FORMATS = (
@@ -147,17 +175,26 @@ FORMATS = (
         "sharegpt",
         "ShareGPT, OpenHermes, SlimOrca and others: conversations[].from (human, gpt, system, tool, ...), .value",
         DEMONSTRATION,
-        lambda raw: _shape(raw) is not None and "chosen" not in raw,
+        lambda raw: _shape(raw) is not None and not {"chosen", "chosen_response"} & set(raw),
         _sharegpt,
         aliases=("openhermes", "openhermes-2.5", "slimorca", "lmsys-chat-1m", "wildchat"),
     ),
     Format(
         "sharegpt-pairs",
-        "ShareGPT preferences: conversations[].from, .value (or messages), chosen and rejected, each one turn",
+        "ShareGPT preferences: conversations[].from, .value (or messages), chosen and rejected (or chosen_response, "
+        "rejected_response), each one turn",
         pairs(""),
         _is_sharegpt_pair,
         as_ranking(_sharegpt_pair),
         over_own=("sft",),
+    ),
+    Format(
+        "xlam",
+        "xLAM's calls of functions: query, tools, answers (JSON)",
+        dict.fromkeys(DEMONSTRATION, "tools as those of the chat template"),
+        has("query", "answers", tools=(str, list)),
+        _xlam,
+        aliases=("xlam-function-calling-60k",),
     ),
     Format(
         "alternating",

@@ -8,6 +8,7 @@ from .. import columns
 from ..cells import typed
 from ..files import Bad, DataError
 from . import arena, chats, dialogues, instructions, maths, own, pairs, ranked, trees
+from .base import system_of
 
 logger = logging.getLogger("rlhf")
 
@@ -58,8 +59,16 @@ def conversion(kind, column_map, data_format, first_rows):
         made = _mapped(columns.parse(column_map, kind), first_rows)
     else:
         found = _named(name, kind) if name != "auto" else _recognised(kind, first_rows)
-        made = _made(found, kind) if found else Conversion(None, "", lambda raw: [raw])
+        made = _made(found, kind) if found else _own(kind, first_rows if name == "auto" else ())
     return _as_chat(made) if chat else made
+
+
+def _own(kind, first_rows):
+    if not first_rows:
+        return Conversion(None, "", lambda raw: [raw])
+    if kind != "text" and any(system_of(raw) and own.holds(raw, kind) for raw in first_rows):
+        logger.warning("data_format: what the column of the system prompt holds goes before the messages")
+    return Conversion(None, "", lambda raw: [own.completed(raw, kind)])
 
 
 def _mapped(parsed, first_rows):
@@ -102,7 +111,7 @@ def _recognised(kind, first_rows):
     for format in FORMATS.values():
         if format.auto and any(map(format.detect, first_rows)):
             raise DataError(f"{_holds_others(format, kind)} (so the rows look; --columns can say otherwise)")
-    if first_rows and not any("text" in raw for raw in first_rows):
+    if first_rows and not (kind == "sft" and any("text" in raw and "prompt" not in raw for raw in first_rows)):
         logger.warning("data_format: no known format; --columns can say which columns hold what of %s rows", kind)
     return None
 

@@ -1,6 +1,18 @@
 """Published sets of single questions with an answer."""
 
-from .base import DEMONSTRATION, Format, as_demonstration, has, others, text, user
+from .base import (
+    DEMONSTRATION,
+    SYSTEMS,
+    Format,
+    as_demonstration,
+    has,
+    is_messages,
+    others,
+    system_of,
+    text,
+    user,
+    with_system,
+)
 
 DOUBTFUL = {  # columns that may belong to the question, or judge the answer: which way is not for us to guess
     "context", "contexts", "passage", "document", "article", "choices", "options", "history", "evidence", "image",
@@ -21,9 +33,9 @@ def _joined(*pieces):
 
 def _alpaca(raw):
     prompt = _joined(text(raw, "instruction"), text(raw, "input", default=""))
-    if "system" in raw or "history" in raw:
+    if "history" in raw or any(name in raw for name in SYSTEMS):
         before = [turn for asked, said in raw.get("history") or () for turn in (*user(asked), _assistant(said))]
-        lead = user(prompt, text(raw, "system", default=""))
+        lead = user(prompt, system_of(raw))
         prompt = [*lead[:-1], *before, lead[-1]]
     return {"prompt": prompt, "completion": text(raw, "output")}
 
@@ -37,17 +49,17 @@ def _dolly(raw):
     return {"prompt": prompt, "completion": text(raw, "response")}
 
 
-_SYSTEMS = ("system_prompt", "system")
-
-
 def _openorca(raw):
-    system = next((name for name in _SYSTEMS if name in raw), _SYSTEMS[0])
-    asked, said = _names(raw, _SYSTEMS) or _OWN
-    return {"prompt": user(text(raw, asked), text(raw, system, default="")), "completion": text(raw, said)}
+    asked, said = _names(raw, SYSTEMS) or _OWN
+    return {"prompt": user(text(raw, asked), system_of(raw)), "completion": text(raw, said)}
+
+
+def _nemotron(raw):
+    return {"prompt": with_system(raw["input"], system_of(raw)), "completion": text(raw, "output")}
 
 
 def _is_openorca(raw):
-    systems = [name for name in _SYSTEMS if isinstance(raw.get(name), str)]
+    systems = [name for name in SYSTEMS if isinstance(raw.get(name), str)]
     return len(systems) == 1 and _names(raw, systems) is not None
 
 
@@ -121,6 +133,14 @@ FORMATS = (
         _is_openorca,
         as_demonstration(_openorca),
         over_own=("sft", "prompts"),
+    ),
+    Format(
+        "llama-nemotron",
+        "Llama-Nemotron's sets: input (messages), output, system_prompt",
+        DEMONSTRATION,
+        has("output", input=is_messages),
+        as_demonstration(_nemotron),
+        aliases=("llama-nemotron-post-training-dataset",),
     ),
     Format(
         "beavertails",

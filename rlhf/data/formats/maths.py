@@ -1,6 +1,23 @@
 """Published sets of questions whose answer can be checked."""
 
-from .base import Bad, Format, has, is_messages, of_ranking, others, ranking, short_columns, text, user
+import json
+from contextlib import suppress
+
+from .base import (
+    Bad,
+    Format,
+    check_alone,
+    has,
+    is_messages,
+    number,
+    of_ranking,
+    others,
+    ranking,
+    short_columns,
+    system_of,
+    text,
+    user,
+)
 from .instructions import DOUBTFUL
 
 _SOLUTIONS, _ANSWERS = ("solution", "generated_solution"), ("answer", "expected_answer")
@@ -10,14 +27,24 @@ _MARK, _BOX = "####", "\\boxed{"
 def _question_answer(raw, kind):
     question, answer = text(raw, "question"), text(raw, "answer")
     if kind == "sft":
+        check_alone(raw, "answer")
         return [{"prompt": question, "completion": answer}]
     if _MARK in answer:
         answer = answer.rpartition(_MARK)[2].strip().replace(",", "")
     return [{**others(raw), "prompt": question, "answer": answer}]
 
 
+def _is_question_answer(raw):
+    return _HAS_QUESTION(raw) and _is_told(raw, ("answer",))
+
+
+def _is_told(raw, names):
+    return any(isinstance(raw.get(name), str) or number(raw.get(name)) is not None for name in names)
+
+
 def _math(raw, kind):
-    prompt = user(text(raw, "problem")) if "messages" in raw else text(raw, "problem")
+    prompt, system = text(raw, "problem" if "problem" in raw else "question"), system_of(raw)
+    prompt = user(prompt, system) if system or "messages" in raw else prompt
     solution = next((name for name in _SOLUTIONS if raw.get(name) is not None), _SOLUTIONS[0])
     if kind == "sft":
         return [{"prompt": prompt, "completion": text(raw, solution)}]
@@ -27,8 +54,9 @@ def _math(raw, kind):
 
 
 def _is_math(raw):
-    told = any(isinstance(raw.get(name), str) for name in (*_SOLUTIONS, *_ANSWERS))
-    return isinstance(raw.get("problem"), str) and told and "generations" not in raw and "question" not in raw
+    if "question" in raw:
+        return _HAS_SOLUTION(raw) and all(_is_told(raw, names) for names in (_SOLUTIONS, _ANSWERS))
+    return isinstance(raw.get("problem"), str) and _is_told(raw, (*_SOLUTIONS, *_ANSWERS)) and "generations" not in raw
 
 
 def boxed(solution):
@@ -62,14 +90,22 @@ def _is_texts(value):
 
 
 def _verl(raw, kind):
-    truth = raw["reward_model"].get("ground_truth")
+    return [{**others(raw), "prompt": raw["prompt"], **_answer(raw["reward_model"].get("ground_truth"))}]
+
+
+def _answer(truth):
+    """The column answer: a text or number, also as the only one of a list, and of one in JSON."""
+    if isinstance(truth, str) and truth.lstrip().startswith('["'):
+        with suppress(ValueError):
+            truth = json.loads(truth)
+    if isinstance(truth, list) and len(truth) == 1:
+        truth = truth[0]
     plain = isinstance(truth, (str, int, float)) and not isinstance(truth, bool)
-    answer = {"answer": str(truth)} if plain else {}
-    return [{**others(raw), "prompt": raw["prompt"], **answer}]
+    return {"answer": str(truth)} if plain else {}
 
 
 def _rlvr(raw, kind):
-    return [{**others(raw), "messages": raw["messages"], "answer": text(raw, "ground_truth")}]
+    return [{**others(raw), "messages": raw["messages"], **_answer(raw.get("ground_truth"))}]
 
 
 def _mbpp(raw, kind):
@@ -88,6 +124,10 @@ def _humaneval(raw, kind):
     return [{**others(raw), "prompt": text(raw, "prompt"), "test": test}]
 
 
+_HAS_QUESTION = has("question", without=(*DOUBTFUL - {"question"}, "response", *_SOLUTIONS))
+_HAS_SOLUTION = has("question", without=(*DOUBTFUL - {"question"}, "response", "generations", "is_correct"))
+
+
 def _has_truth(value):
     return isinstance(value, dict) and "ground_truth" in value
 
@@ -97,13 +137,13 @@ FORMATS = (
         "question-answer",
         "GSM8K and others with the columns question and answer",
         {"sft": "", "prompts": 'with the column answer: of "... #### 1,234" what stands behind, without commas'},
-        has("question", "answer", without=(*DOUBTFUL - {"question"}, "response")),
+        _is_question_answer,
         _question_answer,
         aliases=("gsm8k", "orca-math"),
     ),
     Format(
         "math",
-        "MATH, NuminaMath and others: problem, solution (or generated_solution), answer (or expected_answer)",
+        "MATH, NuminaMath and others: problem, solution (or generated_solution), answer (or expected_answer); LIMO",
         {"sft": "", "prompts": "with the column answer; without one, what the last \\boxed{} of the solution holds"},
         _is_math,
         _math,
@@ -138,7 +178,7 @@ FORMATS = (
         "rlvr",
         "Tulu's verifiable rewards: messages, ground_truth, dataset",
         {"prompts": "ground_truth as the column answer"},
-        has("ground_truth", "dataset", messages=is_messages),
+        has(ground_truth=(str, list), dataset=(str, list), messages=is_messages),
         _rlvr,
         over_own=("prompts",),
     ),

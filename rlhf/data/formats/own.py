@@ -1,8 +1,23 @@
 """Our own fields: which kinds a row holds as it is, and what else can be made of pairs and rankings."""
 
 from .. import rankings
+from ..cells import typed
 from ..messages import joined
-from .base import PAIR_KINDS, RANKING_KINDS, Bad, Format, is_messages, is_text, of_ranking, others, short_columns
+from .base import (
+    PAIR_KINDS,
+    RANKING_KINDS,
+    Bad,
+    Format,
+    is_messages,
+    is_text,
+    no_media,
+    of_ranking,
+    others,
+    short_columns,
+    system_of,
+    user,
+    with_system,
+)
 
 
 def holds(raw, kind):
@@ -44,7 +59,7 @@ def is_ranking(raw):
 
 def _is_prompts(raw):
     prompt = raw.get("prompt")
-    if is_text(prompt) and _repeats(raw.get("messages", raw.get("chosen")), prompt):
+    if is_text(prompt) and (_repeats(raw.get("messages", raw.get("chosen")), prompt) or _is_answered(raw)):
         return False
     return _is_prompt(prompt) or _is_conversation(raw)
 
@@ -57,6 +72,14 @@ def _repeats(dialogue, prompt):
     return prompt.strip() in [text.strip() for text in said]
 
 
+def _is_answered(raw):
+    """Whether a prompt in text holds the question and, at its end, the answer of other columns of the row."""
+    asked, said = raw.get("instruction"), raw.get("output")
+    if not (is_text(asked) and is_text(said) and said.strip()):
+        return False
+    return asked.strip() in raw["prompt"] and raw["prompt"].rstrip().endswith(said.strip())
+
+
 _HOLDS = {
     "sft": _is_demonstration,
     "ranked": lambda raw: is_ranking(raw) or is_pair(raw),
@@ -67,8 +90,33 @@ _HOLDS = {
 }
 
 
+def completed(raw, kind):
+    """A row in our fields with the system prompt that stands in a column of its own. Bad for one that is not of text
+    alone."""
+    if kind == "text":
+        return raw
+    no_media(raw)
+    system = system_of(raw)
+    if not system:
+        return raw
+    found = typed(raw)
+    for name in ("messages", "prompt", "completion", "chosen", "rejected"):
+        if name in found:
+            found[name] = _behind(system, found[name], asks=name == "prompt")
+    if isinstance(found.get("completions"), list):
+        found["completions"] = [_behind(system, said) for said in found["completions"]]
+    return found
+
+
+def _behind(system, value, asks=False):
+    if is_messages(value, "role"):
+        return with_system(value, system) if asks or value[0]["role"] != "assistant" else value
+    return user(value, system) if asks and is_text(value) else value
+
+
 def _convert(raw, kind):
     """Rows of another kind of a row in our fields; a set may hold pairs and rankings side by side."""
+    raw = completed(raw, kind)
     if holds(raw, kind):
         return [raw]
     if is_pair(raw):
@@ -102,9 +150,18 @@ FORMATS = (  # what is told when rows of one kind are asked for as another; or b
         "messages",
         "Tulu, no_robots, UltraChat-200k, smoltalk and others: messages[].role, .content",
         {"sft": "", "prompts": "the conversation up to its last question"},
-        lambda raw: _is_conversation(raw) and "chosen" not in raw,
+        lambda raw: _is_conversation(raw) and not {"chosen", "chosen_response"} & set(raw),
         _convert,
         aliases=("tulu", "no-robots", "ultrachat-200k", "smoltalk"),
+    ),
+    Format(
+        "judged",
+        "KTO's sets: prompt, completion, label",
+        {"unpaired": "", "sft": "the completions whose label is true", "prompts": ""},
+        lambda raw: _is_demonstration(raw) and isinstance(raw.get("label"), bool),
+        lambda raw, kind: [completed(raw, kind)] if raw["label"] or kind != "sft" else [],
+        over_own=("sft",),
+        aliases=("kto-mix-14k",),
     ),
     Format(
         "pairs",

@@ -137,6 +137,23 @@ def _ultrainteract(raw):
     return pair(prompt, text(raw, "chosen"), text(raw, "rejected"))
 
 
+def _openai(raw):
+    asked = raw["input"]
+    return pair(
+        asked["messages"], raw["preferred_output"], raw["non_preferred_output"], tools=asked.get("tools") or None
+    )
+
+
+def _is_asked(value):
+    return isinstance(value, dict) and is_messages(value.get("messages"), "role")
+
+
+def _step_dpo(raw):
+    begun = text(raw, "initial_reason_steps", default="")
+    begun = [{"role": "assistant", "content": begun}] if begun.strip() else []
+    return pair([*user(text(raw, "prompt")), *begun], text(raw, "chosen"), text(raw, "rejected"))
+
+
 FORMATS = (
     Format(
         "hh-rlhf",
@@ -242,6 +259,26 @@ FORMATS = (
         pairs("the trajectory is the prompt"),
         has("chosen", "rejected", trajectory=records_with("from", "value")),
         as_ranking(_ultrainteract),
+    ),
+    Format(
+        "openai-preference",
+        "OpenAI's preferences: input.messages, input.tools, preferred_output, non_preferred_output (messages)",
+        pairs(""),
+        has(
+            input=_is_asked,
+            preferred_output=lambda value: is_messages(value, "role"),
+            non_preferred_output=lambda value: is_messages(value, "role"),
+        ),
+        as_ranking(_openai),
+    ),
+    Format(
+        "step-dpo",
+        "Step-DPO: prompt, initial_reason_steps, chosen, rejected",
+        pairs("the answers go on from initial_reason_steps"),
+        has("prompt", "initial_reason_steps", "chosen", "rejected"),
+        as_ranking(_step_dpo),
+        over_own=("ranked", "preference", "unpaired", "sft"),
+        aliases=("math-step-dpo-10k",),
     ),
     Format(
         "model-written-evals",

@@ -861,6 +861,105 @@ PUBLISHED = [
         [{"inputs": "A?", "targets": "B.", "language": "English"}],
         {"sft": [{"prompt": "A?", "completion": "B."}]},
     ),
+    (
+        "alpaca",
+        [{"system_prompt": "Be brief.", "instruction": "C?", "input": "", "output": "D."}],
+        {"sft": [{"prompt": [system("Be brief."), user("C?")], "completion": "D."}]},
+    ),
+    (
+        "llama-nemotron",
+        [{"input": [user("A?")], "output": "B.", "category": "chat", "reasoning": "off", "system_prompt": "Think."}],
+        {"sft": [{"prompt": [system("Think."), user("A?")], "completion": "B."}]},
+    ),
+    (
+        "math",
+        [{"question": "Half?", "solution": "So, 1/2.", "answer": "1/2"}],
+        {
+            "sft": [{"prompt": "Half?", "completion": "So, 1/2."}],
+            "prompts": [{"question": "Half?", "solution": "So, 1/2.", "prompt": "Half?", "answer": "1/2"}],
+        },
+    ),
+    (
+        "math",
+        [{"problem": "Half of 8?", "answer": 4, "system": "Be brief."}],
+        {
+            "prompts": [
+                {
+                    "problem": "Half of 8?",
+                    "system": "Be brief.",
+                    "prompt": [system("Be brief."), user("Half of 8?")],
+                    "answer": "4",
+                }
+            ]
+        },
+    ),
+    (
+        "question-answer",
+        [{"question": "Half of 8?", "answer": 4.0}],
+        {"prompts": [{"question": "Half of 8?", "prompt": "Half of 8?", "answer": "4.0"}]},
+    ),
+    (
+        "exchanges",
+        [{"conversation": [{"system": "Be brief.", "input": "A?", "output": "B."}, {"input": "C?", "output": "D."}]}],
+        {"sft": [{"messages": [system("Be brief."), user("A?"), assistant("B."), user("C?"), assistant("D.")]}]},
+    ),
+    (
+        "alternating",
+        [{"system": "Be brief.", "data": ["A?", "B."]}],
+        {"sft": [{"messages": [system("Be brief."), user("A?"), assistant("B.")]}]},
+    ),
+    (
+        "sharegpt-pairs",
+        [
+            {
+                "tools": ['{"name": "find"}'],
+                "messages": [user("A bird?")],
+                "chosen_response": assistant("Owl."),
+                "rejected_response": assistant("Elk."),
+            }
+        ],
+        {
+            "preference": [
+                {
+                    "prompt": [user("A bird?")],
+                    "chosen": [assistant("Owl.")],
+                    "rejected": [assistant("Elk.")],
+                    "tools": ['{"name": "find"}'],
+                }
+            ]
+        },
+    ),
+    (
+        "xlam",
+        [
+            {
+                "id": 0,
+                "query": "A bird?",
+                "tools": '[{"name": "find", "parameters": {}}]',
+                "answers": '[{"name": "find", "arguments": {"what": "owl"}}]',
+            }
+        ],
+        {
+            "sft": [
+                {
+                    "prompt": [user("A bird?")],
+                    "completion": [assistant("", tool_calls=[CALL])],
+                    "tools": [{"type": "function", "function": {"name": "find", "parameters": {}}}],
+                }
+            ]
+        },
+    ),
+    (
+        "openai-preference",
+        [
+            {
+                "input": {"messages": [user("A bird?")], "tools": [], "parallel_tool_calls": True},
+                "preferred_output": [assistant("Owl.")],
+                "non_preferred_output": [assistant("Elk.")],
+            }
+        ],
+        both([user("A bird?")], [assistant("Owl.")], [assistant("Elk.")]),
+    ),
 ]
 
 CHAT = [user("A bird?"), assistant("Owl.")]
@@ -928,6 +1027,28 @@ ALSO_OURS = [
     (None, [{"prompt": "A?", "messages": CHAT}], {"sft": [{"prompt": "A?", "messages": CHAT}]}),
     ("verl", [VERL], {"prompts": [{**VERL, "answer": "1/2"}]}),
     ("rlvr", [RLVR], {"prompts": [{**RLVR, "answer": "1/2"}]}),
+    ("rlvr", [{**RLVR, "ground_truth": ["1/2"]}], {"prompts": [{**RLVR, "ground_truth": ["1/2"], "answer": "1/2"}]}),
+    ("rlvr", [{**RLVR, "ground_truth": ["1", "2"]}], {"prompts": [{**RLVR, "ground_truth": ["1", "2"]}]}),
+    (
+        "verl",
+        [{**VERL, "reward_model": {"ground_truth": '["1/2"]'}}],
+        {"prompts": [{**VERL, "reward_model": {"ground_truth": '["1/2"]'}, "answer": "1/2"}]},
+    ),
+    (
+        "judged",
+        [{"prompt": "A?", "completion": "B.", "label": True}, {"prompt": "A?", "completion": "C.", "label": False}],
+        {"sft": [{"prompt": "A?", "completion": "B.", "label": True}]},
+    ),
+    (
+        "step-dpo",
+        [{"prompt": "A?", "initial_reason_steps": "1. Fly. ", "chosen": "2. Owl.", "rejected": "2. Elk."}],
+        both([user("A?"), assistant("1. Fly. ")], "2. Owl.", "2. Elk."),
+    ),
+    (
+        "alpaca",
+        [{"instruction": "A?", "input": "", "output": "B.", "prompt": "Do this. ### A? ### Answer: B.\n"}],
+        {"prompts": [{"instruction": "A?", "input": "", "output": "B.", "prompt": "A?"}]},
+    ),
     (None, [NUMINA], {"sft": [NUMINA]}),
     (
         "math",

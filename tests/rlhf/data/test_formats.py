@@ -1,5 +1,7 @@
 """Published formats: rows in their layout become rows in our fields, and are recognised as nothing else."""
 
+import json
+
 import pytest
 
 from rlhf import data
@@ -124,6 +126,85 @@ def test_our_own_fields_win(kind, raw):
 def test_rows_that_are_not_ours_stay_as_they_are_under_own():
     raw = {"instruction": "A?", "output": "B."}
     assert convert("sft", raw, data_format="own") == (None, [raw])
+
+
+S = "Be brief."
+LED = [system(S), user("A?")]
+IN_A_COLUMN = [
+    ("sft", {"messages": [user("A?"), assistant("B.")]}, {"messages": [*LED, assistant("B.")]}),
+    ("sft", {"messages": [system("Mine."), *CHAT]}, {"messages": [system("Mine."), *CHAT]}),
+    ("sft", {"messages": json.dumps([user("A?"), assistant("B.")])}, {"messages": [*LED, assistant("B.")]}),
+    ("prompts", {"messages": [user("A?")]}, {"messages": LED}),
+    ("prompts", {"prompt": "A?"}, {"prompt": LED}),
+    (
+        "unpaired",
+        {"prompt": "A?", "completion": "B.", "label": True},
+        {"prompt": LED, "completion": "B.", "label": True},
+    ),
+    (
+        "ranked",
+        {"prompt": "A?", "completions": ["B.", "C."], "ranks": [0, 1]},
+        {"prompt": LED, "completions": ["B.", "C."], "ranks": [0, 1]},
+    ),
+    (
+        "preference",
+        {"prompt": "A?", "chosen": [user("A?"), assistant("B.")], "rejected": [user("A?"), assistant("C.")]},
+        {"prompt": LED, "chosen": [*LED, assistant("B.")], "rejected": [*LED, assistant("C.")]},
+    ),
+    (
+        "preference",
+        {"prompt": [user("A?")], "chosen": [assistant("B.")], "rejected": [assistant("C.")]},
+        {"prompt": LED, "chosen": [assistant("B.")], "rejected": [assistant("C.")]},
+    ),
+    (
+        "preference",
+        {"chosen": [user("A?"), assistant("B.")], "rejected": [user("A?"), assistant("C.")]},
+        {"chosen": [*LED, assistant("B.")], "rejected": [*LED, assistant("C.")]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "raw", "row"), IN_A_COLUMN)
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_column_of_the_system_prompt(kind, raw, row, column, caplog):
+    name, rows = convert(kind, {**raw, column: S})
+    assert name is None and rows == [{**row, column: S}] and "goes before the messages" in caplog.text
+    (checked,) = data.rows_of([{**raw, column: S}], kind, name="rows")
+    assert checked["prompt"][0] == (system("Mine.") if raw.get("messages", [{}])[0] == system("Mine.") else system(S))
+    assert convert(kind, {**raw, column: " "})[1] == [{**raw, column: " "}]
+    assert convert(kind, {**raw, column: S}, data_format="own")[1] == [{**raw, column: S}]
+
+
+def test_pairs_as_demonstrations_keep_the_column_of_the_system_prompt():
+    raw = {"system": S, "chosen": [user("A?"), assistant("B.")], "rejected": [user("A?"), assistant("C.")]}
+    assert convert("sft", raw) == ("pairs", [{"prompt": LED, "completion": [assistant("B.")]}])
+
+
+def test_rows_in_our_fields_that_go_with_images():
+    raw = {"messages": CHAT, "images": ["a.png"]}
+    with pytest.raises(Bad, match="goes with `images`; only texts can be read"):
+        convert("sft", raw)
+    assert convert("sft", {**raw, "images": []})[1] == [{**raw, "images": []}]
+    assert convert("sft", raw, data_format="own")[1] == [raw]
+
+
+THOUGHTS = [
+    ({"question": "A?", "answer": "B.", "rationale": "It flies."}, "answer"),
+    ({"prompt": "A?", "response": "B.", "reasoning": "It flies."}, "response"),
+    ({"instruction": "A?", "input": "", "output": "B.", "explanation": "It flies."}, "output"),
+]
+
+
+@pytest.mark.parametrize(("raw", "answer"), THOUGHTS)
+def test_thoughts_beside_an_answer_are_not_left_out_unsaid(raw, answer):
+    name = list(raw)[-1]
+    with pytest.raises(Bad, match=rf"holds `{name}` beside `{answer}`: --columns can .*completion={name}\+{answer}"):
+        convert("sft", raw)
+    assert convert("prompts", raw)[1][0]["prompt"] == "A?"
+    assert convert("sft", {**raw, name: ""})[1] == [{"prompt": "A?", "completion": "B."}]
+    asked = next(iter(raw))
+    _, (row,) = convert("sft", raw, column_map=f"prompt={asked},completion={name}+{answer}")
+    assert row["completion"] == "It flies.\n\nB."
 
 
 DOUBTFUL = [

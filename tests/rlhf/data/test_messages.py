@@ -161,6 +161,36 @@ def test_a_label_judges_the_last_answer():
     assert row == {"prompt": [USER, YO, MORE, CALL, FOUND], "completion": [BYE], "label": False}
 
 
+def test_a_prompt_in_text_may_be_a_later_question_of_the_dialogues():
+    dialogue = [SYSTEM, USER, YO, MORE]
+    pair = {"prompt": "and now? ", "chosen": [*dialogue, BYE], "rejected": [*dialogue, NO]}
+    assert read("preference", pair) == [{"prompt": dialogue, "chosen": [BYE], "rejected": [NO]}]
+    assert read("sft", {"prompt": "and now?", "completion": [*dialogue, BYE]}) == [
+        {"prompt": dialogue, "completion": [BYE]}
+    ]
+    assert read("unpaired", {"prompt": "hi", "completion": [USER, YO, MORE, BYE], "label": False}) == [
+        {"prompt": [USER, YO, MORE], "completion": [BYE], "label": False}
+    ]
+    assert "must begin with" in refused("preference", {**pair, "prompt": "what?"})
+
+
+@pytest.mark.parametrize("field", ["loss", "train"])
+def test_turns_that_other_trainers_would_not_learn(field):
+    messages = [USER, {**YO, field: False}, MORE, {**BYE, field: True}, MORE, {**NO, field: None}]
+    (row,) = read("sft", {"messages": messages})
+    assert [message.get("weight", 1) for message in row["completion"][::2]] == [0, 1, 1]
+
+
+def test_messages_in_a_cell_of_text():
+    """As tables of text hold them; Python's way of writing them cannot be read, and is no answer."""
+    pair = {"prompt": [USER], "chosen": [USER, YO], "rejected": [USER, NO]}
+    written = {name: json.dumps(value) for name, value in pair.items()}
+    assert read("preference", written) == read("preference", pair)
+    answer = {"prompt": "hi", "completion": json.dumps([{"role": "owl"}])}
+    assert read("sft", answer) == [answer]
+    assert "looks like a list of messages as Python" in refused("sft", {"prompt": "hi", "completion": str([USER, YO])})
+
+
 def test_prompts_of_dialogues_end_with_the_last_question():
     given = ({"messages": [USER, YO, MORE, BYE]}, {"messages": [USER, CALL, FOUND, YO]}, {"prompt": [USER, YO]})
     assert [row["prompt"] for row in read("prompts", *given)] == [[USER, YO, MORE], [USER, CALL, FOUND], [USER, YO]]
