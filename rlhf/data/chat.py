@@ -5,6 +5,7 @@ A template is a program of the tokenizer's: what it writes is what the model rea
 
 import functools
 import inspect
+import json
 import re
 import weakref
 from contextlib import suppress
@@ -97,7 +98,7 @@ def render(tokenizer, chat, messages, **options):
         raise Bad(f"chat_template_kwargs: got {taken[0]}, wants names that the template itself reads")
     try:
         tools = getattr(chat, "tools", None)
-        messages = _as_parts(messages) if _known(tokenizer).wants_parts else messages
+        messages = _as_wanted(messages, _known(tokenizer))
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options, **more)
     except Exception as error:  # a template is a program: whatever it raises is about these messages
         reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
@@ -161,14 +162,15 @@ def pieces_of(tokenizer, text):
 
 class Known(NamedTuple):
     """What is known of a tokenizer: all tokens that a template may write out, those that end a turn, where texts part,
-    the ids of a line break where it puts a space before every string, else none, and whether its template writes
-    contents as lists of parts only."""
+    the ids of a line break where it puts a space before every string, else none, and whether its template takes
+    contents as lists of parts only, and arguments of calls as text only."""
 
     written: tuple
     ends: list
     parting: re.Pattern
     anchor: list
-    wants_parts: bool
+    wants_parts: bool = False
+    wants_text: bool = False
 
 
 _KNOWN = weakref.WeakKeyDictionary()
@@ -181,8 +183,11 @@ def _known(tokenizer):
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         added |= dict.fromkeys(filter(None, tokenizer.all_special_tokens), True)
         written = tuple(token for token in added if token.strip())
-        wants_parts = bool(tokenizer.chat_template) and _wants_parts(tokenizer)
-        ends = _ends(tokenizer, written, added, wants_parts) if tokenizer.chat_template else []
+        known = Known(written, [], None, [])
+        if tokenizer.chat_template:
+            known = known._replace(wants_parts=_wants_parts(tokenizer))
+            known = known._replace(wants_text=_wants_text(tokenizer, known))
+            known = known._replace(ends=_ends(tokenizer, known, added))
         parting = [
             re.escape(str(token))
             for token in tokenizer.added_tokens_decoder.values()
@@ -191,7 +196,7 @@ def _known(tokenizer):
         parting = re.compile(f"(?={'|'.join(parting)})" if parting else "(?!)")
         anchor = tokens_of(tokenizer, "\n")
         puts_space = len(anchor) > 1 and tokens_of(tokenizer, "\n\n")[: len(anchor)] == anchor
-        _KNOWN[tokenizer] = (key, Known(written, ends, parting, anchor if puts_space else [], wants_parts))
+        _KNOWN[tokenizer] = (key, known._replace(parting=parting, anchor=anchor if puts_space else []))
     return _KNOWN[tokenizer][1]
 
 
@@ -214,6 +219,50 @@ def _as_parts(messages):
     ]
 
 
+def _as_wanted(messages, known):
+    """Messages in the form in which the template takes them: arguments of calls, in JSON or not, as what it reads."""
+    found = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if isinstance(calls, list) and calls:
+            message = {**message, "tool_calls": [_with_arguments(call, known.wants_text) for call in calls]}
+        found.append(message)
+    return _as_parts(found) if known.wants_parts else found
+
+
+def _with_arguments(call, as_text):
+    """A call of a tool whose arguments are a dict, as templates read them, or text, as rows of other makers have it."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"], as_text)}
+    given = call.get("arguments")
+    if as_text and isinstance(given, dict):
+        return {**call, "arguments": json.dumps(given, ensure_ascii=False)}
+    if not as_text and isinstance(given, str):
+        with suppress(ValueError, RecursionError):
+            read = json.loads(given)
+            return {**call, "arguments": read} if isinstance(read, dict) else call
+    return call
+
+
+def _wants_text(tokenizer, known):
+    """Whether the template refuses calls whose arguments are a dict, and takes them as text, as some old ones do."""
+    asked, call = {"role": "user", "content": _QUESTION}, _call()
+    if _tried(tokenizer, _as_wanted([asked, call], known)):
+        return False
+    return bool(_tried(tokenizer, _as_wanted([asked, call], known._replace(wants_text=True))))
+
+
+def _call():
+    function = {"name": "find", "arguments": {"key": _ANSWER}}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "callfind1", "type": "function", "function": function}],
+    }
+
+
 def _tried(tokenizer, messages, **options):
     """What the template writes of messages, if need be behind a system message; "" where it refuses them."""
     for system in ([], [{"role": "system", "content": "s"}]):
@@ -222,26 +271,23 @@ def _tried(tokenizer, messages, **options):
     return ""
 
 
-def _ends(tokenizer, tokens, is_special, wants_parts):
+def _ends(tokenizer, known, is_special):
     """The tokens that end a turn, found by rendering some: one that is the last, one that is not, calls of a tool."""
     asked, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
     thoughtful = {**answer, "reasoning_content": _THOUGHT, "thinking": _THOUGHT}
-    function = {"name": "find", "arguments": {"key": _ANSWER}}
-    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "callfind1", "type": "function"}]}
-    call["tool_calls"][0]["function"] = function
     parameters = {"type": "object", "properties": {"key": {"type": "string", "description": "key"}}}
     tool = {"type": "function", "function": {"name": "find", "description": "find", "parameters": parameters}}
 
     def rendered(*messages, **options):
-        return _tried(tokenizer, _as_parts(messages) if wants_parts else list(messages), **options)
+        return _tried(tokenizer, _as_wanted(messages, known), **options)
 
-    last = _written(tokens, rendered(asked, answer).rpartition(_ANSWER)[2])
-    within = _written(tokens, _between(rendered(asked, thoughtful), _THOUGHT, _ANSWER))
-    earlier = _written(tokens, _between(rendered(asked, answer, asked), _ANSWER, _QUESTION))
+    last = _written(known.written, rendered(asked, answer).rpartition(_ANSWER)[2])
+    within = _written(known.written, _between(rendered(asked, thoughtful), _THOUGHT, _ANSWER))
+    earlier = _written(known.written, _between(rendered(asked, answer, asked), _ANSWER, _QUESTION))
     ends = [*last[:1], *(token for token in earlier[:1] if token not in within)]
     for more in ({}, {"builtin_tools": ["find"]}):  # some end a call of these by a token of its own
-        text = rendered(asked, call, tools=[tool], **more).rpartition(_ANSWER)[2]
-        found = [token for token in _written(tokens, text) if is_special[token]]
+        text = rendered(asked, _call(), tools=[tool], **more).rpartition(_ANSWER)[2]
+        found = [token for token in _written(known.written, text) if is_special[token]]
         ends += found[-1:] if not set(found) & set(ends) else []
     return list(dict.fromkeys(ends))
 

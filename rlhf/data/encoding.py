@@ -230,7 +230,7 @@ def _check_written(message, text, start, end):
     looked for, as a template may strip the text or set its thoughts apart; a call of a tool says enough."""
     content = message.get("content") or ""
     field = "content" if content.strip() else next((name for name in THOUGHTS if message.get(name)), None)
-    if message.get("tool_calls") or message.get("function_call") or field is None:
+    if message.get("tool_calls") or field is None:
         return
     said = str(message[field]).strip()
     word = (re.findall(r"\w+", said) or [said[-1:]])[-1]

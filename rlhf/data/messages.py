@@ -9,7 +9,7 @@ import json
 from .files import Bad
 
 DEEPEST = 100
-SAID = ("reasoning_content", "reasoning", "thinking", "tool_calls", "function_call")
+SAID = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 NOT_LEARNED = ("loss", "train")
 """Fields of a message that say with false what `weight` says with 0, as other trainers have it."""
 _ABOUT = {"role", "content", "name", "weight", "tool_call_id", *NOT_LEARNED}
@@ -109,6 +109,8 @@ def _message(name, message):
         found["content"] = content = "".join(_part(name, part) for part in content)
     if content is not None and not isinstance(content, str):
         raise Bad(f"the content of `{name}` must be a string, parts of text or null, got {type(content).__name__}")
+    if "function_call" in found:
+        found = _as_tool_call(name, found)
     if content is None and set(found) <= _ABOUT:
         raise Bad(f"`{name}`, of the role {role!r}, has no content")
     if any(found.get(field) is False for field in NOT_LEARNED):
@@ -116,6 +118,16 @@ def _message(name, message):
     if "weight" in found and found["weight"] not in (0, 1):
         raise Bad(f"the weight of `{name}` must be 1 (learned) or 0 (only read), got {found['weight']!r}")
     check_value(name, found)
+    return found
+
+
+def _as_tool_call(name, message):
+    """A message whose one call stands in `function_call`, the field before `tool_calls`, which no template writes."""
+    found = {field: value for field, value in message.items() if field != "function_call"}
+    call = _parsed(f"{name}[function_call]", message["function_call"], dict, "a dict")
+    call = {field: value for field, value in (call or {}).items() if value is not None}
+    if any(call.values()) and not found.get("tool_calls"):
+        found["tool_calls"] = [{"type": "function", "function": call}]
     return found
 
 

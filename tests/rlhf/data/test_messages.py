@@ -181,6 +181,19 @@ def test_turns_that_other_trainers_would_not_learn(field):
     assert [message.get("weight", 1) for message in row["completion"][::2]] == [0, 1, 1]
 
 
+@pytest.mark.parametrize("written", [lambda value: value, json.dumps])
+def test_a_call_in_the_field_before_tool_calls(written):
+    call = {"name": "find", "arguments": "{}"}
+    asking = {"role": "assistant", "content": "", "function_call": written(call)}
+    empty = {"role": "assistant", "content": "yo", "function_call": {"name": None, "arguments": None}}
+    (row,) = read("sft", {"messages": [USER, asking, FOUND, empty]})
+    called = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    assert row["completion"] == [called, FOUND, YO]
+    assert "`messages[1][function_call]` must be a dict" in refused(
+        "sft", {"messages": [USER, {**asking, "function_call": ["find"]}]}
+    )
+
+
 def test_messages_in_a_cell_of_text():
     """As tables of text hold them; Python's way of writing them cannot be read, and is no answer."""
     pair = {"prompt": [USER], "chosen": [USER, YO], "rejected": [USER, NO]}

@@ -344,3 +344,28 @@ def test_an_answer_that_the_template_leaves_out(answer, field):
     pair = {"prompt": row["prompt"], "chosen": row["completion"], "rejected": [{**row["completion"][0]}]}
     with pytest.raises(Bad, match=f"does not write the {field}"):
         data.encode_row(tokenizer, pair, ("chosen", "rejected"), max_length=999)
+
+
+READS_DICTS = """
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
+{%- for call in m.tool_calls or [] %}{{- call.function.name + (call.function.arguments | tojson) }}{% endfor %}
+{{- (m.content or '') + '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+READS_TEXT = READS_DICTS.replace("(call.function.arguments | tojson)", "call.function.arguments")
+
+
+@pytest.mark.parametrize("template", [READS_DICTS, READS_TEXT])
+@pytest.mark.parametrize("arguments", [{"what": "an owl"}, '{"what":"an owl"}'])
+def test_arguments_of_calls_are_given_as_the_template_reads_them(template, arguments):
+    """As text, where they are text, they would be JSON in JSON; some templates take nothing but text."""
+    tokenizer = with_template(template)
+    call = {"type": "function", "function": {"name": "find", "arguments": arguments}}
+    row = {
+        "prompt": data.Chat([{"role": "user", "content": "a"}]),
+        "completion": [{"role": "assistant", "content": "", "tool_calls": [call]}],
+    }
+    (found,) = data.encode_row(tokenizer, row, ("completion",), max_length=999)
+    as_it_is = template == READS_TEXT and isinstance(arguments, str)
+    expected = arguments if as_it_is else '{"what": "an owl"}'
+    assert tokenizer.decode(found.responses[0]) == f"find{expected}<|im_end|>"
+    assert call["function"]["arguments"] == arguments
