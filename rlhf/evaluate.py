@@ -14,12 +14,13 @@ import torch
 
 from . import locks, models
 from .checkpoint import write_json
-from .data import as_text, encode_prompt, load_rows
+from .data import as_text, encode_prompt, load_rows, plain
 from .data.prompts import encode_prompts
 from .disk import json_bytes, prepare_output_file, write_bytes
 from .metrics import WinRate, best_of, best_of_n_kl, wilson_interval, win_rate
 from .models.sequences import by_length, join, per_token_log_probs, response_scores
 from .ranges import SEED, above, at_least, check_arguments
+from .rewards.scoring import as_read, tokens_of_other
 from .rollouts.sampling import Rollouts, sample
 from .settings import ToolParser
 
@@ -176,6 +177,7 @@ def evaluate_policies(
     tokenizer = models.load_tokenizer(policies[reference])
     reference_model = models.load_policy(policies[reference], dtype=dtype)
     scorer = models.load_reward_model(reward_model, dtype=dtype) if reward_model else None
+    reader = tokens_of_other(tokenizer, reward_model) if reward_model else None
     room = _room([reference_model, scorer], response_length, max_prompt_length)
     prompts, prompt_ids = encode_prompts(tokenizer, prompts, room=room, long_prompts=long_prompts)
     rows, responses = [], {}
@@ -204,7 +206,7 @@ def evaluate_policies(
             theirs = response_log_probs(reference_model, rollouts, batch_size=batch_size)
         columns["kl"] = [p - q for p, q in zip(own, theirs)]
         if scorer is not None:
-            columns["reward"] = reward_scores(scorer, rollouts, batch_size=batch_size)
+            columns["reward"] = reward_scores(scorer, as_read(reader, asked, rollouts), batch_size=batch_size)
         if gold is not None:
             columns["gold"] = [gold(p, text, e) for p, text, e in zip(asked, found, rollouts.ended)]
         row = {"name": name}
@@ -285,8 +287,10 @@ def best_of_n(
         samples_per_prompt=most,
         batch_size=max(batch_size, most),
     )
-    scores, found = reward_scores(scorer, rollouts, batch_size=batch_size), texts_of(tokenizer, rollouts, stop)
-    true = [gold(prompts[i // most], text, rollouts.ended[i]) if gold else None for i, text in enumerate(found)]
+    reader, asked = tokens_of_other(tokenizer, reward_model_path), [prompt for prompt in prompts for _ in range(most)]
+    scores = reward_scores(scorer, as_read(reader, asked, rollouts), batch_size=batch_size)
+    found = texts_of(tokenizer, rollouts, stop)
+    true = [gold(asked[i], text, rollouts.ended[i]) if gold else None for i, text in enumerate(found)]
     table = []
     for n in sorted(set(n_values)):
         whole = [i for start in range(0, len(scores), most) for i in range(start, start + most // n * n)]
@@ -302,7 +306,7 @@ def best_of_n(
             }
         )
     choices = [
-        {"prompt": prompts[i // most], "completion": found[i], "score": scores[i], "ended": rollouts.ended[i]}
+        plain({"prompt": asked[i], "completion": found[i], "score": scores[i], "ended": rollouts.ended[i]})
         for i in best_of(scores, most, rollouts.ended)
     ]
     return table, choices

@@ -10,11 +10,12 @@ from .chat import (
     pad_batch,
 )
 from .checks import check_chats
-from .encoding import Encoded, TooLong, encode_row, encode_sampled, fit_prompt
+from .encoding import Encoded, TooLong, encode_row, fit_prompt
 from .files import DataError
 from .messages import Chat
 from .prompts import encode_within
-from .rows import KINDS, load_rows, reading, rows_of, split_rows
+from .rows import KINDS, load_rows, plain, reading, rows_of, split_rows
+from .sampled import answer_of, encode_sampled
 from .templates import with_chat_template
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "DataError",
     "Encoded",
     "TooLong",
+    "answer_of",
     "as_text",
     "check_chats",
     "encode_completion",
@@ -36,6 +38,7 @@ __all__ = [
     "fit_prompt",
     "load_rows",
     "pad_batch",
+    "plain",
     "reading",
     "rows_of",
     "split_rows",

@@ -134,6 +134,13 @@ def end_of_turn_ids(tokenizer):
     return [tokenizer.convert_tokens_to_ids(token) for token in _known(tokenizer).ends]
 
 
+def answer_is_ended(tokenizer):
+    """Whether the chat template writes a token behind an answer that no turn follows."""
+    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    text = _tried(tokenizer, _as_parts(messages) if _known(tokenizer).wants_parts else messages)
+    return any(token in text.rpartition(_ANSWER)[2] for token in _known(tokenizer).ends)
+
+
 def end_of_turn(tokenizer, text, start):
     """The length of a rendered conversation up to and with the token that ends its last turn.
 
@@ -158,6 +165,14 @@ def end_of_turn(tokenizer, text, start):
 def pieces_of(tokenizer, text):
     """A text in pieces, of which all but the first begin with a special token."""
     return [piece for piece in _known(tokenizer).parting.split(text) if piece]
+
+
+def without_special(tokenizer, text):
+    """A text without the special tokens that are written out in it."""
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in {*special, *tokenizer.all_special_tokens}:
+        text = text.replace(token, "")
+    return text
 
 
 class Known(NamedTuple):

@@ -6,7 +6,6 @@ behind the end of the last turn is left off.
 """
 
 import re
-import sys
 from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
@@ -81,34 +80,13 @@ def encode_row(tokenizer, row, names, *, max_length, long_prompts="truncate", le
         responses = [encode_completion(tokenizer, answer) for answer in answers]
         return [_fitted(tokenizer, Encoded(encode_prompt(tokenizer, prompt), responses, None, cut=False), *limit)]
     known = {}
-    talks = [_talk(prompt, answer, learn_turns, known) for answer in answers]
+    talks = [talk_of(prompt, answer, learn_turns, known) for answer in answers]
     if is_ranking or len(talks) > 1:
         return [_fitting(tokenizer, talks, *limit, encode=_encode_scored if is_ranking else _encode_together)]
     try:
         return [_fitting(tokenizer, talks, *limit)]
     except Rewritten:
         return _turn_by_turn(tokenizer, talks[0], *limit)
-
-
-def encode_sampled(tokenizer, prompt, text, *, ended=True):
-    """(prompt, response) ids of a response that was sampled as text, as `encode_row` gives them to a training.
-
-    Args:
-        ended: False: the response was cut off, so what ends a turn is left off.
-    """
-    if isinstance(prompt, str):
-        return encode_prompt(tokenizer, prompt), encode_completion(tokenizer, text, eos=ended)
-    if ended:
-        (found,) = encode_row(
-            tokenizer, {"prompt": prompt, "completion": text}, ("completion",), max_length=sys.maxsize
-        )
-        return found.prompt, found.responses[0]
-    if not text.strip():
-        return encode_prompt(tokenizer, prompt), encode_completion(tokenizer, text, eos=False)
-    talk = _talk(prompt, text, "all", {})
-    whole = Text(tokenizer, render(tokenizer, talk.chat, talk.messages, continue_final_message=True), {})
-    start = whole.within(_common(whole.text, _asked(tokenizer, talk, talk.first)))
-    return whole.ids[:start], whole.ids[start:]
 
 
 class Talk(NamedTuple):
@@ -125,7 +103,7 @@ class Talk(NamedTuple):
     known: dict
 
 
-def _talk(prompt, answer, learn_turns, known):
+def talk_of(prompt, answer, learn_turns, known):
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     context, answer = [_without_weight(message) for message in chat], list(answer)
@@ -185,7 +163,7 @@ class Text:
     def within(self, length):
         """How many tokens lie wholly in the first `length` characters."""
         if self.ends is None:
-            return _common(self.ids, tokens_of(self.tokenizer, self.text[:length]))
+            return common(self.ids, tokens_of(self.tokenizer, self.text[:length]))
         return bisect_right(self.ends, length)
 
     def begun(self, length):
@@ -195,7 +173,7 @@ class Text:
         return max(bisect_left(self.starts, length), self.within(length))
 
 
-def _asked(tokenizer, talk, index):
+def asked_for(tokenizer, talk, index):
     """The rendered prompt for the message at `index`."""
     before = talk.messages[:index]
     if talk.begun is not None and index == talk.first:
@@ -213,7 +191,7 @@ def _spans(tokenizer, talk, text, asked):
     for index in talk.learned:
         is_last = index + 1 == len(talk.messages)
         own = text if is_last else render(tokenizer, talk.chat, talk.messages[: index + 1])
-        start = _common(own, asked if index == talk.learned[0] else _asked(tokenizer, talk, index))
+        start = common(own, asked if index == talk.learned[0] else asked_for(tokenizer, talk, index))
         end = end_of_turn(tokenizer, own, start)
         _check_written(talk.messages[index], own, start, end)
         if not is_last and not text.startswith(own[:end]):
@@ -243,7 +221,7 @@ def _encode_turns(tokenizer, talks):
     (talk,) = talks
     talk = talk._replace(messages=talk.messages[: talk.learned[-1] + 1])
     whole = render(tokenizer, talk.chat, talk.messages)
-    spans = _spans(tokenizer, talk, whole, _asked(tokenizer, talk, talk.learned[0]))
+    spans = _spans(tokenizer, talk, whole, asked_for(tokenizer, talk, talk.learned[0]))
     text = Text(tokenizer, whole[: spans[-1][1]], talk.known)
     spans = [(text.within(start), text.begun(end)) for start, end in spans]
     first = spans[0][0]
@@ -252,15 +230,15 @@ def _encode_turns(tokenizer, talks):
 
 def _encode_together(tokenizer, talks, *, is_scored=False):
     """Several answers to one prompt: each response is all that the template writes of its answer."""
-    asked, texts, spans = _asked(tokenizer, talks[0], talks[0].first), [], []
+    asked, texts, spans = asked_for(tokenizer, talks[0], talks[0].first), [], []
     for talk in talks:
         whole, last = render(tokenizer, talk.chat, talk.messages), len(talk.messages) - 1
-        start = _common(whole, asked)
+        start = common(whole, asked)
         end = end_of_turn(
-            tokenizer, whole, start if last == talk.first else _common(whole, _asked(tokenizer, talk, last))
+            tokenizer, whole, start if last == talk.first else common(whole, asked_for(tokenizer, talk, last))
         )
         try:
-            first = asked if talk.learned[0] == talk.first else _asked(tokenizer, talk, talk.learned[0])
+            first = asked if talk.learned[0] == talk.first else asked_for(tokenizer, talk, talk.learned[0])
             found = _spans(tokenizer, talk, whole, first)
         except Rewritten:
             if not is_scored:
@@ -270,7 +248,7 @@ def _encode_together(tokenizer, talks, *, is_scored=False):
         spans.append([(texts[-1].within(a), texts[-1].begun(b)) for a, b in [(start, start), *found]])
     shared = min(own[0][0] for own in spans)
     for text in texts[1:]:
-        shared = min(shared, _common(texts[0].ids[:shared], text.ids))
+        shared = min(shared, common(texts[0].ids[:shared], text.ids))
     parts = []
     for (begin, _), *learned in spans:
         if learned[0][0] == begin:
@@ -379,7 +357,7 @@ def fit_prompt(tokenizer, prompt_ids, room, long_prompts="truncate"):
     return prompt_ids[len(prompt_ids) - room :]
 
 
-def _common(first, second):
+def common(first, second):
     """The length of what two texts, or two lists of ids, begin with alike."""
     if first[: len(second)] == second:
         return len(second)

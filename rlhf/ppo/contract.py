@@ -1,8 +1,13 @@
 """The contract of a PPO run, checked on a few real samples before the first iteration. A broken one stops the run."""
 
+import itertools
+import logging
+
 import torch
 
-from ..data import encode_row, encode_within
+from ..data import encode_prompt, encode_row, encode_within
+from ..data.files import Bad
+from ..data.showing import MARKS, marked, show, warn_of_template
 from ..errors import RunError
 from ..models import load_tokenizer
 from ..models.sequences import join, response_log_probs, response_scores, response_values
@@ -11,6 +16,8 @@ from ..rollouts.sampling import sample
 from ..training.probes import gap, packs, rounding, sampler_log_probs
 from .sharding import local
 from .state import in_run_precision
+
+logger = logging.getLogger("rlhf")
 
 
 class ContractError(RunError):
@@ -38,6 +45,7 @@ def check_contract(trainer) -> dict[str, float]:
         first, sampled = [ids[0] for ids in rollouts.response_ids], None
         if trainer.engine is None:
             sampled = sampler_log_probs(policy, prompts, first, temperature=args.temperature)
+    _show(trainer, rows[0], rollouts)
     batch = join(rollouts.prompt_ids, rollouts.response_ids, policy.device)
     policy.train()
     numbers, failures = {}, []
@@ -96,6 +104,25 @@ def check_contract(trainer) -> dict[str, float]:
     return numbers
 
 
+def _show(trainer, row, rollouts) -> None:
+    """Print the first of the rollouts, and tell what the chat template does to the rows."""
+    if not trainer.accelerator.is_main_process:
+        return
+    warn_of_template(trainer.tokenizer, trainer.prompts)
+    text = marked(trainer.tokenizer, rollouts.prompt_ids[0], rollouts.response_ids[:1])
+    show(f"{row['at']} as the policy is asked; the beginning of its answer stands in {MARKS}:", text)
+    if trainer.reward_model is None or trainer.own_tokens is not None or isinstance(row["prompt"], str):
+        return
+    trained, ids = _trained(trainer.tokenizer, row, "A."), encode_prompt(trainer.tokenizer, row["prompt"])
+    if trained and ids == row["prompt_ids"] and trained[: len(ids)] != ids:
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(trained, ids)))
+        logger.warning(
+            "chat_template: the template asks for an answer with %r, and leaves that out where there is one: the "
+            "reward model was trained without it, and reads it now",
+            trainer.tokenizer.decode(ids[same:]),
+        )
+
+
 def _rows(prompts) -> list[dict]:
     """The two shortest prompts and the two longest, by length."""
     order = sorted(range(len(prompts)), key=prompts.lengths.__getitem__)
@@ -141,9 +168,13 @@ def _check_ids(trainer, rows, rollouts, check) -> None:
     check("reward_ids", wrong, meaning, 0)
 
 
-def _trained(tokenizer, row, text) -> list[int]:
-    """The ids on which a reward model is trained for that answer to the prompt of a row."""
-    (found,) = encode_row(tokenizer, {"prompt": row["prompt"], "completion": text}, ("completion",), max_length=2**31)
+def _trained(tokenizer, row, answer) -> list[int]:
+    """The ids on which a reward model is trained for that answer to the prompt of a row; none if it is refused."""
+    row = {"prompt": row["prompt"], "completion": answer if isinstance(answer, str) else [answer]}
+    try:
+        (found,) = encode_row(tokenizer, row, ("completion",), max_length=2**31)
+    except Bad:
+        return []
     return found.prompt + found.responses[0]
 
 
@@ -155,7 +186,7 @@ def _check_own_ids(trainer, rows, rollouts, check) -> None:
         rows, rollouts.prompt_ids, rollouts.response_ids, rollouts.ended, encoded.prompt_ids,
         encoded.response_ids,
     ):  # fmt: skip
-        trained, read = _trained(own.tokenizer, row, own.text(*sampled)), prompt + response
+        trained, read = _trained(own.tokenizer, row, own.answer(row["prompt"], *sampled)), prompt + response
         if own.room is not None and len(trained) > own.room:  # it reads the prompt cut
             continue
         if not sampled[-1]:  # what ends a turn is left off

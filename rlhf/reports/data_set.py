@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import itertools
 import logging
 import zlib
 from collections import Counter
@@ -16,6 +15,7 @@ from ..data import formats, kinds, rankings, rows
 from ..data.encoders import encode_rows
 from ..data.mixtures import named_sets
 from ..data.prompts import encode_prompts
+from ..data.showing import MARKS, marked, shortened
 from ..data.sources import files_of
 from ..disk import json_bytes, prepare_output_file, write_parts
 from ..ranges import at_least, check_arguments
@@ -29,8 +29,8 @@ ANSWERS = {"ranked": ("completions",), "preference": ("chosen", "rejected")}
 """Fields that hold the answers of a kind of rows; of others `completion`."""
 WIDTH, BINS, BAR, LISTED, SHOWN = 10, 8, 40, 8, 3000
 """Of the labels; classes and longest bar of a histogram; labelers that are named; characters of the example."""
-MARKS, WHOLE = "⟦⟧", 2**31 - 1
-"""Around what is learned; a max_length that cuts nothing."""
+WHOLE = 2**31 - 1
+"""A max_length that cuts nothing."""
 
 
 def main(argv=None) -> int:
@@ -245,10 +245,12 @@ class Survey:
         row = self.rows[0]
         if self.tokenizer is None or self.kind == "prompts":
             prompts, answers = texts_of(row, self.kind)
-            return shown("".join([*prompts, *(f"\n{MARKS[0]}{text}{MARKS[1]}" for text in answers)]))
+            text = "".join([*prompts, *(f"\n{MARKS[0]}{text}{MARKS[1]}" for text in answers)])
+            return shortened(text, SHOWN).split("\n")
         names = ANSWERS.get(self.kind, ("completion",))
         found = data.encode_row(self.tokenizer, row, names, max_length=WHOLE, learn_turns=self.args.learn_turns)
-        return shown("\n".join(marked(self.tokenizer, each) for each in found))
+        parts = [marked(self.tokenizer, each.prompt, each.responses, each.learned) for each in found]
+        return shortened("\n".join(parts), SHOWN).split("\n")
 
 
 def said(label, *lines):
@@ -322,25 +324,6 @@ def histogram(sizes, unit):
         end = low + width - 1 if number + 1 < len(edges) else most
         bar = "#" * -(-BAR * count // len(ordered))
         yield f"{f'{low} to {end}' if end > low else low:>16}  {bar} {count}"
-
-
-def marked(tokenizer, example) -> str:
-    """What a model reads of an example, with what it learns in marks; the answers one behind the other."""
-    parts = [tokenizer.decode(example.prompt)]
-    for number, ids in enumerate(example.responses):
-        learned = (example.learned and example.learned[number]) or [True] * len(ids)
-        for known, run in itertools.groupby(zip(learned, ids), key=lambda pair: pair[0]):
-            text = tokenizer.decode([token for _, token in run])
-            parts.append(f"{MARKS[0]}{text}{MARKS[1]}" if known else text)
-        parts.append("\n" if number + 1 < len(example.responses) else "")
-    return "".join(parts)
-
-
-def shown(text):
-    """The lines of a text, of a long one its beginning and end."""
-    if len(text) > SHOWN:
-        text = f"{text[: SHOWN // 2]}\n[... {len(text) - SHOWN} characters ...]\n{text[-SHOWN // 2 :]}"
-    return text.split("\n")
 
 
 def load_tokenizer(args):

@@ -22,7 +22,7 @@ import numbers
 import torch
 
 from .. import models
-from ..data import DataError, encode_sampled, encode_within, fit_prompt
+from ..data import DataError, answer_of, encode_sampled, encode_within, fit_prompt
 from ..data.files import Bad
 from ..metrics import Averages
 from ..models.sequences import join, response_scores
@@ -258,7 +258,8 @@ class OwnTokens:
     """Prompts and responses as the ids on which a reward model with another tokenizer was trained.
 
     A response is decoded with the policy's tokenizer, without the token that ended it, and encoded as the reward
-    model's training data were, a chat by its own template; one that was cut off gets no end token.
+    model's training data were; one that was cut off gets no end token. An answer to a chat becomes a message, and is
+    rendered by the reward model's own template.
 
     Args:
         room: tokens that prompt and response may have, for which a prompt is cut; None = nothing is cut.
@@ -267,32 +268,34 @@ class OwnTokens:
     def __init__(self, policy_tokenizer, tokenizer, room=None):
         self.policy_tokenizer, self.tokenizer, self.room = policy_tokenizer, tokenizer, room
 
-    def text(self, prompt_ids, response_ids, ended: bool) -> str:
-        """The response as it goes on after its prompt: some tokenizers drop the space before a text's first word."""
-        kept = response_ids[:-1] if ended else response_ids
+    def answer(self, prompt, prompt_ids, response_ids, ended: bool):
+        """The response as it goes on after its prompt: a text, or the message of an assistant."""
+        kept, is_text = response_ids[:-1] if ended else response_ids, isinstance(prompt, str)
         head, whole, alone = (
-            self.policy_tokenizer.decode(ids, skip_special_tokens=True)
+            self.policy_tokenizer.decode(ids, skip_special_tokens=is_text)
             for ids in (prompt_ids, [*prompt_ids, *kept], kept)
         )
-        return whole[len(head) :] if whole.startswith(head) else alone
+        text = whole[len(head) :] if whole.startswith(head) else alone  # some drop the space before a first word
+        return text if is_text else answer_of(self.policy_tokenizer, prompt, text)
 
     def __call__(self, rows: list[dict], rollouts: Rollouts) -> Rollouts:
         prompts, responses = [], []
         for row, *sampled in zip(rows, rollouts.prompt_ids, rollouts.response_ids, rollouts.ended, strict=True):
             try:
-                prompt, response = self._encoded(row["prompt"], self.text(*sampled), ended=sampled[-1])
+                answer = self.answer(row["prompt"], *sampled)
+                prompt, response = self._encoded(row["prompt"], answer, ended=sampled[-1])
             except (Bad, DataError) as error:
                 raise DataError(f"{row['at']}: of the reward model's tokenizer: {error}") from error
             prompts.append(prompt)
             responses.append(response)
         return Rollouts(prompts, responses, list(rollouts.ended))
 
-    def _encoded(self, prompt, text, *, ended):
-        ids, response = encode_sampled(self.tokenizer, prompt, text, ended=ended)
+    def _encoded(self, prompt, answer, *, ended):
+        ids, response = encode_sampled(self.tokenizer, prompt, answer, ended=ended)
         room = None if self.room is None else self.room - len(response)
         if room is not None and 0 < room < len(ids):
             shorter = encode_within(self.tokenizer, prompt, room)[0]
-            ids, response = encode_sampled(self.tokenizer, shorter, text, ended=ended)
+            ids, response = encode_sampled(self.tokenizer, shorter, answer, ended=ended)
             ids = fit_prompt(self.tokenizer, ids, room)
         return ids, response
 
@@ -306,17 +309,34 @@ def own_tokens(trainer) -> OwnTokens | None:
     args = trainer.args
     if trainer.reward_model is None or args.reward_tokenizer == "same":
         return None
-    tokenizer = models.load_tokenizer(args.reward_model_path, trust_remote_code=args.trust_remote_code)
-    if same_tokenizer(tokenizer, trainer.tokenizer):
-        return None
-    if args.value_model_path is None:
+    context = models.context_length(trainer.reward_model) if args.long_prompts == "truncate" else None
+    options = {"trust_remote_code": args.trust_remote_code}
+    own = tokens_of_other(trainer.tokenizer, args.reward_model_path, context, **options)
+    if own is not None and args.value_model_path is None:
         raise ValueError(
             "value_model_path: got none, and the value network cannot start from a reward model of another tokenizer; "
             f"give {args.sft_model_path} to start from the policy, with a new head, or a value network of its tokenizer"
         )
+    return own
+
+
+def tokens_of_other(tokenizer, path, room=None, **options) -> OwnTokens | None:
+    """The way to the ids of the reward model at `path` where its tokenizer is not this one; None where it is.
+
+    Args:
+        room: as in `OwnTokens`.
+        options: of `models.load_tokenizer`.
+    """
+    other = models.load_tokenizer(path, **options)
+    if same_tokenizer(other, tokenizer):
+        return None
     logger.warning("the reward model has another tokenizer: responses are decoded, and encoded again for it")
-    context = models.context_length(trainer.reward_model)
-    return OwnTokens(trainer.tokenizer, tokenizer, context if args.long_prompts == "truncate" else None)
+    return OwnTokens(tokenizer, other, room)
+
+
+def as_read(own: OwnTokens | None, prompts, rollouts: Rollouts) -> Rollouts:
+    """Rollouts as their reward model reads them: unchanged, or by its own tokenizer."""
+    return rollouts if own is None else own([{"prompt": prompt, "at": "prompts"} for prompt in prompts], rollouts)
 
 
 def same_tokenizer(first, second) -> bool:

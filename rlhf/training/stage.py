@@ -7,6 +7,7 @@ from accelerate.utils import gather_object
 
 from .. import data, models
 from ..data import parallel
+from ..data.showing import MARKS, marked, show, warn_of_template
 from ..errors import RunError
 
 DEFAULT_CONTEXT = 1024
@@ -102,3 +103,14 @@ def set_max_length(args, model):
         hint = models.context_hint(model)
         raise ValueError(f"max_length: got {args.max_length}, wants 2 to {context}, the model's context{hint}")
     return args.max_length
+
+
+def show_example(args, tokenizer, examples):
+    """Print an example of the run's data as the model reads it, and tell what its chat template does to the rows."""
+    if args.process_index or not len(examples):
+        return
+    warn_of_template(tokenizer, examples.rows)
+    example = examples[0]
+    text = marked(tokenizer, example["prompt"], example["responses"], example.get("learned"))
+    part = "is scored" if args.stage == "reward" else "is learned"
+    show(f"{example['row']['at']} as the model reads it; what {part} stands in {MARKS}:", text)

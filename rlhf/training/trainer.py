@@ -22,7 +22,7 @@ from .callbacks import MetricsFile, SavingTried, StageProgress, StepsArrive, che
 from .config import settings
 from .probes import try_model
 from .resume import GoesOn, StopAtSignal, check_record, digests, this_run, write_logged, write_record
-from .stage import load_data, load_stage_tokenizer, make_room, once, set_max_length
+from .stage import load_data, load_stage_tokenizer, make_room, once, set_max_length, show_example
 
 logger = logging.getLogger("rlhf")
 
@@ -91,6 +91,7 @@ class StageTrainer(Trainer):
         sides = [(train, "training"), (held_out, "held-out")]
         train, self.held_out = once(args.distributed_state, lambda: [self.encode(*side) for side in sides])
         models.check_token_ids(model, tokenizer, [rows.largest_id for rows in (train, self.held_out)])
+        show_example(args, tokenizer, train)
         if hasattr(model, "get_base_model"):
             check_merge(model, "model")
         self.can_pack = may_pack(args, model)

@@ -369,3 +369,33 @@ def test_arguments_of_calls_are_given_as_the_template_reads_them(template, argum
     expected = arguments if as_it_is else '{"what": "an owl"}'
     assert tokenizer.decode(found.responses[0]) == f"find{expected}<|im_end|>"
     assert call["function"]["arguments"] == arguments
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fields"),
+    [
+        ("chatml", "A rose.", {"content": "A rose."}),
+        ("llama-2", " A rose.", {"content": "A rose."}),
+        ("qwen3", "<think>\n\n</think>\n\nA rose.", {"content": "A rose."}),
+        ("qwen3", "<think>\nHm.\n</think>\n\nA rose.", {"reasoning_content": "Hm.", "content": "A rose."}),
+        ("qwen3", "<think>\nHm, and", {"content": "<think>\nHm, and"}),
+        ("qwen3", "A rose.", {"content": "A rose."}),
+        ("qwen3.5", "Hm.\n</think>\n\nA rose.", {"reasoning_content": "Hm.", "content": "A rose."}),
+        ("gpt-oss", "<|channel|>final<|message|>A rose.", {"content": "A rose."}),
+        (
+            "gpt-oss",
+            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>A rose.",
+            {"reasoning_content": "Hm.", "content": "A rose."},
+        ),
+        ("gpt-oss", "<|channel|>other<|message|>A rose.", {"content": "otherA rose."}),
+    ],
+)
+def test_a_sampled_text_is_a_message(name, text, fields):
+    prompt = data.Chat([{"role": "user", "content": "a"}])
+    assert data.answer_of(tokenizer_of(name), prompt, text) == {"role": "assistant", **fields}
+
+
+def test_a_sampled_text_goes_on_from_a_begun_answer():
+    prompt = data.Chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "A"}])
+    found = data.answer_of(tokenizer_of("qwen3"), prompt, " rose.<|im_start|>")
+    assert found == {"role": "assistant", "content": " rose."}

@@ -439,8 +439,9 @@ def test_a_prefix_space_survives_the_way_through_text(home):
             return " ".join(WORDS[i] for i in ids)
 
     own = scoring.OwnTokens(Dropping, None)
-    assert own.text([5, 6], [7, 8, EOS], True) == " dog sat" and own.text([5, 6], [7, 8], False) == " dog sat"
-    assert own.text([5], [EOS], True) == ""
+    for ids, ended in (([7, 8, EOS], True), ([7, 8], False)):
+        assert own.answer("prompt", [5, 6], ids, ended) == " dog sat"
+    assert own.answer("prompt", [5], [EOS], True) == ""
 
 
 def test_chats_are_encoded_as_chats(home):
