@@ -209,7 +209,9 @@ def _field(raw, name):
 def _dialogue(raw):
     """The checked `messages` of a row, the last one an assistant's, and the index of the first that is none's."""
     value = raw["messages"]
-    messages = messages_of("messages", value) if isinstance(value, list) else []
+    if not isinstance(value, list):
+        raise Bad(f"`messages` must be a list of messages (or one as JSON), got {type(value).__name__}")
+    messages = messages_of("messages", value)
     opening = next((index for index, message in enumerate(messages) if message["role"] != "assistant"), len(messages))
     if opening >= len(messages) - 1 or messages[-1]["role"] != "assistant":
         raise Bad("`messages` must hold at least two messages, the last one of the role 'assistant'")

@@ -22,6 +22,8 @@ class Format:
         over_own: kinds for which the layout says more than the fields of our own that its rows hold too.
         auto: False: only by name.
         aliases: other names that `--data_format` takes.
+        left_out: (row, kind) -> the name of a column that may belong to what is learned and is not read, or None: such
+            a row is bad where the format is found, and read without it where it is named.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Format:
     over_own: tuple = ()
     auto: bool = True
     aliases: tuple = ()
+    left_out: Callable | None = None
 
 
 def text(raw, name, *, default=None):
@@ -95,14 +98,16 @@ _BESIDE = (
 )  # fmt: skip
 
 
-def check_alone(raw, answer):
-    """Raise Bad for a row that holds thoughts beside its answer: whether they are learned is not for us to guess."""
-    name = next((name for name in _BESIDE if isinstance(raw.get(name), str) and " " in raw[name].strip()), None)
-    if name:
-        raise Bad(
-            f"holds `{name}` beside `{answer}`: --columns can say what is learned (completion={answer}, or "
-            f"completion={name}+{answer})"
-        )
+def left_out(*columns):
+    """A `left_out`: the columns, and thoughts beside an answer that is learned, where a row holds something there."""
+
+    def find(raw, kind):
+        held = [name for name in columns if raw.get(name) not in (None, "", [], {})]
+        if kind == "sft":
+            held += [name for name in _BESIDE if isinstance(raw.get(name), str) and " " in raw[name].strip()]
+        return held[0] if held else None
+
+    return find
 
 
 def is_text(value):
@@ -236,8 +241,6 @@ def as_demonstration(read):
 
     def convert(raw, kind):
         row = read(raw)
-        if kind == "sft":
-            check_alone(raw, next((name for name, value in raw.items() if value == row["completion"]), "the answer"))
         if kind == "prompts":
             row = {name: value for name, value in {**others(raw), **row}.items() if name != "completion"}
         return [row]

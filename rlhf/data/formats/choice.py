@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import columns
 from ..cells import typed
 from ..files import Bad, DataError
 from . import arena, chats, dialogues, instructions, maths, own, pairs, ranked, trees
-from .base import system_of
+from .base import system_of, user
 
 logger = logging.getLogger("rlhf")
 
@@ -58,8 +58,11 @@ def conversion(kind, column_map, data_format, first_rows):
             raise ValueError(f"data_format: got {data_format!r} beside columns, which say the same thing; give one")
         made = _mapped(columns.parse(column_map, kind), first_rows)
     else:
-        found = _named(name, kind) if name != "auto" else _recognised(kind, first_rows)
-        made = _made(found, kind) if found else _own(kind, first_rows if name == "auto" else ())
+        is_found = name == "auto"
+        found = _recognised(kind, first_rows) if is_found else _named(name, kind)
+        made = _made(found, kind, is_found) if found else _own(kind, first_rows if is_found else ())
+        if name != OWN and kind != "text" and any(map(_has_lead, first_rows)):
+            made = _with_each(made, _asked)
     return _as_chat(made) if chat else made
 
 
@@ -102,6 +105,8 @@ def _recognised(kind, first_rows):
         names = _formats_of(raw, kind)
         if names:
             found.setdefault(names[0], raw)
+    if OWN in found and any(name != OWN and own.holds(raw, kind) for name, raw in found.items()):
+        del found[OWN]  # these say more than the fields of our own that all rows hold
     ours = [name for name in found if name == OWN or FORMATS[name] in own.FORMATS]
     if len(found) > 1 and len(ours) < len(found):
         looks = "; ".join(f"{name} ({', '.join(map(repr, raw))})" for name, raw in found.items())
@@ -125,14 +130,20 @@ def _formats_of(raw, kind):
     return [format.name for format in fitting] + [OWN] * is_own
 
 
-def _made(format, kind):
+def _made(format, kind, is_found):
     note = format.kinds[kind]
     if format.group is None:
-        return Conversion(format.name, note, lambda raw: _converted(format, raw, kind))
+        return Conversion(format.name, note, lambda raw: _converted(format, raw, kind, is_found))
     return Conversion(format.name, note, lambda raw: _converted(format, [raw], kind), _grouped(format, kind))
 
 
-def _converted(format, raw, kind):
+def _converted(format, raw, kind, is_found=False):
+    name = format.left_out(raw, kind) if is_found and format.left_out else None
+    if name:
+        raise Bad(
+            f"holds `{name}`, which the format {format.name} leaves out: --columns can say what is learned, "
+            f"--data_format {format.name} that it is what remains"
+        )
     try:
         return format.convert(raw, kind)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
@@ -161,12 +172,27 @@ def _grouped(format, kind):
 
 
 def _as_chat(made):
+    note = "; ".join(filter(None, (made.note, "prompts in text become messages")))
+    return _with_each(replace(made, note=note), dialogues.as_chat)
+
+
+def _has_lead(raw):
+    return system_of(raw) or (isinstance(raw.get("history"), list) and raw["history"])
+
+
+def _asked(row):
+    """A row whose prompt is messages, as are those of the other rows, which go behind a system prompt."""
+    return {**row, "prompt": user(row["prompt"])} if isinstance(row.get("prompt"), str) else row
+
+
+def _with_each(made, change):
+    """A conversion whose rows are changed."""
+
     def each(raw):
-        return [dialogues.as_chat(row) for row in made.each(raw)]
+        return [change(row) for row in made.each(raw)]
 
     def whole(found):
         for at, row in made.whole(found):
-            yield at, dialogues.as_chat(row) if isinstance(row, dict) else row
+            yield at, change(row) if isinstance(row, dict) else row
 
-    note = "; ".join(filter(None, (made.note, "prompts in text become messages")))
-    return Conversion(made.name, note, each, whole if made.whole else None)
+    return replace(made, each=each, whole=whole if made.whole else None)

@@ -9,10 +9,10 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 _EXTRA_ID = re.compile(r"\s*<extra_id_1>(User|Assistant)\s*")
 _SAID_BY = {
     "user": ("human", "user", "prompter"),
-    "assistant": ("gpt", "assistant", "chatgpt", "bing", "bard", "model"),
+    "assistant": ("gpt", "assistant", "chatgpt", "bing", "bard", "model", "bot", "chatbot", "ai"),
     "system": ("system",),
     "developer": ("developer",),
-    "tool": ("tool", "function", "function_response", "observation"),
+    "tool": ("tool", "function", "function_response", "observation", "tool_response", "tool_result"),
 }
 ROLES = {name: role for role, names in _SAID_BY.items() for name in names}
 

@@ -7,6 +7,7 @@ from .base import (
     as_demonstration,
     has,
     is_messages,
+    left_out,
     others,
     system_of,
     text,
@@ -25,6 +26,7 @@ _PAIRS = (
     ("inputs", "targets"), ("message_1", "message_2"),
 )  # fmt: skip
 _OWN = ("prompt", "completion")
+_BESIDE_ALPACA = ("context", "messages", "conversations", "chosen", "response")
 
 
 def _joined(*pieces):
@@ -75,8 +77,12 @@ def _names(raw, known=()):
     return found[0] if len(found) == 1 and not doubtful else None
 
 
+def _read(raw):
+    return _names(raw) or next((names for names in _PAIRS if names[0] in raw and names[1] in raw), _PAIRS[0])
+
+
 def _question_response(raw):
-    asked, said = _names(raw) or next((names for names in _PAIRS if names[0] in raw and names[1] in raw), _PAIRS[0])
+    asked, said = _read(raw)
     return {"prompt": text(raw, asked), "completion": text(raw, said)}
 
 
@@ -114,9 +120,10 @@ FORMATS = (
             "sft": "input behind instruction, one empty line between; messages where there is system or history",
             "prompts": "input behind instruction, one empty line between",
         },
-        has("instruction", "output", without=("context", "messages", "conversations", "chosen", "response")),
+        has("instruction", "output", without=_BESIDE_ALPACA),
         as_demonstration(_alpaca),
         aliases=("alpaca-cleaned", "code-alpaca", "evol-instruct"),
+        left_out=left_out(*_BESIDE_ALPACA),
     ),
     Format(
         "dolly",
@@ -156,5 +163,6 @@ FORMATS = (
         lambda raw: _names(raw) is not None and "helpfulness" not in raw,
         as_demonstration(_question_response),
         aliases=("metamath", "metamathqa"),
+        left_out=lambda raw, kind: left_out(*DOUBTFUL.difference(_read(raw)))(raw, kind),
     ),
 )

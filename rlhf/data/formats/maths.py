@@ -6,9 +6,9 @@ from contextlib import suppress
 from .base import (
     Bad,
     Format,
-    check_alone,
     has,
     is_messages,
+    left_out,
     number,
     of_ranking,
     others,
@@ -27,7 +27,6 @@ _MARK, _BOX = "####", "\\boxed{"
 def _question_answer(raw, kind):
     question, answer = text(raw, "question"), text(raw, "answer")
     if kind == "sft":
-        check_alone(raw, "answer")
         return [{"prompt": question, "completion": answer}]
     if _MARK in answer:
         answer = answer.rpartition(_MARK)[2].strip().replace(",", "")
@@ -140,6 +139,7 @@ FORMATS = (
         _is_question_answer,
         _question_answer,
         aliases=("gsm8k", "orca-math"),
+        left_out=left_out(*DOUBTFUL - {"question"}),
     ),
     Format(
         "math",

@@ -96,6 +96,8 @@ def completed(raw, kind):
     if kind == "text":
         return raw
     no_media(raw)
+    if is_messages(raw.get("functions"), "name") and "tools" not in raw:
+        raw = {**raw, "tools": [{"type": "function", "function": function} for function in raw["functions"]]}
     system = system_of(raw)
     if not system:
         return raw
@@ -158,8 +160,8 @@ FORMATS = (  # what is told when rows of one kind are asked for as another; or b
         "judged",
         "KTO's sets: prompt, completion, label",
         {"unpaired": "", "sft": "the completions whose label is true", "prompts": ""},
-        lambda raw: _is_demonstration(raw) and isinstance(raw.get("label"), bool),
-        lambda raw, kind: [completed(raw, kind)] if raw["label"] or kind != "sft" else [],
+        lambda raw: _is_demonstration(raw) and raw.get("label") in (0, 1),
+        lambda raw, kind: [completed(raw, kind)] if kind != "sft" or typed(raw).get("label") else [],
         over_own=("sft",),
         aliases=("kto-mix-14k",),
     ),

@@ -111,7 +111,7 @@ def _asked(raw):
 def _question_pair(chosen, rejected):
     def read(raw):
         no_media(raw)
-        name = _asked(raw) or _QUESTIONS[0]
+        name = _asked(raw) or ("prompt" if "prompt" in raw else _QUESTIONS[0])
         asked = [text(raw, name), text(raw, "input", default="") if name == "instruction" else ""]
         question = "\n\n".join(piece for piece in asked if piece.strip())
         prompt = user(question, text(raw, "system", default="")) if "system" in raw else question

@@ -1040,6 +1040,11 @@ ALSO_OURS = [
         {"sft": [{"prompt": "A?", "completion": "B.", "label": True}]},
     ),
     (
+        "judged",
+        [{"messages": CHAT, "label": "0"}, {"messages": CHAT, "label": "1"}],
+        {"sft": [{"messages": CHAT, "label": "1"}]},
+    ),
+    (
         "step-dpo",
         [{"prompt": "A?", "initial_reason_steps": "1. Fly. ", "chosen": "2. Owl.", "rejected": "2. Elk."}],
         both([user("A?"), assistant("1. Fly. ")], "2. Owl.", "2. Elk."),

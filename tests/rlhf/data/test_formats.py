@@ -180,6 +180,57 @@ def test_pairs_as_demonstrations_keep_the_column_of_the_system_prompt():
     assert convert("sft", raw) == ("pairs", [{"prompt": LED, "completion": [assistant("B.")]}])
 
 
+FIRST = [
+    ("question-answer", {"question": "A?", "answer": "B."}, {"context": "C."}),
+    ("question-response", {"instruction": "A?", "response": "B."}, {"input": "C."}),
+    ("alpaca", {"instruction": "A?", "output": "B."}, {"context": "C."}),
+]
+
+
+@pytest.mark.parametrize(("name", "raw", "more"), FIRST)
+def test_later_rows_may_hold_what_the_first_do_not(name, raw, more):
+    """As in tables, where a column may be null in the first rows."""
+    with pytest.raises(Bad, match=f"holds `{next(iter(more))}`, which the format {name} leaves out"):
+        convert("sft", raw, {**raw, **more})
+    row = {"prompt": "A?", "completion": "B."}
+    assert convert("sft", raw, {**raw, **dict.fromkeys(more, "")}) == (name, [row, row])
+    assert convert("sft", raw, {**raw, **more}, data_format=name) == (name, [row, row])
+
+
+SOME = [
+    ("alpaca", "sft", {"instruction": "A?", "output": "B."}, {"completion": "B."}),
+    ("openorca", "sft", {"prompt": "A?", "completion": "B."}, {"completion": "B."}),
+    (
+        "orca-dpo-pairs",
+        "preference",
+        {"prompt": "A?", "chosen": "B.", "rejected": "C."},
+        {"chosen": "B.", "rejected": "C."},
+    ),
+    (None, "prompts", {"prompt": "A?"}, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "raw", "answers"), SOME)
+def test_where_some_rows_have_a_system_prompt_all_are_messages(name, kind, raw, answers):
+    found, rows = convert(kind, raw, {**raw, "system": S})
+    assert found == name
+    assert [{field: row[field] for field in ("prompt", *answers)} for row in rows] == [
+        {"prompt": [user("A?")], **answers},
+        {"prompt": LED, **answers},
+    ]
+
+
+def test_where_some_rows_have_a_history_all_are_messages():
+    raw = {"instruction": "C?", "output": "D."}
+    _, rows = convert("sft", raw, {**raw, "history": [["A?", "B."]]})
+    assert [row["prompt"] for row in rows] == [[user("C?")], [user("A?"), assistant("B."), user("C?")]]
+
+
+def test_functions_are_tools_under_their_old_name():
+    raw = {"messages": CHAT, "functions": [{"name": "find"}]}
+    assert convert("sft", raw)[1] == [{**raw, "tools": [{"type": "function", "function": {"name": "find"}}]}]
+
+
 def test_rows_in_our_fields_that_go_with_images():
     raw = {"messages": CHAT, "images": ["a.png"]}
     with pytest.raises(Bad, match="goes with `images`; only texts can be read"):
@@ -198,8 +249,10 @@ THOUGHTS = [
 @pytest.mark.parametrize(("raw", "answer"), THOUGHTS)
 def test_thoughts_beside_an_answer_are_not_left_out_unsaid(raw, answer):
     name = list(raw)[-1]
-    with pytest.raises(Bad, match=rf"holds `{name}` beside `{answer}`: --columns can .*completion={name}\+{answer}"):
+    with pytest.raises(Bad, match=f"holds `{name}`, which the format .* leaves out: --columns can say"):
         convert("sft", raw)
+    found = formats.conversion("sft", None, "auto", [raw]).name
+    assert convert("sft", raw, data_format=found)[1] == [{"prompt": "A?", "completion": "B."}]
     assert convert("prompts", raw)[1][0]["prompt"] == "A?"
     assert convert("sft", {**raw, name: ""})[1] == [{"prompt": "A?", "completion": "B."}]
     asked = next(iter(raw))

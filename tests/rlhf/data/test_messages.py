@@ -220,7 +220,7 @@ BAD = [
     ("sft", {"messages": [USER, {**YO, "weight": 2}]}, "the weight of `messages[1]` must be 1 (learned) or 0"),
     ("sft", {"messages": [YO, BYE]}, "`messages` must hold at least two messages"),
     ("sft", {"messages": [USER, YO, MORE]}, "the last one of the role 'assistant'"),
-    ("sft", {"messages": "hi"}, "`messages` must hold at least two messages"),
+    ("sft", {"messages": "hi"}, "`messages` must be a list of messages (or one as JSON), got str"),
     ("sft", {"prompt": "hi", "completion": []}, "`completion` is empty"),
     ("sft", {"prompt": "hi", "completion": [MORE, YO]}, "`completion` must begin with a message of the role"),
     ("sft", {"prompt": "hi", "completion": [YO, MORE]}, "`completion` must end with a message of the role 'assistant'"),
