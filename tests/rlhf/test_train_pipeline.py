@@ -105,7 +105,7 @@ def test_sft_learns_the_demonstrations(run):
 @pytest.mark.slow
 def test_reward_model_is_right_on_held_out_pairs(run):
     summary = read_report(run[0] / "out").reward_summary
-    assert summary["eval/pairs"] > 500
+    assert summary["eval/pairs"] > 400
     assert summary["eval/accuracy"] > 0.6
     assert summary["eval/accuracy"] > summary["eval/longer_wins"]
     assert summary["eval/accuracy"] < run[2]["ceiling"] + 0.05
