@@ -275,9 +275,9 @@ def _encoded(prompt, responses, spans):
 
 
 def _turn_by_turn(tokenizer, talk, *limit):
-    """Each learned turn from a rendering that ends with it."""
+    """Each learned turn from a rendering that ends with it; the last one, which shows most of the row, comes first."""
     found, too_long = [], None
-    for index in talk.learned:
+    for index in reversed(talk.learned):
         part = talk._replace(messages=talk.messages[: index + 1], learned=[index])
         try:
             found.append(_fitting(tokenizer, [part], *limit))

@@ -63,7 +63,7 @@ def test_a_chat_is_what_its_template_renders(name, talk):
     found = data.encode_row(tokenizer, row, ("completion",), max_length=9999)
     together = len(turns) > 1 and talk not in family.rewrites
     assert len(found) == (1 if together else len(turns))
-    for encoded, index in zip(found, turns[-1:] if together else turns, strict=True):
+    for encoded, index in zip(found, turns[-1:] if together else turns[::-1], strict=True):
         whole = rendered(tokenizer, messages[: index + 1], tools, kwargs)
         (response,) = encoded.responses
         ids = encoded.prompt + response
@@ -223,8 +223,8 @@ def test_a_turn_that_cannot_fit_leaves_the_others():
     row = talk_row("a", "one", "b", "word " * 200, "c", "two")
     found = data.encode_row(tokenizer, row, ("completion",), max_length=150)
     assert [tokenizer.decode(encoded.responses[0]).split("\n\n")[-1] for encoded in found] == [
-        "one<|im_end|>",
         "two<|im_end|>",
+        "one<|im_end|>",
     ]
     with pytest.raises(data.TooLong):
         data.encode_row(tokenizer, talk_row("a", "word " * 200), ("completion",), max_length=150)
