@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import numpy
 import torch
 
-from . import data, models, training
+from . import models, training
 from .data.examples import Examples
 from .models.sequences import label_loss
 from .ranges import at_least, option, within
@@ -185,9 +185,16 @@ class SFTTrainer(StageTrainer):
             return []
         return [up_to_stop(ids, stop) for ids in rollouts.response_ids]
 
+    def asked(self, example):
+        """The prompt of an example, for people; of a chat that of the example, which may be in the midst of its row."""
+        prompt = example["row"]["prompt"]
+        if isinstance(prompt, str):
+            return prompt
+        return self.tokenizer.decode(example["prompt"], skip_special_tokens=True).strip()
+
     def append_samples(self, examples, responses):
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        prompts = [data.as_text(example["row"]["prompt"]) for example in examples]
+        prompts = [self.asked(example) for example in examples]
         rows = [{"prompt": prompt, "completion": text, "score": None} for prompt, text in zip(prompts, texts)]
         self.samples.append([{"step": self.state.global_step, **row} for row in rows])
 

@@ -175,6 +175,11 @@ def without_special(tokenizer, text):
     return text
 
 
+def begins_special(tokenizer, text):
+    """Whether a text begins with one of the tokens before which `pieces_of` parts it."""
+    return _known(tokenizer).parting.match(text) is not None
+
+
 class Known(NamedTuple):
     """What is known of a tokenizer: all tokens that a template may write out, those that end a turn, where texts part,
     the ids of a line break where it puts a space before every string, else none, and whether its template takes

@@ -10,6 +10,7 @@ from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
 from .chat import (
+    begins_special,
     encode_completion,
     encode_prompt,
     encode_text,
@@ -151,7 +152,10 @@ class Text:
         new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
         if new:
             found = tokenizer(new, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-            known.update(zip(new, zip(found.input_ids, found.offset_mapping)))
+            for piece, ids, offsets in zip(new, found.input_ids, found.offset_mapping):
+                if offsets and begins_special(tokenizer, piece):  # which may have taken in the space behind it
+                    offsets[0] = (0, len(piece[: offsets[0][1]].rstrip()))
+                known[piece] = ids, offsets
         self.ids, self.starts, self.ends, begin = [], [], [], 0
         for piece in pieces:
             ids, offsets = known[piece]

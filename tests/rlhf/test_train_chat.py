@@ -1,6 +1,8 @@
 """Chats from a published kind of model to PPO: the ids of SFT, of the reward model and of PPO are the template's."""
 
 import json
+import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from rlhf import (
     evaluate,
     models,
 )
+from rlhf.ppo import contract
 from rlhf.rewards.scoring import tokens_of_other
 from rlhf.rollouts.sampling import Rollouts
 from tests.rlhf.data.chat_families import CALL, FIND, message, tokenizer_of
@@ -218,3 +221,21 @@ def test_ppo_from_a_base_model_with_chatml(tmp_path):
     trainer.train()
     assert trainer.contract["kl"] == 0 and models.embedded_ids(trainer.value) == len(word_tokenizer()) + 2
     assert models.load_tokenizer(tmp_path / "ppo").chat_template
+
+
+@pytest.mark.parametrize(("family", "told"), [("deepseek-r1", True), ("deepseek-v3.1", False), ("qwen3", False)])
+def test_a_template_that_asks_otherwise_than_it_answers_is_told(capsys, caplog, family, told):
+    """R1 asks with the beginning of thoughts, and renders answers without any."""
+    tokenizer, row = tokenizer_of(family), {"prompt": data.Chat(asked("flower")), "at": "file:1"}
+    row["prompt_ids"] = data.encode_prompt(tokenizer, row["prompt"])
+    trainer = SimpleNamespace(
+        tokenizer=tokenizer, prompts=[row], reward_model=object(), own_tokens=None,
+        accelerator=SimpleNamespace(is_main_process=True),
+    )  # fmt: skip
+    answer = tokenizer("Mud.").input_ids[-2:]
+    with caplog.at_level(logging.WARNING, logger="rlhf"):
+        contract._show(trainer, row, Rollouts([row["prompt_ids"]], [answer], [False]))
+    assert any("asks for an answer with '<think>\\n'" in message for message in caplog.messages) == told
+    text = f"{tokenizer.decode(row['prompt_ids'])}⟦{tokenizer.decode(answer)}⟧"
+    shown = f"file:1 as the policy is asked; the beginning of its answer stands in ⟦⟧:\n{text}\n\n"
+    assert capsys.readouterr().out == shown

@@ -1,8 +1,10 @@
 """What a chat teaches is what its template renders, for the traits of public families, held against transformers."""
 
+import copy
 import itertools
 
 import pytest
+from tokenizers import AddedToken
 
 from rlhf import data
 from rlhf.data.files import Bad
@@ -399,3 +401,17 @@ def test_a_sampled_text_goes_on_from_a_begun_answer():
     prompt = data.Chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "A"}])
     found = data.answer_of(tokenizer_of("qwen3"), prompt, " rose.<|im_start|>")
     assert found == {"role": "assistant", "content": " rose."}
+
+
+def test_a_token_that_takes_in_the_space_behind_it_stays_in_the_prompt():
+    """As Phi 3's do: of an answer that begins with space that space is gone, and the ids before it are the prompt's."""
+    tokenizer = copy.deepcopy(tokenizer_of("falcon"))
+    special = [AddedToken(token, special=True, rstrip=True, normalized=False) for token in FAMILIES["phi-3"].special]
+    tokenizer.add_tokens(special, special_tokens=True)
+    tokenizer.chat_template = FAMILIES["phi-3"].template
+    row = talk_row("a", "\n b", "c", " d")
+    (found,) = data.encode_row(tokenizer, row, ("completion",), max_length=99)
+    assert found.prompt == rendered(tokenizer, row["prompt"], None, None, add_generation_prompt=True)
+    assert [tokenizer.decode(part) for part in learned_parts(found)] == ["b<|end|>", "d<|end|>"]
+    whole = rendered(tokenizer, row["prompt"] + row["completion"], None, None)
+    assert whole[:-1] == found.prompt + found.responses[0]
