@@ -37,9 +37,13 @@ def shortened(text, most):
 
 def show(title, text):
     """Print a text, shortened, below a line that says what it is; characters that the terminal lacks as ?."""
+    print(printable(f"{title}\n{shortened(text, SHOWN)}\n"), flush=True)
+
+
+def printable(text):
+    """A text in characters that the terminal has, others as ?."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    lines = f"{title}\n{shortened(text, SHOWN)}\n"
-    print(lines.encode(encoding, "replace").decode(encoding), flush=True)
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def warn_of_template(tokenizer, rows):

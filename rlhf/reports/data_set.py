@@ -15,7 +15,7 @@ from ..data import formats, kinds, rankings, rows
 from ..data.encoders import encode_rows
 from ..data.mixtures import named_sets
 from ..data.prompts import encode_prompts
-from ..data.showing import MARKS, marked, shortened
+from ..data.showing import MARKS, marked, printable, shortened
 from ..data.sources import files_of
 from ..disk import json_bytes, prepare_output_file, write_parts
 from ..ranges import at_least, check_arguments
@@ -66,7 +66,7 @@ def main(argv=None) -> int:
     output = output_file(args) if args.write else None
     with noted() as told:
         found = Survey(args, told)
-        print("\n".join(found.report()))
+        print(printable("\n".join(found.report())))
     if found.bad and args.bad_rows == "error":
         return 1
     if output:

@@ -111,6 +111,7 @@ def show_example(args, tokenizer, examples):
         return
     warn_of_template(tokenizer, examples.rows)
     example = examples[0]
-    text = marked(tokenizer, example["prompt"], example["responses"], example.get("learned"))
+    responses = example["responses"][: 1 if args.stage == "kto" else None]  # kto reads one behind other prompts too
+    text = marked(tokenizer, example["prompt"], responses, example.get("learned"))
     part = "is scored" if args.stage == "reward" else "is learned"
     show(f"{example['row']['at']} as the model reads it; what {part} stands in {MARKS}:", text)

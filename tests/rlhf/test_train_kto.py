@@ -202,6 +202,12 @@ def test_a_pair_is_a_desired_and_an_undesired_response(settings, tmp_path):
     assert following == [answers[(i // 2 * 2 + 2) % 12] for i in range(12)]
 
 
+def test_the_example_that_is_shown_is_the_response_to_its_prompt(settings, tmp_path, capsys):
+    rows = [{"prompt": "a", "completion": "b good", "label": True}, {"prompt": "c", "completion": "d", "label": False}]
+    KTOTrainer(args=settings(dataset_name=write_jsonl(tmp_path / "two.jsonl", rows), eval_fraction=0.0))
+    assert "a\u27e6b good </s>\u27e7\n" in capsys.readouterr().out
+
+
 def test_reference_is_the_start_after_a_resume(settings, tmp_path):
     options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
     whole = train_kto(settings(output_dir=str(tmp_path / "whole"), **options))

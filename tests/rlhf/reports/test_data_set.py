@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -288,3 +290,12 @@ def test_several_sets_are_told_apart(tell, tmp_path):
     assert status == 0 and found["set"] == [first, second]
     assert found["format"][0] == "our own fields" and found["format"][1].startswith("alpaca")
     assert found["rows"][0] == "5"
+
+
+def test_a_terminal_without_the_characters(tmp_path):
+    """Those of an answer and of the marks are ? then, and the command goes on."""
+    file = write_jsonl(tmp_path / "e.jsonl", [{"prompt": "caf\u00e9 \u4e2d", "completion": "b"}])
+    command = [sys.executable, "-m", "rlhf", "data", file]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=True)
+    assert done.stdout.decode("latin-1").endswith("caf\u00e9 ?\n             ?b?\n")
