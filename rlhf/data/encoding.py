@@ -110,7 +110,7 @@ def talk_of(prompt, answer, learn_turns, known):
     context, answer = [_without_weight(message) for message in chat], list(answer)
     turns = [index for index, message in enumerate(answer) if message["role"] == "assistant"]
     turns = turns[-1:] if learn_turns == "last" else turns
-    learned = [len(context) + index for index in turns if _weight(answer[index])]
+    learned = [len(context) + index for index in turns if answer[index].get("weight", 1)]
     if not learned:
         raise Bad("no turn of the assistant's is learned: all have the weight 0")
     answer, begun = [_without_weight(message) for message in answer], None
@@ -121,15 +121,7 @@ def talk_of(prompt, answer, learn_turns, known):
     return Talk(chat, context + answer, len(context), learned, begun, known)
 
 
-def _weight(message):
-    weight = message.get("weight", 1)
-    if type(weight) not in (int, float) or weight not in (0, 1):
-        raise Bad(f"`weight` of a message must be 0 (not learned) or 1, got {weight!r}")
-    return weight
-
-
 def _without_weight(message):
-    _weight(message)
     return {name: value for name, value in message.items() if name != "weight"}
 
 
@@ -178,11 +170,11 @@ class Text:
 
 
 def asked_for(tokenizer, talk, index):
-    """The rendered prompt for the message at `index`."""
+    """The rendered prompt for the message at `index`; one that follows an assistant's is a turn of its own."""
     before = talk.messages[:index]
     if talk.begun is not None and index == talk.first:
-        before.append(talk.begun)
-    return render_prompt(tokenizer, talk.chat, before)
+        return render_prompt(tokenizer, talk.chat, [*before, talk.begun])
+    return render(tokenizer, talk.chat, before, add_generation_prompt=True)
 
 
 def _spans(tokenizer, talk, text, asked):

@@ -218,6 +218,7 @@ BAD = [
     ("sft", {"messages": [{"content": "hi"}, YO]}, "`messages[0]` must be a message {'role': ..., 'content': ...}"),
     ("sft", {"messages": [USER, {**YO, "content": 3}]}, "the content of `messages[1]` must be a string, parts of"),
     ("sft", {"messages": [USER, {**YO, "weight": 2}]}, "the weight of `messages[1]` must be 1 (learned) or 0"),
+    ("sft", {"messages": [USER, {**YO, "weight": "1"}]}, "the weight of `messages[1]` must be 1 (learned) or 0"),
     ("sft", {"messages": [YO, BYE]}, "`messages` must hold at least two messages"),
     ("sft", {"messages": [USER, YO, MORE]}, "the last one of the role 'assistant'"),
     ("sft", {"messages": "hi"}, "`messages` must be a list of messages (or one as JSON), got str"),

@@ -132,14 +132,22 @@ def test_turns_are_learned_but_for_what_the_row_or_the_run_says():
         assert decoded(tokenizer, found) == expected
 
 
-@pytest.mark.parametrize(
-    ("weight", "reason"),
-    [(0, "no turn of the assistant's is learned"), (2, "got 2"), (True, "got True"), ("1", "got '1'")],
-)
-def test_a_weight_is_0_or_1(weight, reason):
-    row = talk_row("a", {"role": "assistant", "content": "one", "weight": weight})
-    with pytest.raises(Bad, match=reason):
+def test_a_row_of_turns_that_are_not_learned_is_refused():
+    row = talk_row("a", {"role": "assistant", "content": "one", "weight": 0})
+    with pytest.raises(Bad, match="no turn of the assistant's is learned"):
         data.encode_row(tokenizer_of("chatml"), row, ("completion",), max_length=999)
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_the_beginning_of_a_turn_is_not_learned_behind_another_of_the_assistants(weight):
+    """Nor is the end of that other one, where it is not."""
+    tokenizer, end, begin = tokenizer_of("chatml"), "<|im_end|>", "\n<|im_start|>assistant\n"
+    one, two = ({"role": "assistant", "content": text} for text in ("one", "two"))
+    row = {"prompt": data.Chat([{"role": "user", "content": "a"}]), "completion": [{**one, "weight": weight}, two]}
+    (found,) = data.encode_row(tokenizer, row, ("completion",), max_length=999)
+    asked, last = f"<|im_start|>user\na{end}{begin}", ("two" + end, True)
+    learned = [("one" + end, True), (begin, False), last] if weight else [last]
+    assert decoded(tokenizer, found) == (asked if weight else asked + "one" + end + begin, [learned])
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen3", "deepseek-r1", "llama-2", "gpt-oss"])
