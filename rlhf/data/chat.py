@@ -198,7 +198,7 @@ _QUESTION, _THOUGHT, _ANSWER = "Qqa", "Qqb", "Qqc"
 
 
 def _known(tokenizer):
-    key = (repr(tokenizer.chat_template), len(tokenizer))
+    key = (repr(tokenizer.chat_template), len(tokenizer), tokenizer.eos_token)
     if _KNOWN.get(tokenizer, (None,))[0] != key:
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         added |= dict.fromkeys(filter(None, tokenizer.all_special_tokens), True)

@@ -153,4 +153,5 @@ def tokenizer_key(tokenizer):
     if backend is None or not type(tokenizer).__module__.startswith("transformers."):
         return None
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return [type(tokenizer).__name__, cache.name_of(backend.to_str()), tokenizer.chat_template, special]
+    splits = getattr(tokenizer, "split_special_tokens", False)
+    return [type(tokenizer).__name__, cache.name_of(backend.to_str()), tokenizer.chat_template, special, splits]

@@ -55,6 +55,14 @@ def test_the_end_of_turn_where_the_template_wants_other_roles():
         assert data.end_of_turn_id(tokenizer) == (found and tokenizer.convert_tokens_to_ids(found))
 
 
+def test_the_end_of_turn_is_that_of_the_end_token_that_the_tokenizer_has_now():
+    """A run may name another one (--eos_token) for a tokenizer that was looked at before."""
+    tokenizer = word_tokenizer(chat_template="{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
+    for token in ("</s>", "b"):
+        tokenizer.eos_token = token
+        assert data.end_of_turn_id(tokenizer) == tokenizer.convert_tokens_to_ids(token)
+
+
 CHAT = (
     "{% for m in messages %}<|user|> {{ m.content }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|user|>{% endif %}"

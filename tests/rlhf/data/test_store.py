@@ -257,6 +257,9 @@ def test_ids_of_other_rows_or_settings_or_tokenizers_are_not_taken_for_these(tmp
     )
     assert is_new(word_tokenizer(**{**options, "chat_template": TEMPLATE.replace("assistant ", "")}))
     assert is_new(word_tokenizer(**options, bos="<s>")) and is_new(word_tokenizer(**options, eos="b"))
+    splitting = word_tokenizer(**options)
+    splitting.split_special_tokens = True
+    assert is_new(splitting)
     assert not is_new() and not is_new(rows=rows[1:])
 
 
