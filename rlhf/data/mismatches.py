@@ -22,13 +22,12 @@ def mismatched(examples, max_length, spare=None):
     prompts, tokens = arrays.first[:-1], arrays.tokens
     others, starts, sizes = _following(arrays), arrays.starts, arrays.sizes
     if count and others is None:
-        prompt = examples[0]["prompt"]
-        stranger = next((row for row in spare or () if row["prompt"] != prompt), None)
+        stranger = _stranger(_ids(arrays, prompts[0]), spare.arrays) if spare else None
         if stranger is None:
             raise DataError("all rows have one prompt, and KTO needs two: it reads responses behind other prompts")
         others = numpy.full(count, len(starts))
-        starts, sizes = numpy.append(starts, len(tokens)), numpy.append(sizes, len(stranger["responses"][0]))
-        tokens = tokens.with_more(stranger["responses"][0])
+        starts, sizes = numpy.append(starts, len(tokens)), numpy.append(sizes, len(stranger))
+        tokens = tokens.with_more(stranger)
     elif count:
         others = prompts[others] + 1
     picked = numpy.stack([prompts, prompts + 1, others], axis=1).ravel() if count else prompts
@@ -38,6 +37,13 @@ def mismatched(examples, max_length, spare=None):
     return Examples(
         examples.rows, arrays._replace(tokens=tokens, starts=starts[picked], sizes=sizes, first=first, places=None)
     )
+
+
+def _stranger(prompt, arrays):
+    """The ids, as they are stored, of the first response to another prompt; None without one."""
+    others = (first for first in arrays.first[:-1] if not numpy.array_equal(_ids(arrays, first), prompt))
+    first = next(others, None)
+    return None if first is None else _ids(arrays, first + 1)
 
 
 def _following(arrays):

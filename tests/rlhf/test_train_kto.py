@@ -98,6 +98,8 @@ def test_what_is_not_learned_of_a_response_is_not_learned_behind_another_prompt(
     first, second = mismatched(Examples.of(rows), 64)
     assert first["responses"] == [[5, 6, 7], [8, 9]] and first["learned"] == [[False, True, False], None]
     assert second["responses"] == [[8, 9], [5, 6, 7]] and second["learned"] == [None, [False, True, False]]
+    (alone,) = mismatched(Examples.of(rows[1:]), 64, spare=mismatched(Examples.of(rows), 64))
+    assert alone["responses"] == [[8, 9], [5, 6, 7]] and alone["learned"] == [None, [False, True, False]]
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
