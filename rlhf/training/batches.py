@@ -35,7 +35,7 @@ def make_batch(examples, pad_id, *, packed, hidden_size=768):
         batch["attention_mask"] = layout if rows.two_part_is_faster(hidden_size) else rows.attention_mask
     else:
         batch = _padded(prompts, responses, pad_id)
-    if any("learned" in example for example in examples):
+    if any(mask for example in examples for mask in example.get("learned") or ()):
         batch.update(_learned(batch, examples))
     return batch
 
