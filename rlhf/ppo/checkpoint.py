@@ -122,6 +122,5 @@ def _run(trainer) -> dict:
     run = {"num_processes": trainer.world, **settings}
     if trainer.args.lr_scheduler_type != "constant":
         run["max_steps"] = trainer.iterations  # such a schedule looks to the end
-    prompts = list(trainer.prompts.all_ids())
-    digests = digest(prompts), trainer.texts.digest() if trainer.texts else digest([])
+    digests = digest(trainer.prompts.all_ids()), trainer.texts.digest() if trainer.texts else digest([])
     return {**run, **dict(zip(DATA, digests, strict=True)), **trainer.weights}
