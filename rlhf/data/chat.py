@@ -6,13 +6,13 @@ A template is a program of the tokenizer's: what it writes is what the model rea
 import functools
 import inspect
 import json
-import re
 import weakref
 from contextlib import suppress
 from typing import NamedTuple
 
 from .files import Bad, DataError
 from .messages import shown
+from .tokens import SlowText, Splitter, Text, ids_of
 
 LONGEST_REASON = 500
 
@@ -38,7 +38,7 @@ def encode_prompt(tokenizer, prompt, at=None):
 
 def encode_string(tokenizer, text):
     """Ids of a string that something goes on from, as `encode_prompt` gives them."""
-    ids = list(tokenizer(text, verbose=False).input_ids)
+    (ids,) = ids_of(tokenizer, [text], add_special_tokens=True)
     while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids.pop()
     while ids[:2] == [tokenizer.bos_token_id] * 2:  # the tokenizer's own, before one that is written in the text
@@ -75,7 +75,7 @@ def encode_text(tokenizer, text):
 
 def tokens_of(tokenizer, text):
     """Ids of a text in which all special tokens are written out."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    return ids_of(tokenizer, [text])[0]
 
 
 def render(tokenizer, chat, messages, **options):
@@ -162,9 +162,16 @@ def end_of_turn(tokenizer, text, start):
     return found
 
 
-def pieces_of(tokenizer, text):
-    """A text in pieces, of which all but the first begin with a special token."""
-    return [piece for piece in _known(tokenizer).parting.split(text) if piece]
+def text_of(tokenizer, text, known, cuts=()):
+    """A rendered text as tokens, that tells which of them lie in its first characters.
+
+    Args:
+        known: what is known of the pieces of other texts of the row, which is added to.
+        cuts: lengths that it will be asked for, as far as they are known.
+    """
+    if not tokenizer.is_fast:
+        return SlowText(tokenizer, text)
+    return Text(_known(tokenizer).splitter, text, known, cuts)
 
 
 def without_special(tokenizer, text):
@@ -175,19 +182,14 @@ def without_special(tokenizer, text):
     return text
 
 
-def begins_special(tokenizer, text):
-    """Whether a text begins with one of the tokens before which `pieces_of` parts it."""
-    return _known(tokenizer).parting.match(text) is not None
-
-
 class Known(NamedTuple):
-    """What is known of a tokenizer: all tokens that a template may write out, those that end a turn, where texts part,
+    """What is known of a tokenizer: all tokens that a template may write out, those that end a turn, how texts part,
     the ids of a line break where it puts a space before every string, else none, and whether its template takes
     contents as lists of parts only, and arguments of calls as text only."""
 
     written: tuple
     ends: list
-    parting: re.Pattern
+    splitter: Splitter | None
     anchor: list
     wants_parts: bool = False
     wants_text: bool = False
@@ -198,7 +200,8 @@ _QUESTION, _THOUGHT, _ANSWER = "Qqa", "Qqb", "Qqc"
 
 
 def _known(tokenizer):
-    key = (repr(tokenizer.chat_template), len(tokenizer), tokenizer.eos_token)
+    template = tokenizer.chat_template
+    key = (template if isinstance(template, str) else repr(template), len(tokenizer), tokenizer.eos_token)
     if _KNOWN.get(tokenizer, (None,))[0] != key:
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         added |= dict.fromkeys(filter(None, tokenizer.all_special_tokens), True)
@@ -209,14 +212,14 @@ def _known(tokenizer):
             known = known._replace(wants_text=_wants_text(tokenizer, known))
             known = known._replace(ends=_ends(tokenizer, known, added))
         parting = [
-            re.escape(str(token))
+            str(token)
             for token in tokenizer.added_tokens_decoder.values()
             if str(token).strip() and not (token.lstrip or token.normalized or token.single_word)
         ]
-        parting = re.compile(f"(?={'|'.join(parting)})" if parting else "(?!)")
+        splitter = Splitter(tokenizer, parting)
         anchor = tokens_of(tokenizer, "\n")
         puts_space = len(anchor) > 1 and tokens_of(tokenizer, "\n\n")[: len(anchor)] == anchor
-        _KNOWN[tokenizer] = (key, known._replace(parting=parting, anchor=anchor if puts_space else []))
+        _KNOWN[tokenizer] = (key, known._replace(splitter=splitter, anchor=anchor if puts_space else []))
     return _KNOWN[tokenizer][1]
 
 

@@ -9,6 +9,7 @@ from .encoding import TooLong, encode_row
 from .examples import Examples, Packer
 from .files import Bad
 from .problems import Problems
+from .tokens import expect_many_words
 
 logger = logging.getLogger("rlhf")
 LARGE = 1024
@@ -92,10 +93,10 @@ def encoded(rows, way, args, *, what, limit):
     spans = [range(start, min(start + SPAN, len(rows))) for start in range(0, len(rows), SPAN)]
 
     def packers():
+        options = {"count": count, "prepare": lambda: expect_many_words(way.tokenizer)}
+        found = parallel.in_order(lambda span: _packed(rows, span, way), spans, **options)
         with parallel.progress(len(rows), f"encoding {what} rows", " rows", **quiet) as done:
-            for span, packer in zip(
-                spans, parallel.in_order(lambda span: _packed(rows, span, way), spans, count=count)
-            ):
+            for span, packer in zip(spans, found):
                 yield packer
                 done(len(span))
 

@@ -5,24 +5,25 @@ rendering of the whole conversation, split where that parts from the rendering o
 behind the end of the last turn is left off.
 """
 
+import itertools
 import re
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from typing import NamedTuple
 
 from .chat import (
-    begins_special,
     encode_completion,
     encode_prompt,
     encode_text,
     end_of_turn,
-    pieces_of,
     render,
     render_prompt,
-    tokens_of,
+    text_of,
 )
 from .files import Bad
 
 BEFORE_TURNS = ("system", "developer")
+LOOKED_AT = 200
+"""Characters at the end of an answer among which its last word is."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -125,50 +126,6 @@ def _without_weight(message):
     return {name: value for name, value in message.items() if name != "weight"}
 
 
-class Text:
-    """A rendered text, its ids, and where they lie in it.
-
-    A special token parts what stands before it from what follows, whatever the tokenizer, so the pieces are tokenised
-    one by one, and those that several texts of a row have in common once.
-
-    Args:
-        known: pieces with their tokens, which is added to.
-    """
-
-    def __init__(self, tokenizer, text, known):
-        self.tokenizer, self.text, self.starts, self.ends = tokenizer, text, None, None
-        if not tokenizer.is_fast:
-            self.ids = tokens_of(tokenizer, text)
-            return
-        pieces = pieces_of(tokenizer, text)
-        new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
-        if new:
-            found = tokenizer(new, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-            for piece, ids, offsets in zip(new, found.input_ids, found.offset_mapping):
-                if offsets and begins_special(tokenizer, piece):  # which may have taken in the space behind it
-                    offsets[0] = (0, len(piece[: offsets[0][1]].rstrip()))
-                known[piece] = ids, offsets
-        self.ids, self.starts, self.ends, begin = [], [], [], 0
-        for piece in pieces:
-            ids, offsets = known[piece]
-            self.ids += ids
-            self.starts += [begin + start for start, _ in offsets]
-            self.ends += [begin + end for _, end in offsets]
-            begin += len(piece)
-
-    def within(self, length):
-        """How many tokens lie wholly in the first `length` characters."""
-        if self.ends is None:
-            return common(self.ids, tokens_of(self.tokenizer, self.text[:length]))
-        return bisect_right(self.ends, length)
-
-    def begun(self, length):
-        """How many tokens begin there, of which the last may reach beyond."""
-        if self.ends is None:
-            return self.within(length)
-        return max(bisect_left(self.starts, length), self.within(length))
-
-
 def asked_for(tokenizer, talk, index):
     """The rendered prompt for the message at `index`; one that follows an assistant's is a turn of its own."""
     before = talk.messages[:index]
@@ -207,7 +164,7 @@ def _check_written(message, text, start, end):
     if message.get("tool_calls") or field is None:
         return
     said = str(message[field]).strip()
-    word = (re.findall(r"\w+", said) or [said[-1:]])[-1]
+    word = (re.findall(r"\w+", said[-LOOKED_AT:]) or [said[-1:]])[-1]
     if text.rfind(word, 0, end) < start - len(word) + 1:
         raise Bad(f"the chat template does not write the {field} of an answer, {said[:40]!r}")
 
@@ -218,7 +175,7 @@ def _encode_turns(tokenizer, talks):
     talk = talk._replace(messages=talk.messages[: talk.learned[-1] + 1])
     whole = render(tokenizer, talk.chat, talk.messages)
     spans = _spans(tokenizer, talk, whole, asked_for(tokenizer, talk, talk.learned[0]))
-    text = Text(tokenizer, whole[: spans[-1][1]], talk.known)
+    text = text_of(tokenizer, whole[: spans[-1][1]], talk.known, itertools.chain.from_iterable(spans))
     spans = [(text.within(start), text.begun(end)) for start, end in spans]
     first = spans[0][0]
     return _encoded(text.ids[:first], [text.ids[first:]], [[(start - first, end - first) for start, end in spans]])
@@ -240,7 +197,8 @@ def _encode_together(tokenizer, talks, *, is_scored=False):
             if not is_scored:
                 raise
             found = [(start, end)]
-        texts.append(Text(tokenizer, whole[:end], talk.known))
+        cuts = [start, *itertools.chain.from_iterable(found)]
+        texts.append(text_of(tokenizer, whole[:end], talk.known, cuts))
         spans.append([(texts[-1].within(a), texts[-1].begun(b)) for a, b in [(start, start), *found]])
     shared = min(own[0][0] for own in spans)
     for text in texts[1:]:

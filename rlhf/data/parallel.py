@@ -43,7 +43,7 @@ def others_wait(waiting: bool):
         _share = before
 
 
-def in_order(function, tasks, *, count: int):
+def in_order(function, tasks, *, count: int, prepare=None):
     """Yield `function(task)` of each task, in their order.
 
     The processes hold what this one holds, so `function` may be anything; tasks and results travel. They must not use
@@ -51,6 +51,7 @@ def in_order(function, tasks, *, count: int):
 
     Args:
         count: processes; 1 = this one.
+        prepare: called in each new process before its first task.
     Raises:
         RunError: a process ended before its work was done.
     """
@@ -59,7 +60,7 @@ def in_order(function, tasks, *, count: int):
         return
     tasks, pending = iter(tasks), deque()
     context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(function, os.getpid()))
+    pool = ProcessPoolExecutor(count, context, initializer=_begin, initargs=(function, os.getpid(), prepare))
     try:
         with _forking():
             pending.extend(pool.submit(_call, task) for task in itertools.islice(tasks, 1))  # starts all processes
@@ -90,7 +91,7 @@ def _forking():
         os.environ.pop(TOKENIZERS) if before is None else os.environ.update({TOKENIZERS: before})
 
 
-def _begin(function, parent):
+def _begin(function, parent, prepare):
     """A new process starts: signals of the terminal are for its parent, and it ends when that does."""
     global _function
     _function = function
@@ -99,6 +100,8 @@ def _begin(function, parent):
     ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    if prepare is not None:
+        prepare()
     gc.freeze()  # or the first collection would write to, and so copy, all memory that is shared with the parent
 
 

@@ -3,8 +3,8 @@
 import sys
 from contextlib import suppress
 
-from .chat import encode_completion, encode_prompt, end_of_turn_ids, render, without_special
-from .encoding import Text, asked_for, common, encode_row, talk_of
+from .chat import encode_completion, encode_prompt, end_of_turn_ids, render, text_of, without_special
+from .encoding import asked_for, common, encode_row, talk_of
 from .files import Bad
 
 THOUGHT, ANSWER = "Qqb", "Qqc"
@@ -26,8 +26,9 @@ def encode_sampled(tokenizer, prompt, answer, *, ended=True):
     if not ended and message["content"].strip():
         talk = talk_of(prompt, [message], "all", {})
         text = render(tokenizer, talk.chat, talk.messages, continue_final_message=True)
-        whole = Text(tokenizer, text, talk.known)
-        start = whole.within(common(text, asked_for(tokenizer, talk, talk.first)))
+        length = common(text, asked_for(tokenizer, talk, talk.first))
+        whole = text_of(tokenizer, text, talk.known, [length])
+        start = whole.within(length)
         return whole.ids[:start], whole.ids[start:]
     if not ended and len(message) == 2:
         return encode_prompt(tokenizer, prompt), []
