@@ -19,8 +19,8 @@ LOGGED = ("_sums", "_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", 
 """Attributes of a trainer (all but the first are transformers') that a line of the log is made of."""
 MAY_CHANGE = {
     # where things lie; the rows and the weights themselves must be the same
-    "model_name_or_path", "dataset_config", "dataset_train_split", "dataset_test_split", "output_dir",
-    "trust_remote_code",
+    "model_name_or_path", "dataset_config", "dataset_train_split", "dataset_test_split", "columns", "data_format",
+    "bad_rows", "dataset_num_proc", "output_dir", "trust_remote_code",
     # what is told and kept
     "logging_strategy", "logging_steps", "logging_first_step", "log_level", "log_level_replica", "log_on_each_node",
     "disable_tqdm", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id",

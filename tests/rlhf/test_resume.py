@@ -103,6 +103,7 @@ def test_what_may_change(begun, tmp_path, stage):
     shutil.copytree(begun / "policy", tmp_path / "policy")
     changes = {
         "dataset_name": tmp_path / "moved.jsonl", "model_name_or_path": tmp_path / "policy", "max_steps": 3,
+        "columns": "prompt=prompt", "bad_rows": "skip", "dataset_num_proc": 1,
         "logging_steps": 2, "save_steps": 1, "eval_steps": 1, "per_device_eval_batch_size": 3, "save_total_limit": 5,
     }  # fmt: skip
     assert resume(begun, stage, tmp_path / "run", **changes) == 0
