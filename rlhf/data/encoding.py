@@ -35,7 +35,7 @@ class Encoded(NamedTuple):
         responses: lists of int; the last token is the one that ends the response.
         learned: None = all tokens of all responses; else, for each response, None or a list of bool (False = read, not
             learned).
-        cut: whether something of the prompt was left out to make it fit.
+        cut: whether something was left out to make the rest fit: of the prompt, or a turn of its own.
     """
 
     prompt: list
@@ -229,7 +229,10 @@ def _encoded(prompt, responses, spans):
 
 
 def _turn_by_turn(tokenizer, talk, *limit):
-    """Each learned turn from a rendering that ends with it; the last one, which shows most of the row, comes first."""
+    """Each learned turn from a rendering that ends with it; the last one, which shows most of the row, comes first.
+
+    A turn that does not fit is left out, as long as another one does.
+    """
     found, too_long = [], None
     for index in reversed(talk.learned):
         part = talk._replace(messages=talk.messages[: index + 1], learned=[index])
@@ -239,7 +242,7 @@ def _turn_by_turn(tokenizer, talk, *limit):
             too_long = error
     if not found:
         raise too_long
-    return found
+    return found if too_long is None else [found[0]._replace(cut=True), *found[1:]]
 
 
 def _fitting(tokenizer, talks, max_length, long_prompts, encode=_encode_turns):

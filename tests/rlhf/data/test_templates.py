@@ -236,6 +236,9 @@ def test_a_turn_that_cannot_fit_leaves_the_others():
         "two<|im_end|>",
         "one<|im_end|>",
     ]
+    assert [encoded.cut for encoded in found] == [True, False]  # the row is told once
+    whole = data.encode_row(tokenizer, talk_row("a", "one", "b", "two"), ("completion",), max_length=150)
+    assert [encoded.cut for encoded in whole] == [False, False]
     with pytest.raises(data.TooLong):
         data.encode_row(tokenizer, talk_row("a", "word " * 200), ("completion",), max_length=150)
 
