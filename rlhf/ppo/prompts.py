@@ -118,10 +118,10 @@ def fit_prompts(run, readers: dict) -> None:
         DataError: prompts that are too long, all of them by place; or none is left.
         ValueError: no prompt has room beside `response_length`.
     """
-    args, prompts = run.args, run.prompts
+    args, others = run.args, _too_long_for_own_tokens(run)
+    prompts = run.prompts
     room, limit = _room(args, readers)
     too_long = {number: f"the prompt has {n} tokens{limit}" for number, n in enumerate(prompts.lengths) if n > room}
-    others = _too_long_for_own_tokens(run)
     if args.long_prompts != "truncate":
         too_long = {**others, **too_long}
     elif others:
@@ -161,14 +161,23 @@ def _room(args, readers: dict) -> tuple[int, str]:
 
 
 def _too_long_for_own_tokens(run) -> dict[int, str]:
-    """The same of a reward model that reads other tokens."""
-    own, length, found = run.own_tokens, run.args.response_length, {}
-    context = models.context_length(run.reward_model) if own else None
-    for number, row in enumerate(run.prompts) if context else ():
-        count = len(encode_prompt(own.tokenizer, row["prompt"], row["at"]))
-        if count + length > context:
+    """The same of a reward model that reads other tokens; prompts that its template refuses are told, or left out."""
+    own, length, found, refused = run.own_tokens, run.args.response_length, {}, Problems(run.args.bad_rows)
+    if own is None:
+        return found
+    context, kept = models.context_length(run.reward_model), []
+    for number, row in enumerate(run.prompts):
+        try:
+            count = len(encode_prompt(own.tokenizer, row["prompt"]))
+        except DataError as error:
+            refused.add(row["at"], f"of the reward model's tokenizer: {error}")
+            continue
+        if context and count + length > context:
             has = f"the prompt has {count} tokens of the reward model"
-            found[number] = f"{has}; with response_length {length} it does not fit its context of {context}"
+            found[len(kept)] = f"{has}; with response_length {length} it does not fit its context of {context}"
+        kept.append(number)
+    refused.settle(len(run.prompts))
+    run.prompts = run.prompts.only(kept)
     return found
 
 

@@ -10,6 +10,7 @@ import pytest
 from rlhf.data import DataError
 from rlhf.ppo import PPOTrainer, prompts, train_ppo
 from rlhf.rewards import math_answer, regex, row_checks
+from tests.tiny import language_model
 from tests.tiny_ppo import WORDS, bananas, make_tokenizer, write_files
 
 
@@ -113,6 +114,28 @@ def test_prompts_that_the_template_refuses_are_all_listed_or_left_out(home, capl
         trainer = PPOTrainer(home.config(**options), chat_tokenizer(), reward_fn=bananas)
     assert [row["prompt"] for row in trainer.prompts] == [talk("a dog"), "it"]
     assert f"left out 2 of 4 rows:\n{path}:2,4: {refused}" in caplog.text
+
+
+def test_prompts_that_the_template_of_another_reward_model_refuses_are_all_listed_or_left_out(caplog):
+    tokenizer, good, bad = chat_tokenizer(), talk("a dog"), [{"role": "system", "content": "sat"}, *talk("it")]
+    rows = [{"prompt": prompt, "at": f"file:{number}"} for number, prompt in enumerate([bad, "it", bad, good], start=1)]
+    found = prompts.Prompts(rows)
+    for number in range(4):
+        found.add(number, [7])
+    run = SimpleNamespace(
+        own_tokens=SimpleNamespace(tokenizer=tokenizer), prompts=found,
+        args=SimpleNamespace(bad_rows="error", response_length=3, long_prompts="drop", max_prompt_length=None),
+        reward_model=language_model(tokenizer, max_position_embeddings=7),
+    )  # fmt: skip
+    refused = "of the reward model's tokenizer: the tokenizer's chat template refuses the messages: no system role"
+    with pytest.raises(DataError) as caught:
+        prompts.fit_prompts(run, {})
+    assert str(caught.value) == f"file:1: {refused}\nfile:3: {refused}"
+    run.args.bad_rows = "skip"
+    with caplog.at_level(logging.WARNING):
+        prompts.fit_prompts(run, {})
+    assert f"left out 2 of 4 rows:\nfile:1,3: {refused}" in caplog.text
+    assert [row["at"] for row in run.prompts] == ["file:2"]  # the other has 5 tokens, too many beside 3
 
 
 def test_what_functions_and_samples_see_of_a_chat(home):
