@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from .files import Bad, DataError
 from .messages import shown
+from .rendering import Plain
 from .tokens import SlowText, Splitter, Text, ids_of
 
 LONGEST_REASON = 500
@@ -97,9 +98,12 @@ def render(tokenizer, chat, messages, **options):
     if taken:
         raise Bad(f"chat_template_kwargs: got {taken[0]}, wants names that the template itself reads")
     try:
-        tools = getattr(chat, "tools", None)
-        messages = _as_wanted(messages, _known(tokenizer))
-        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options, **more)
+        tools, known, text = getattr(chat, "tools", None), _known(tokenizer), None
+        messages = _as_wanted(messages, known)
+        if not (tools or more or "continue_final_message" in options):
+            text = known.plain.render(tokenizer, messages, **options)
+        if text is None:
+            text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options, **more)
     except Exception as error:  # a template is a program: whatever it raises is about these messages
         reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
         raise Bad(f"the tokenizer's chat template refuses the messages: {reason}") from error
@@ -193,6 +197,7 @@ class Known(NamedTuple):
     anchor: list
     wants_parts: bool = False
     wants_text: bool = False
+    plain: Plain | None = None
 
 
 _KNOWN = weakref.WeakKeyDictionary()
@@ -210,7 +215,7 @@ def _known(tokenizer):
         if tokenizer.chat_template:
             known = known._replace(wants_parts=_wants_parts(tokenizer))
             known = known._replace(wants_text=_wants_text(tokenizer, known))
-            known = known._replace(ends=_ends(tokenizer, known, added))
+            known = known._replace(ends=_ends(tokenizer, known, added), plain=Plain(tokenizer))
         parting = [
             str(token)
             for token in tokenizer.added_tokens_decoder.values()
