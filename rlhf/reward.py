@@ -95,7 +95,7 @@ class RewardTrainer(StageTrainer):
     def check_data(self, args, train, held_out):
         check_margins(args, chain(train, held_out))
         self.agreement = labeler_agreement(chain(train, held_out))
-        self.demonstrations = best_ranked(train)
+        self.demonstrations = Mapped(rankings.best, train)
         if args.demonstrations:
             skip = {"bad_rows": args.bad_rows, "num_proc": args.dataset_num_proc}
             self.demonstrations = data.load_rows(args.demonstrations, "sft", **skip)
@@ -214,16 +214,6 @@ def training_examples(tokenizer, rows, args):
     rows = rows if ties else decided(rows)
     examples = training.encode_rows(tokenizer, rows, ("completions",), args, what="training")
     return examples.pairs(ties=ties) if args.comparisons == "shuffled" else examples
-
-
-def best_ranked(rows):
-    """The best-ranked response of each row (the first of several), as demonstrations."""
-    return Mapped(_best, rows)
-
-
-def _best(row):
-    best = row["ranks"].index(min(row["ranks"]))
-    return {"prompt": row["prompt"], "completion": row["completions"][best], "at": row["at"]}
 
 
 def _alone(row):

@@ -135,6 +135,12 @@ def keep(row, kept):
     return row
 
 
+def best(row):
+    """The best-ranked completion of a ranked row (the first of several), as a demonstration."""
+    number = row["ranks"].index(min(row["ranks"]))
+    return {"prompt": row["prompt"], "completion": row["completions"][number], "at": row["at"]}
+
+
 def decided_pairs(ranks):
     """[(better, worse), ...], the index pairs of all completions that are not tied."""
     ordered = (sorted(pair, key=lambda index: ranks[index]) for pair in combinations(range(len(ranks)), 2))

@@ -131,7 +131,11 @@ class Mapped(Sequence):
 
     @property
     def key(self):
-        """A JSON value that names these rows; None where nothing names the items."""
+        """A JSON value that names these rows; None where nothing names the items.
+
+        Of `make` it holds the name alone, so ids of such rows are kept right only if its code is one that `made_by` of
+        the cache looks at.
+        """
         inner = key_of(self.items)
         return None if inner is None else [self._name(), inner]
 
