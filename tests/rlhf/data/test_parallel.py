@@ -100,8 +100,10 @@ def test_processes_end_with_their_parent():
     with subprocess.Popen(
         [sys.executable, "-c", ENDS_AT_ONCE], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ
     ) as parent:
-        workers = [int(parent.stdout.readline()) for _ in range(2)]
-        parent.kill()
+        try:
+            workers = [int(parent.stdout.readline()) for _ in range(2)]
+        finally:
+            parent.kill()
     for _ in range(500):
         if not any(map(_is_alive, workers)):
             break
