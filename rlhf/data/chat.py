@@ -206,7 +206,8 @@ _QUESTION, _THOUGHT, _ANSWER = "Qqa", "Qqb", "Qqc"
 
 def _known(tokenizer):
     template = tokenizer.chat_template
-    key = (template if isinstance(template, str) else repr(template), len(tokenizer), tokenizer.eos_token)
+    splits = getattr(tokenizer, "split_special_tokens", False)
+    key = (template if isinstance(template, str) else repr(template), len(tokenizer), tokenizer.eos_token, splits)
     if _KNOWN.get(tokenizer, (None,))[0] != key:
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
         added |= dict.fromkeys(filter(None, tokenizer.all_special_tokens), True)

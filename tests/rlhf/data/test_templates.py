@@ -250,6 +250,15 @@ def test_completions_that_fit_are_named():
     assert caught.value.fits == [0, 2]
 
 
+def test_what_is_kept_of_a_tokenizer_is_not_what_it_gives_once_it_splits_special_tokens():
+    first, second = (copy.deepcopy(tokenizer_of("chatml")) for _ in range(2))
+    row, options = talk_row("a", "one"), {"max_length": 999}
+    kept = data.encode_row(first, row, ("completion",), **options)
+    first.split_special_tokens = second.split_special_tokens = True
+    found, expected = (data.encode_row(each, row, ("completion",), **options) for each in (first, second))
+    assert found == expected != kept
+
+
 def test_a_tokenizer_without_offsets():
     """Written in Python, as those are that come with a model's own code."""
     fast = tokenizer_of("chatml")
