@@ -218,6 +218,21 @@ def _own_cache(_cache_directory: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RLHF_CACHE", str(_cache_directory))
 
 
+@pytest.fixture
+def everything_is_large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Two processes read and encode whatever there is, in small pieces, into a cache of the test's own."""
+    from rlhf.data import encoders, large, streams
+
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(large, "BYTES", 1)
+    monkeypatch.setattr(large, "TOGETHER", 2)
+    monkeypatch.setattr(encoders, "LARGE", 1)
+    monkeypatch.setattr(encoders, "SPAN", 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(streams, "BLOCK", 200)
+    monkeypatch.setattr("rlhf.data.readers.CHUNK_ROWS", 3)
+
+
 @pytest.fixture(autouse=True)
 def _quiet_environment(monkeypatch: pytest.MonkeyPatch):
     """A backend chosen in the caller's shell does not leak into the tests. RLHF_KERNELS_CPU_ISA does: with it the suite

@@ -47,9 +47,9 @@ def home() -> Path | None:
 
 @cache
 def made_by() -> list:
-    """The versions that an entry depends on, and the code of this room, as a JSON value."""
+    """The versions that an entry depends on, and the code of this package, as a JSON value."""
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(path.read_bytes())
     versions = [platform.python_version()]
     for package in ("transformers", "tokenizers", "jinja2"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from . import cache, examples, parallel, rankings, store
 from .encoding import TooLong, encode_row
 from .examples import Examples, Packer
-from .files import Bad
+from .files import Bad, DataError
 from .problems import Problems
 from .tokens import expect_many_words
 
@@ -69,23 +69,29 @@ def encode_rows(tokenizer, rows, names, args, *, what):
     """
     learn_turns = getattr(args, "learn_turns", "all")
     way = Completions(tokenizer, tuple(names), args.max_length, args.long_prompts, learn_turns)
-    limit = f"max_length {args.max_length}"
-    found = encoded(rows, way, args, what=what, limit=limit)
+    arrays, done = encoded(rows, way, args, what=what)
+    problems, limit = Problems(getattr(args, "bad_rows", "error")), f"max_length {args.max_length}"
+    for at, reason, _ in done["problems"]:
+        problems.add(at, reason)
+    problems.settle(len(rows), what)
+    if done["cut"]:
+        logger.warning("cut the left end of %d of %d %s prompts to fit into %s", done["cut"], len(rows), what, limit)
+    if done["dropped"]:
+        logger.warning("dropped %d of %d %s rows: they do not fit into %s", done["dropped"], len(rows), what, limit)
+    found = Examples(rows, arrays)
     if len(rows) and not len(found):
         raise ValueError(f"max_length: got {args.max_length}, too short for every completion of the {what} rows")
     return found
 
 
-def encoded(rows, way, args, *, what, limit):
-    """Rows as Examples; what could not be encoded, was cut or dropped is told.
+def encoded(rows, way, args, *, what):
+    """(Arrays, what was done to rows): {"problems": [[place, reason, number], ...], "cut", "dropped"}.
 
     Args:
         way: `way(row)` gives a list of `encoding.Encoded` and the completions that are left; it raises Bad, or TooLong.
             `way.tokenizer` and `way.key` are all that it depends on.
-        args: settings, of which bad_rows, dataset_num_proc and disable_tqdm are looked at where they are there.
-        what, limit: names of these rows, and of the length that they must fit into, for messages.
-    Raises:
-        DataError: rows that cannot be encoded, by file and line.
+        args: settings, of which dataset_num_proc and disable_tqdm are looked at where they are there.
+        what: the name of these rows in messages.
     """
     key, is_large = _key(rows, way), len(rows) >= LARGE
     count = parallel.processes(getattr(args, "dataset_num_proc", None)) if is_large else 1
@@ -104,24 +110,14 @@ def encoded(rows, way, args, *, what, limit):
         whole = Packer()
         for packer in packers():
             whole.extend(packer)
-        told, arrays = vars(whole), whole.arrays()
-    else:
+        return whole.arrays(), vars(whole)
 
-        def make(folder):
-            with contextlib.closing(packers()) as parts:
-                return examples.write(folder, parts)
+    def make(folder):
+        with contextlib.closing(packers()) as parts:
+            return examples.write(folder, parts)
 
-        folder, told = cache.entry("ids", key, make)
-        arrays = examples.read(folder, told)
-    problems = Problems(getattr(args, "bad_rows", "error"))
-    for at, reason in told["problems"]:
-        problems.add(at, reason)
-    problems.settle(len(rows), what)
-    if told["cut"]:
-        logger.warning("cut the left end of %d of %d %s prompts to fit into %s", told["cut"], len(rows), what, limit)
-    if told["dropped"]:
-        logger.warning("dropped %d of %d %s rows: they do not fit into %s", told["dropped"], len(rows), what, limit)
-    return Examples(rows, arrays)
+    folder, done = cache.entry("ids", key, make)
+    return examples.read(folder, done), done
 
 
 def _packed(rows, span, way):
@@ -132,8 +128,8 @@ def _packed(rows, span, way):
             found, places = way(row)
         except TooLong:
             packer.dropped += 1
-        except Bad as error:
-            packer.problems.append((row["at"], str(error)))
+        except (Bad, DataError) as error:
+            packer.problems.append((row["at"], str(error), number))
         else:
             for prompt, responses, learned, cut in found:
                 packer.add(number, prompt, responses, learned, is_text="text" in row, places=places)

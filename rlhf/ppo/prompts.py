@@ -4,16 +4,20 @@ import logging
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from accelerate.utils import gather_object
 
 from .. import models
 from ..data import DataError, encode_prompt, encode_within, load_rows, reading, rows_of
+from ..data.encoders import encoded
+from ..data.encoding import Encoded
 from ..data.files import Bad
 from ..data.problems import Problems
 from ..data.store import Mapped
 from ..rewards import row_checks
 from ..rewards.scoring import named
+from ..training.stage import once
 
 logger = logging.getLogger("rlhf")
 
@@ -75,25 +79,36 @@ def load_prompts(run, train_dataset) -> Prompts:
     args = run.args
     read = {"columns": bool(run.reward_functions), **reading(args)}
     if train_dataset is None:
-        rows = load_rows(
-            args.dataset_name, "prompts", split=args.dataset_train_split, config=args.dataset_config, **read
-        )
+        read |= {"split": args.dataset_train_split, "config": args.dataset_config}
+        rows = once(run.accelerator, lambda: load_rows(args.dataset_name, "prompts", **read))
     else:
-        rows = rows_of(train_dataset, "prompts", name="train_dataset", **read)
-    refused, fields, prompts = {}, {}, Prompts(rows)
-    for number, row in enumerate(rows):
-        fields.update(dict.fromkeys(row))
-        try:
-            prompts.add(number, encode_within(run.tokenizer, row["prompt"], None)[1])
-        except (Bad, DataError) as error:
-            refused[number] = str(error)
-    prompts.fields = tuple(fields)
-    refused = {**_refused_by_functions(run, rows), **refused}
+        rows = once(run.accelerator, lambda: rows_of(train_dataset, "prompts", name="train_dataset", **read))
+    arrays, done = once(run.accelerator, lambda: encoded(rows, Alone(run.tokenizer), args, what="prompt"))
+    prompts = Prompts(rows, _fields(rows) if run.reward_functions else rows[0])
+    for source, start, size in zip(arrays.source.tolist(), arrays.starts.tolist(), arrays.sizes.tolist(), strict=True):
+        prompts.add(source, arrays.tokens.read(start, start + size).tolist())
+    refused = {**_refused_by_functions(run, rows), **{number: reason for _, reason, number in done["problems"]}}
     problems = Problems(args.bad_rows)
     for number in sorted(refused):
         problems.add(rows[number]["at"], refused[number])
     problems.settle(len(rows))
     return prompts.only(number for number, source in enumerate(prompts.sources) if source not in refused)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The way in which a prompt without a response becomes ids, as `encoders.encoded` takes it."""
+
+    tokenizer: object
+    key = "prompt"
+
+    def __call__(self, row):
+        return [Encoded(encode_within(self.tokenizer, row["prompt"], None)[1], [], None, cut=False)], None
+
+
+def _fields(rows) -> dict:
+    """The fields of all rows, in the order in which they come."""
+    return dict.fromkeys(name for row in rows for name in row)
 
 
 def _refused_by_functions(run, rows) -> dict[int, str]:

@@ -23,6 +23,7 @@ from ..rewards.scoring import Scorer, reward_functions
 from ..rollouts.engines import gap_complaint, load_engine, log_prob_gap
 from ..rollouts.sampling import RolloutError, Rollouts
 from ..settings import refuse
+from ..training.stage import once
 from ..training.steps import WeightsMoved
 from . import sharding
 from .callbacks import Callbacks
@@ -120,7 +121,7 @@ class PPORun:
         args = self.args
         self.tokenizer = self.given.tokenizer(args)
         self.prompts = load_prompts(self, train_dataset)
-        self.texts = pretraining_texts(args, self.tokenizer)  # 7
+        self.texts = once(self.accelerator, lambda: pretraining_texts(args, self.tokenizer))  # 7
 
     def _count_iterations(self) -> int:
         args = self.args

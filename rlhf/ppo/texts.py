@@ -1,11 +1,13 @@
-"""The pretraining texts of PPO-ptx: all of them as ids in memory, or a stream of files that are larger than that."""
+"""The pretraining texts of PPO-ptx: all of them as ids, or a stream of files that are read as they are needed."""
 
 import random
-from array import array
 from collections import deque
+from dataclasses import dataclass
 from itertools import islice
 
 from ..data import DataError, encode_prompt, load_rows
+from ..data.encoders import encoded
+from ..data.encoding import Encoded
 from ..data.streaming import shuffled, stream_identity, stream_rows
 from ..same_run import digest
 from .state import Cursor
@@ -25,25 +27,39 @@ def pieces_of(text, tokenizer, length):
     return [piece for piece in pieces if len(piece) > 1]
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """The way in which a text becomes pieces of ids, as `encoders.encoded` takes it."""
+
+    tokenizer: object
+    length: int
+
+    def __call__(self, row):
+        found = pieces_of(row["text"], self.tokenizer, self.length)
+        return [Encoded(piece, [], None, cut=False) for piece in found], None
+
+    @property
+    def key(self):
+        return ["pieces", self.length]
+
+
 class Texts:
-    """All texts in memory, in a fresh order each epoch; four bytes a token."""
+    """All texts as ids, in a fresh order each epoch: four bytes a token, of large data in a file."""
 
     def __init__(self, args, tokenizer):
-        self.ids, self.ends, self.longest = array("i"), array("q", [0]), 0
-        for row in load_rows(args.ptx_dataset_name, "text", bad_rows=args.bad_rows, num_proc=args.dataset_num_proc):
-            for piece in pieces_of(row["text"], tokenizer, args.ptx_max_length):
-                self.ids.extend(piece)
-                self.ends.append(len(self.ids))
-                self.longest = max(self.longest, len(piece))
+        rows = load_rows(args.ptx_dataset_name, "text", bad_rows=args.bad_rows, num_proc=args.dataset_num_proc)
+        self.arrays, _ = encoded(rows, Pieces(tokenizer, args.ptx_max_length), args, what="text")
         if not len(self):
             raise _no_text(args)
+        self.longest = int(self.arrays.sizes.max())
         self.cursor = Cursor(len(self), args.seed + 1)
 
     def __len__(self):
-        return len(self.ends) - 1
+        return len(self.arrays.sizes)
 
     def _piece(self, index):
-        return self.ids[self.ends[index] : self.ends[index + 1]].tolist()
+        start = self.arrays.starts[index]
+        return self.arrays.tokens.read(start, start + self.arrays.sizes[index]).tolist()
 
     def digest(self) -> str:
         return digest(map(self._piece, range(len(self))))

@@ -55,19 +55,6 @@ HELPSTEER = [  # all answers to a prompt are one ranking, wherever they stand
 
 
 @pytest.fixture
-def everything_is_large(monkeypatch, tmp_path):
-    """Two processes read and encode whatever there is, in small pieces, into a cache of the test's own."""
-    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(large, "BYTES", 1)
-    monkeypatch.setattr(large, "TOGETHER", 2)
-    monkeypatch.setattr(encoders, "LARGE", 1)
-    monkeypatch.setattr(encoders, "SPAN", 3)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr("rlhf.data.streams.BLOCK", 200)
-    monkeypatch.setattr("rlhf.data.readers.CHUNK_ROWS", 3)
-
-
-@pytest.fixture
 def no_work(monkeypatch):
     """no_work() makes reading, checking and encoding an error."""
 

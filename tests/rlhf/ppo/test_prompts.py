@@ -3,15 +3,16 @@
 import functools
 import json
 import logging
+import math
 from types import SimpleNamespace
 
 import pytest
 
-from rlhf.data import DataError
+from rlhf.data import DataError, encoders, large
 from rlhf.ppo import PPOTrainer, prompts, train_ppo
 from rlhf.rewards import math_answer, regex, row_checks
 from tests.tiny import language_model
-from tests.tiny_ppo import WORDS, bananas, make_tokenizer, write_files
+from tests.tiny_ppo import TIMINGS, WORDS, bananas, make_tokenizer, write_files
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,27 @@ def test_long_prompts_are_cut_by_default(home, caplog):
     assert "long_prompts: cut 3 of 6 prompts to the 3 tokens that fit" in caplog.text
     assert trainer.contract["prompt_ids"] == 0
     trainer.train()
+
+
+def test_a_run_learns_the_same_from_large_data(home, everything_is_large, monkeypatch):
+    """Prompts and pretraining texts that lie in the cache; a prompt that the template refuses is left out of both."""
+    rows = [{"prompt": prompt} for prompt in LENGTHS] + [{"prompt": [{"role": "user", "content": "a"}]}]
+    texts = write(
+        home, [{"text": text} for text in ("the cat sat on the mat .", "a dog ran .", "it saw a cat")], "ptx.jsonl"
+    )
+    options = {"dataset_name": write(home, rows), "bad_rows": "skip", "ptx_dataset_name": texts, "ptx_coef": 0.5}
+    options |= {"ptx_max_length": 4, "max_steps": 3, "save_steps": 3}
+    found = []
+    for size in (1, math.inf):
+        monkeypatch.setattr(large, "BYTES", size)
+        monkeypatch.setattr(encoders, "LARGE", size)
+        trainer = home.trainer(f"run-{size}", **options)
+        assert isinstance(trainer.prompts.rows, list) is (size != 1) and words(trainer) == LENGTHS
+        trainer.train()
+        found.append([{name: row[name] for name in row if name not in TIMINGS} for row in home.rows(f"run-{size}")])
+    assert found[0] == found[1] and len(found[0]) == 3
+    home.trainer("run-1", resume_from_checkpoint="true", **{**options, "max_steps": 4}).train()  # now as small data
+    assert len(home.rows("run-1")) == 4
 
 
 def test_long_prompts_are_dropped(home, caplog):
