@@ -151,7 +151,8 @@ def evaluate_policies(
     """Sample every policy on the same held-out prompts and measure it; the content of evaluation.json.
 
     Args:
-        policies: name -> model directory; `reference` must be one of them. They share one tokenizer (the reference's).
+        policies: name -> model directory; `reference` must be one of them. They share one tokenizer: the
+            reference's, or if that has no chat template the first one that has.
         prompts: held-out prompts, strings or message lists.
         long_prompts: what becomes of prompts of more than max_prompt_length tokens, or that leave the models no room
             for a response: "truncate", "drop" or "error".
@@ -174,8 +175,8 @@ def evaluate_policies(
         raise ValueError(f"reference must be one of the policies {list(policies)}, got {reference!r}")
     if not prompts:
         raise ValueError("prompts must hold at least one held-out prompt")
-    tokenizer = models.load_tokenizer(policies[reference])
-    reference_model = models.load_policy(policies[reference], dtype=dtype)
+    tokenizer = _tokenizer_of(policies, reference)
+    reference_model = _policy(policies[reference], tokenizer, seed, dtype)
     scorer = models.load_reward_model(reward_model, dtype=dtype) if reward_model else None
     reader = tokens_of_other(tokenizer, reward_model) if reward_model else None
     room = _room([reference_model, scorer], response_length, max_prompt_length)
@@ -183,7 +184,7 @@ def evaluate_policies(
     rows, responses = [], {}
     for place, (name, path) in enumerate(policies.items()):
         on_policy(name)
-        model = reference_model if name == reference else models.load_policy(path, dtype=dtype)
+        model = reference_model if name == reference else _policy(path, tokenizer, seed, dtype)
         stop = models.stop_token_ids(tokenizer, model)
         with torch.random.fork_rng():
             torch.manual_seed(seed + place)
@@ -237,6 +238,21 @@ def evaluate_policies(
         "comparisons": count,
         "note": f"Judge: {named[judge]}. {note}" if judge else note,
     }
+
+
+def _tokenizer_of(policies, reference):
+    first = models.load_tokenizer(policies[reference])
+    if first.chat_template:
+        return first
+    others = (models.load_tokenizer(path) for name, path in policies.items() if name != reference)
+    return next((other for other in others if other.chat_template), first)
+
+
+def _policy(path, tokenizer, seed, dtype):
+    """A policy; a base model gets room for the tokens of the chat template that it was trained with later."""
+    model = models.load_policy(path, dtype=dtype)
+    models.make_room(model, tokenizer, seed)
+    return model
 
 
 def best_of_n(

@@ -336,9 +336,12 @@ def _written(tokens, text):
     return found
 
 
-def as_text(text):
-    """A prompt or completion as one string, for people: messages are joined by line breaks."""
-    return text if isinstance(text, str) else "\n".join(map(shown, text))
+def as_text(text, roles=True):
+    """A prompt or completion as one string, for people: of several messages each begins a line, behind its role."""
+    if isinstance(text, str):
+        return text
+    named = roles and len(text) > 1
+    return "\n".join(f"{message['role']}: {shown(message)}" if named else shown(message) for message in text)
 
 
 def pad_batch(sequences, pad_id, side="right"):

@@ -75,7 +75,7 @@ def encode_rows(tokenizer, rows, names, args, *, what):
         problems.add(at, reason)
     problems.settle(len(rows), what)
     if done["cut"]:
-        logger.warning("cut the left end of %d of %d %s prompts to fit into %s", done["cut"], len(rows), what, limit)
+        logger.warning("cut %d of %d %s prompts to fit into %s", done["cut"], len(rows), what, limit)
     if done["dropped"]:
         logger.warning("dropped %d of %d %s rows: they do not fit into %s", done["dropped"], len(rows), what, limit)
     found = Examples(rows, arrays)

@@ -302,8 +302,10 @@ def check_answer(name, messages, start=0):
     for index in (0, -1):
         role = messages[index]["role"] if messages else None
         if role != "assistant":
-            verb = "begin" if index == 0 else "end"
-            raise Bad(f"`{name}` must {verb} with a message of the role 'assistant', got {role!r}")
+            verb, also = (
+                ("end", "") if index else ("begin", "" if start else " (or hold the prompt's messages before it)")
+            )
+            raise Bad(f"`{name}` must {verb} with a message of the role 'assistant'{also}, got {role!r}")
     for index, message in enumerate(messages, start=start):
         if message["role"] == "assistant" and message.get("weight", 1) and not says_something(message):
             raise Bad(f"`{name}[{index}]`, of the role 'assistant', is empty: no content, tool call or reasoning")

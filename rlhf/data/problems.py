@@ -2,12 +2,14 @@
 
 import logging
 import re
+from collections import Counter
 
 from .files import DataError
 
 logger = logging.getLogger("rlhf")
 
-SHOWN = 100
+SHOWN, OFTEN = 100, 30
+"""Bad rows that are listed one by one; a reason of more rows than `OFTEN` is told once, with all its places."""
 
 
 class Problems:
@@ -37,27 +39,40 @@ class Problems:
         if self.bad_rows == "error":
             raise DataError("\n".join(self._listed()))
         if bad >= total:
-            raise DataError("\n".join([*self._listed(), f"bad_rows: skip leaves none of the {total} {name}"]))
+            raise DataError("\n".join([*self._listed(), f"none of the {total} {name} can be used"]))
         reasons = "\n".join(by_reason(self.found))
         logger.warning("left out %d of %d %s:\n%s", bad, total, name, reasons, extra={"bad_rows": bad})
 
     def _listed(self):
-        lines = [f"{at}: {reason}" for at, reason in self.found[:SHOWN]]
-        rest = self.found[SHOWN:]
+        rows_of = Counter(reason for _, reason in self.found)
+        lines = by_reason([pair for pair in self.found if rows_of[pair[1]] > OFTEN], key=str)
+        seldom = [pair for pair in self.found if rows_of[pair[1]] <= OFTEN]
+        lines += [f"{at}: {reason}" for at, reason in seldom[:SHOWN]]
+        rest = seldom[SHOWN:]
         if rest:
             lines += [f"and {len(rest)} more:", *by_reason(rest)]
         return lines
 
 
-def by_reason(found):
-    """One line for each reason among (at, reason) pairs, with all its places; lines in a row as "file:3-7"."""
+_NAMED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+(?:\.\d+)?")  # what differs from row to row
+
+
+def _alike(reason):
+    return _NAMED.sub("*", reason)
+
+
+def by_reason(found, key=_alike):
+    """One line for each reason among (at, reason) pairs, with all its places; lines in a row as "file:3-7".
+
+    Args:
+        key: reasons of one key are one reason; by default those that differ in numbers and names alone.
+    """
     groups = {}
     for at, reason in found:
-        groups.setdefault(_NAMED.sub("*", reason), (reason, []))[1].append(at)
+        groups.setdefault(key(reason), (reason, []))[1].append(at)
     return [f"{', '.join(_places(places))}: {reason}" for reason, places in groups.values()]
 
 
-_NAMED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\d+(?:\.\d+)?")  # what differs from row to row
 _PLACE = re.compile(r"(.*?[:\[])(\d+)(\]?)", re.DOTALL)
 
 

@@ -288,7 +288,18 @@ def _check_prompts(raw):
         raw = {**raw, "prompt": messages[: after_last_question(messages)]}
     if "prompt" not in raw and isinstance(raw.get("chosen"), list):
         return {"prompt": _check_preference(raw)["prompt"]}
-    return {"prompt": with_template_inputs(raw, prompt_of("prompt", _field(raw, "prompt")))}
+    prompt = prompt_of("prompt", _field(raw, "prompt"))
+    if isinstance(prompt, str) and _has_messages(raw):  # which asks what the other kinds of rows ask
+        prompt = [{"role": "user", "content": prompt}]
+    return {"prompt": with_template_inputs(raw, prompt)}
+
+
+def _has_messages(raw):
+    """Whether an answer in a row is messages."""
+    answers = [raw.get(name) for name in ("completion", "chosen", "rejected")]
+    answers += raw["completions"] if isinstance(raw.get("completions"), list) else []
+    said = [answer[0] if isinstance(answer, list) and answer else answer for answer in answers]
+    return any(isinstance(first, dict) and isinstance(first.get("role"), str) for first in said)
 
 
 def _check_text(raw):

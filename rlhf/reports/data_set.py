@@ -12,6 +12,7 @@ import numpy
 
 from .. import data
 from ..data import formats, kinds, rankings, rows
+from ..data.chunks import Bad
 from ..data.encoders import encode_rows
 from ..data.mixtures import named_sets
 from ..data.prompts import encode_prompts
@@ -190,7 +191,8 @@ class Survey:
         for label, unit, sizes in self.measured:
             yield from said(label, *histogram(sizes, unit))
         learned = "" if self.kind == "prompts" else f"; {MARKS[0]}what is learned{MARKS[1]}"
-        yield from said("example", f"{self.rows[0]['at']}{learned}", *self.example())
+        row, example = next(self.examples(), (self.rows[0], []))
+        yield from said("example", f"{row['at']}{learned}", *example)
 
     def facts(self):
         """What the rows say beside their texts, and how often they say the same."""
@@ -240,12 +242,23 @@ class Survey:
         _, found = encode_prompts(self.tokenizer, prompts, places, room=room, bad_rows="skip")
         return list(map(len, found))
 
-    def example(self):
-        """Lines of the first row, the learned part in marks."""
-        row = self.rows[0]
-        if self.tokenizer is None or self.kind == "prompts":
-            prompts, answers = texts_of(row, self.kind)
-            text = "".join([*prompts, *(f"\n{MARKS[0]}{text}{MARKS[1]}" for text in answers)])
+    def examples(self):
+        """(row, lines) of the rows that the chat template does not refuse."""
+        for row in self.rows:
+            with contextlib.suppress(data.DataError, Bad):
+                yield row, self.example(row)
+
+    def example(self, row):
+        """Lines of a row, the learned part in marks."""
+        if self.kind == "prompts" and self.tokenizer:
+            ids = data.encode_prompt(self.tokenizer, row["prompt"])
+            return shortened(self.tokenizer.decode(ids), SHOWN).split("\n")
+        if self.tokenizer is None:
+            answers = (
+                [row["text"]] if "text" in row else () if self.kind == "prompts" else answers_of_row(row, self.kind)
+            )
+            prompt = [data.as_text(row["prompt"])] if "prompt" in row else []
+            text = "\n".join([*prompt, *(marked_turns(answer, self.args.learn_turns) for answer in answers)])
             return shortened(text, SHOWN).split("\n")
         names = ANSWERS.get(self.kind, ("completion",))
         found = data.encode_row(self.tokenizer, row, names, max_length=WHOLE, learn_turns=self.args.learn_turns)
@@ -300,15 +313,30 @@ def repeated(found, name, digest) -> int:
     return len(found) - len(set(map(digest, found) if held is None else map(bytes, held)))
 
 
+def answers_of_row(row, kind):
+    return row["completions"] if kind == "ranked" else [row[name] for name in ANSWERS.get(kind, ("completion",))]
+
+
 def texts_of(row, kind):
     """([prompt], [answers]) of a row as text for people; a plain text is an answer."""
     if "text" in row:
         return [], [row["text"]]
     if kind == "prompts":
-        return [data.as_text(row["prompt"])], []
-    names = ANSWERS.get(kind, ("completion",))
-    answers = row["completions"] if kind == "ranked" else [row[name] for name in names]
-    return [data.as_text(row["prompt"])], [data.as_text(answer) for answer in answers]
+        return [data.as_text(row["prompt"], roles=False)], []
+    answers = answers_of_row(row, kind)
+    return [data.as_text(row["prompt"], roles=False)], [data.as_text(answer, roles=False) for answer in answers]
+
+
+def marked_turns(answer, learn_turns):
+    """An answer as text for people, in marks what is learned of it: of messages the assistant's turns."""
+    if isinstance(answer, str) or len(answer) == 1:
+        return f"{MARKS[0]}{data.as_text(answer)}{MARKS[1]}"
+    said = [number for number, message in enumerate(answer) if message["role"] == "assistant"]
+    said = said[-1:] if learn_turns == "last" else said
+    learned = {number for number in said if answer[number].get("weight", 1)}
+    texts = [data.as_text([message]) for message in answer]
+    texts = [f"{MARKS[0]}{text}{MARKS[1]}" if number in learned else text for number, text in enumerate(texts)]
+    return "\n".join(f"{message['role']}: {text}" for message, text in zip(answer, texts))
 
 
 def histogram(sizes, unit):

@@ -42,7 +42,7 @@ def pairs_of(scores, rows, known_labelers=frozenset(), *, judged=False):
     for score, row in zip(scores, rows, strict=True):
         labeler = row.get("labeler")
         who = (labeler, labeler and ("in training" if labeler in known_labelers else "held out"))
-        lengths = [len(as_text(text)) for text in row["completions"]]
+        lengths = [len(as_text(text, roles=False)) for text in row["completions"]]
         for better, worse in row.get("pairs", ()) if judged else decided_pairs(row["ranks"]):
             lead, longer = score[better] - score[worse], lengths[better] - lengths[worse]
             gap = row["ranks"][worse] - row["ranks"][better]
@@ -157,7 +157,9 @@ def score_by_length(scores, rows):
     A bin holds the mean length in characters, the mean score above that of all responses (which calibration does not
     move), its standard deviation, and the count.
     """
-    lengths = np.array([len(as_text(text)) for row in rows for text in row["completions"]], dtype=np.float64)
+    lengths = np.array(
+        [len(as_text(text, roles=False)) for row in rows for text in row["completions"]], dtype=np.float64
+    )
     flat = np.array([value for group in scores for value in group], dtype=np.float64)
     flat = flat - flat.mean()
     varies = len(flat) > 1 and lengths.std() > 0 and flat.std() > 0

@@ -138,7 +138,7 @@ def test_an_error_says_where_none_is_left(home, capsys):
             break
     lines = said.strip().split("\n")[-2:]
     assert f"{rows}:2: the tokenizer's chat template refuses" in lines[0]
-    assert lines[1] == "bad_rows: skip leaves none of the 1 held-out rows"
+    assert lines[1] == "none of the 1 held-out rows can be used"
 
 
 def test_a_pipeline_reads_its_data_as_its_stages_do(home, notes):

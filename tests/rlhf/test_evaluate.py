@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf import evaluate
+from rlhf import data, evaluate
+from rlhf.models import make_room, save_model
 from rlhf.rollouts.sampling import Rollouts
+from tests.tiny import language_model, model_folder, word_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -215,3 +217,21 @@ def test_best_of_n_keeps_what_the_reward_model_likes(models):
     )
     assert table[1]["reward"] > table[0]["reward"]
     assert table[0]["kl"] == 0.0 and len(choices) == 2
+
+
+@pytest.mark.parametrize("reference", ["chat", "base"])
+def test_a_base_model_beside_one_that_got_a_chat_template(tmp_path, reference):
+    """The template's tokens are beyond the base model's embeddings."""
+    plain, tokenizer = word_tokenizer(), data.with_chat_template(word_tokenizer(), "chatml")
+    model_folder(tmp_path / "base", tokenizer=plain)
+    grown = language_model(plain)
+    make_room(grown, tokenizer, seed=0)
+    save_model(grown, tokenizer, tmp_path / "chat")
+    found = evaluate.evaluate_policies(
+        {"base": tmp_path / "base", "chat": tmp_path / "chat"},
+        [[{"role": "user", "content": word}] for word in ("dog", "cat")],
+        reference=reference,
+        response_length=3,
+    )
+    assert [row["name"] for row in found["policies"]] == ["base", "chat"] and len(found["responses"]["base"]) == 2
+    assert all(math.isfinite(row["kl"]) for row in found["policies"])

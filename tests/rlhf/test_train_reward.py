@@ -218,7 +218,7 @@ def test_tied_rankings_and_long_completions_are_left_out(settings, caplog):
     assert kept[0]["row"]["ranks"] == [0, 2] and len(kept[0]["responses"]) == 2
     assert len(kept[1]["prompt"]) == 62 and all(ids[-1] == tokenizer.eos_token_id for ids in kept[1]["responses"])
     assert "left out 1 of 4 rankings" in caplog.text
-    assert "dropped 1 of 3 training rows" in caplog.text and "cut the left end of 1 of 3" in caplog.text
+    assert "dropped 1 of 3 training rows" in caplog.text and "cut 1 of 3" in caplog.text
     args.long_prompts = "error"
     with pytest.raises(ValueError, match="x:4: the prompt has 70 tokens, longer than the 62 that fit"):
         training.encode_rows(tokenizer, rows, ("completions",), args, what="training")

@@ -265,10 +265,30 @@ def test_parts_that_are_no_text_are_refused(kind):
 def test_people_see_all_that_is_said():
     call = [{"function": {"name": "find"}}]
     thought = {**YO, "reasoning_content": "hm", "tool_calls": call}
-    assert data.as_text([USER, thought, CALL, YO]) == (
-        'hi\nhm\nyo\n[{"function": {"name": "find"}}]\n[{"type": "function", "function": {"name": "find"}}]\nyo'
-    )
-    assert data.as_text("a\nb") == "a\nb"
+    said = [
+        "hi",
+        'hm\nyo\n[{"function": {"name": "find"}}]',
+        '[{"type": "function", "function": {"name": "find"}}]',
+        "yo",
+    ]
+    roles = ["user", "assistant", "assistant", "assistant"]
+    whole = "\n".join(f"{role}: {text}" for role, text in zip(roles, said, strict=True))
+    assert data.as_text([USER, thought, CALL, YO]) == whole
+    assert data.as_text([USER, thought, CALL, YO], roles=False) == "\n".join(said)
+    assert data.as_text([USER]) == "hi" and data.as_text("a\nb") == "a\nb"
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [{"completion": [YO]}, {"chosen": YO, "rejected": NO}, {"completions": [[YO], [NO]], "ranks": [0, 1]}],
+)
+def test_the_prompt_alone_asks_what_the_row_asks(answers):
+    """A string beside answers of messages is a user's message in every stage."""
+    kind = {"completion": "sft", "chosen": "preference", "completions": "ranked"}[next(iter(answers))]
+    rows = [read(which, {"prompt": "hi", **answers})[0] for which in (kind, "prompts")]
+    assert rows[0]["prompt"] == rows[1]["prompt"] == [USER] and isinstance(rows[1]["prompt"], Chat)
+    (text,) = read("prompts", {"prompt": "hi", "completion": "yo"})
+    assert text["prompt"] == "hi"
 
 
 def test_an_unlearned_turn_may_be_empty():

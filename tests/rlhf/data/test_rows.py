@@ -90,16 +90,17 @@ def test_every_bad_line_is_reported(tmp_path):
 
 
 def test_very_many_bad_lines_are_grouped_by_reason(tmp_path):
-    """The first hundred one by one; of the others each line stands once, in the group of its reason."""
-    bad = [*["{"] * 100, *[{"prompt": f"{n}", "completion": " "} for n in range(300)], {"prompt": "a"}, "{", SFT, "{"]
+    """A reason that many rows have stands once; of others the first hundred one by one, and the rest in groups."""
+    bad = [*["{"] * 100, *[{"messages": [{"role": n}]} for n in range(300)], {"prompt": "a"}, "{", SFT, "{"]
     path = write_jsonl(tmp_path / "rows.jsonl", [SFT, *bad])
     with pytest.raises(data.DataError) as caught:
         data.load_rows(path, "sft")
     lines = str(caught.value).split("\n")
-    assert lines[99].startswith(f"{path}:101: is not JSON") and lines[100] == "and 303 more:"
-    assert lines[101] == f"{path}:102-401: `completion` is empty"
-    assert lines[102] == f"{path}:402: lacks the field `completion` (has 'prompt')"
-    assert lines[103].startswith(f"{path}:403,405: is not JSON") and len(lines) == 104
+    assert lines[0].startswith(f"{path}:2-101,403,405: is not JSON")
+    assert lines[1].startswith(f"{path}:102: ") and lines[1].endswith("got the role 0")
+    assert lines[100].startswith(f"{path}:201: ") and lines[100].endswith("got the role 99")
+    assert lines[101] == "and 201 more:" and lines[102].startswith(f"{path}:202-401: ")
+    assert lines[103] == f"{path}:402: lacks the field `completion` (has 'prompt')" and len(lines) == 104
 
 
 def test_bad_rows_are_left_out_when_asked(tmp_path, caplog):
@@ -116,9 +117,7 @@ def test_bad_rows_are_left_out_when_asked(tmp_path, caplog):
         "rows[1-2]: lacks the field `prompt` (has no fields)",
         "rows[3]: a row must be a JSON object with named fields, got int",
     ]
-    with pytest.raises(
-        data.DataError, match=r"rows\[0\]: lacks the field `prompt`.*\nbad_rows: skip leaves none of the 1"
-    ):
+    with pytest.raises(data.DataError, match=r"rows\[0\]: lacks the field `prompt`.*\nnone of the 1 rows can be used"):
         data.rows_of([{}], "sft", name="rows", bad_rows="skip")
 
 

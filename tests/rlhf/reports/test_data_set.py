@@ -162,12 +162,34 @@ def test_tokens_and_the_learned_part(tell, tmp_path, model):
     assert found["example"][1].replace(" ", "") == learned.replace(" ", "")
 
 
+def test_without_a_model_only_the_turns_of_the_assistant_are_marked(tell, tmp_path):
+    turns = [user("a"), assistant("c"), user("d"), assistant("e"), user("f"), assistant("g")]
+    turns[1]["weight"] = 0
+    file = write_jsonl(tmp_path / "m.jsonl", [{"messages": turns}])
+    said = ["a", "assistant: c", "user: d", "assistant: ⟦e⟧", "user: f", "assistant: ⟦g⟧"]
+    assert tell(file)[1]["example"][1:] == said
+    said[3] = "assistant: e"
+    assert tell(file, "--learn_turns", "last")[1]["example"][1:] == said
+
+
+@pytest.mark.parametrize("kind", ["sft", "prompts"])
+def test_the_example_is_a_row_that_the_template_takes(tell, tmp_path, model, kind):
+    rows = [
+        {"messages": [{"role": "system", "content": "c"}, user("a"), assistant("b")]},
+        {"messages": [user("a"), assistant("b")]},
+    ]
+    file = write_jsonl(tmp_path / "m.jsonl", rows)
+    status, found, _ = tell(file, "--kind", kind, "--model_name_or_path", model)
+    assert status == 1 and f"{file}:1: the tokenizer's chat template refuses" in "\n".join(found["rows"])
+    assert found["example"][0].startswith(f"{file}:2") and "<|user|> a <|end|>" in found["example"][1]
+
+
 def test_what_does_not_fit(tell, tmp_path, model):
     rows = [{"prompt": "a b c d e f", "completion": "g"}, {"prompt": "a", "completion": "b c d e f g"}]
     file = write_jsonl(tmp_path / "long.jsonl", rows)
     _, found, _ = tell(file, "--model_name_or_path", model, "--max_length", 6)
     told = "\n".join(found["rows"])
-    assert "cut the left end of 1 of 2" in told and "dropped 1 of 2" in told
+    assert "cut 1 of 2" in told and "dropped 1 of 2" in told
 
 
 def test_prompts_and_a_template_of_ones_own(tell, tmp_path, model):
@@ -182,7 +204,7 @@ def test_prompts_and_a_template_of_ones_own(tell, tmp_path, model):
     assert "cut 1 of 2 prompts: 3 tokens fit" in "\n".join(found["rows"])
     status, found, _ = tell(file, "--model_name_or_path", model, "--chat_template", "chatml")
     assert status == 0 and found["prompts"][0].startswith("2; tokens: ")
-    assert found["example"][1:] == ["a"]
+    assert found["example"][1] == "<|im_start|> <unk> a <|im_end|> <|im_start|> <unk>"
 
 
 def test_classes_of_a_histogram():

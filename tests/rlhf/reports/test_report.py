@@ -264,7 +264,9 @@ def test_prompts_that_are_messages(tmp_path):
     talk = [{"role": "system", "content": "be good"}, {"role": "user", "content": "the dog"}]
     samples = [{"step": i, "prompt": talk, "completion": "ran", "score": 1.0} for i in range(30)]
     write_run(tmp_path / "run", rows=ppo_rows(), samples=samples)
-    assert "<blockquote>be good\nthe dog</blockquote>" in report.write_report(tmp_path / "run").read_text()
+    assert (
+        "<blockquote>system: be good\nuser: the dog</blockquote>" in report.write_report(tmp_path / "run").read_text()
+    )
 
 
 def test_a_long_run_has_a_short_report(tmp_path):
