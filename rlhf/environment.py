@@ -13,6 +13,7 @@ PACKAGES = (
     "rlhf-kernels", "torch", "triton", "numpy", "transformers", "accelerate", "tokenizers", "safetensors", "datasets",
     "peft", "deepspeed", "vllm", "trl", "verl", "openrlhf",
 )  # fmt: skip
+NOT_SHOWN = ("RLHF_CACHE",)  # paths
 PREFIXES = ("RLHF_", "OMP_", "MKL_", "KMP_", "TRITON_", "NCCL_", "TORCH", "PYTORCH_", "ACCELERATE_", "HF_HUB_OFFLINE")
 NAMES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CUDA_VISIBLE_DEVICES", "THP_MEM_ALLOC_ENABLE", "WORLD_SIZE")
 
@@ -68,7 +69,8 @@ def gpus(torch) -> dict[str, str]:
 
 def variables() -> dict[str, str]:
     """The settings in the environment that change what is computed, or how."""
-    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(PREFIXES) or name in NAMES}
+    found = {name for name in os.environ if name.startswith(PREFIXES) or name in NAMES}
+    return {name: os.environ[name] for name in sorted(found.difference(NOT_SHOWN))}
 
 
 def main(argv=None) -> int:

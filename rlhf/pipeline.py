@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from . import models
 from .data import check_chats, load_rows, reading, split_rows
 from .data.formats.base import others
-from .data.rows import plain, prompt_digest
+from .data.rows import plain
+from .data.store import prompt_digest
 from .disk import lines_of
 from .ranges import SEED, at_least, check, check_arguments, option
 from .rewards.row_checks import usable

@@ -38,11 +38,14 @@ def load(name, kind, split, config, options, *, convert, check, first, num_proc=
             contextlib.closing(_packed(chunks, conversion, check, parallel.processes(num_proc))) as parts,
         ):
             said = store.write(folder, _counted(parts, done))
+        if fingerprint(name, split, config) != source:
+            raise DataError(f"{name}: was written to while it was read")
         return {**said, "format": conversion.name, "note": conversion.note}
 
-    key = [str(name), kind, split, config, options, fingerprint(name, split, config), cache.made_by()]
+    source = fingerprint(name, split, config)
+    key = [str(name), kind, split, config, options, source, cache.made_by()]
     folder, said = cache.entry("rows", key, make)
-    return store.Rows(folder), said
+    return store.Rows(folder, kind), said
 
 
 def _packed(chunks, conversion, check, count):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy
 
 from .chunks import DataError
-from .store import DIGEST_BYTES, digest, key_of, take
+from .store import DIGEST_BYTES, contents_of, digest, digests_of, key_of, take
 
 logger = logging.getLogger("rlhf")
 
@@ -101,19 +101,16 @@ class Joined(Sequence):
 
     @property
     def digests(self):
-        """The digests of all rows' prompts, where the parts have them; else None."""
-        return self._of_parts("digests")
+        """[n, 16] bytes: the digests of all rows' prompts."""
+        return self._of_parts(digests_of)
 
     @property
     def contents(self):
-        """What names the content of each row, where the parts have it; else None."""
-        return self._of_parts("contents")
+        """[n, 16] bytes that name what each row says."""
+        return self._of_parts(contents_of)
 
-    def _of_parts(self, name):
-        found = [getattr(part, name, None) for part in self.parts]
-        if any(part is None for part in found):
-            return None
-        return numpy.concatenate(found) if found else numpy.zeros((0, DIGEST_BYTES), numpy.uint8)
+    def _of_parts(self, named):
+        return numpy.concatenate([numpy.zeros((0, DIGEST_BYTES), numpy.uint8), *map(named, self.parts)])
 
     @property
     def key(self):

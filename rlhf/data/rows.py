@@ -22,7 +22,7 @@ from .messages import (
 )
 from .mixtures import mixed, named_sets
 from .problems import Problems
-from .store import prompt_digest, take
+from .store import Rows, digests_of, take
 from .tables import unpadded
 
 logger = logging.getLogger("rlhf")
@@ -92,6 +92,7 @@ def rows_of(rows, kind, *, name, columns=False, column_map=None, data_format="au
 
     Args:
         rows: dicts, in a list or a `datasets.Dataset`; or a file, as in `load_rows`. A field that is None is absent.
+            What `load_rows` gave of a large file stays as it is.
         kind, columns, column_map, data_format, bad_rows, num_proc: as in `load_rows`.
         name: the argument that holds the rows, for messages.
     Returns:
@@ -104,6 +105,8 @@ def rows_of(rows, kind, *, name, columns=False, column_map=None, data_format="au
     if isinstance(rows, (str, Path)):
         options = {"column_map": column_map, "data_format": data_format, "bad_rows": bad_rows, "num_proc": num_proc}
         return load_rows(rows, kind, columns=columns, **options)
+    if isinstance(rows, Rows) and rows.kind == kind:
+        return rows
     if isinstance(rows, dict):
         raise ValueError(f"{name}: got a {type(rows).__name__} of {', '.join(map(str, rows))}, wants one split's rows")
     if not hasattr(rows, "__iter__"):
@@ -337,8 +340,7 @@ def split_rows(rows, fraction, seed):
         raise ValueError(f"fraction: got {fraction}, wants a number in [0, 1)")
     if fraction == 0:
         return take(rows, range(len(rows))), []
-    digests = getattr(rows, "digests", None)
-    keys = list(map(prompt_digest, rows)) if digests is None else list(map(bytes, digests))
+    keys = list(map(bytes, digests_of(rows)))
     prompts = sorted(set(keys))
     if len(prompts) < 2:
         raise ValueError(f"rows: got {len(prompts)} distinct prompt, wants at least 2 to hold one out")

@@ -55,11 +55,12 @@ class Rows(Sequence):
 
     Args:
         folder: of `write`.
+        kind: of the rows, as in `load_rows`.
         numbers: [n] int64, the rows that are meant, in this order; None = all. Slices and `take` give such a view.
     """
 
-    def __init__(self, folder, numbers=None):
-        self.folder, self.numbers = Path(folder), numbers
+    def __init__(self, folder, kind=None, numbers=None):
+        self.folder, self.kind, self.numbers = Path(folder), kind, numbers
         self.data = Blob(self.folder / DATA)
         self._starts, self._prompts, self._contents = (
             numpy.load(self.folder / name, mmap_mode="r") for name in (STARTS, PROMPTS, CONTENTS)
@@ -87,7 +88,7 @@ class Rows(Sequence):
         return view
 
     def __reduce__(self):
-        return Rows, (self.folder, self.numbers)
+        return Rows, (self.folder, self.kind, self.numbers)
 
     @property
     def digests(self):
@@ -155,14 +156,17 @@ def key_of(rows):
 
 def digest(rows) -> bytes:
     """A name of the content of rows in their order; where they lie does not count."""
-    if hasattr(rows, "digest"):
-        return rows.digest()
-    if getattr(rows, "contents", None) is not None:
-        return hashlib.sha256(rows.contents).digest()
-    found = hashlib.sha256()
-    for row in rows:
-        found.update(_name(_body(row)))
-    return found.digest()
+    return rows.digest() if hasattr(rows, "digest") else hashlib.sha256(contents_of(rows)).digest()
+
+
+def contents_of(rows):
+    """[n, 16] bytes that name what each row says, wherever it lies."""
+    return rows.contents if hasattr(rows, "contents") else _digests(b"".join(_name(_body(row)) for row in rows))
+
+
+def digests_of(rows):
+    """[n, 16] bytes: `prompt_digest` of each row."""
+    return rows.digests if hasattr(rows, "digests") else _digests(b"".join(map(prompt_digest, rows)))
 
 
 def _body(row) -> bytes:

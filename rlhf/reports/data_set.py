@@ -1,7 +1,6 @@
 """`rlhf data`: what a data set holds, as a stage would read it; and its rows written in our own fields."""
 
 import contextlib
-import hashlib
 import logging
 import zlib
 from collections import Counter
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import numpy
 
 from .. import data
-from ..data import formats, kinds, rankings, rows
+from ..data import formats, kinds, rankings, rows, store
 from ..data.chunks import Bad
 from ..data.encoders import encode_rows
 from ..data.mixtures import named_sets
@@ -302,15 +301,13 @@ def answers_of(ranked) -> str:
 
 def duplicates_of(found) -> str:
     """How many rows repeat another one's prompt, or all that it says."""
-    prompts = repeated(found, "digests", rows.prompt_digest)
-    whole = repeated(found, "contents", lambda row: hashlib.sha256(line_of(row)).digest())
+    prompts, whole = repeated(store.digests_of(found)), repeated(store.contents_of(found))
     return f"{prompts} rows repeat a prompt, {whole} the whole row" if "prompt" in found[0] else f"{whole} rows"
 
 
-def repeated(found, name, digest) -> int:
-    """How many rows have a digest that an earlier one has; `name`: the attribute that holds them, if it is there."""
-    held = getattr(found, name, None)
-    return len(found) - len(set(map(digest, found) if held is None else map(bytes, held)))
+def repeated(digests) -> int:
+    """How many of the digests an earlier row has too."""
+    return len(digests) - len(set(map(bytes, digests)))
 
 
 def answers_of_row(row, kind):

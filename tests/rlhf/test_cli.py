@@ -297,6 +297,7 @@ def test_huge_pages_are_asked_for_before_torch(given, expected):
 def test_environment_for_a_bug_report(capsys, monkeypatch):
     monkeypatch.setenv("RLHF_KERNELS_CPU_POOL_MB", "7")
     monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("RLHF_CACHE", "/home/secret/cache")
     assert cli.main(["env"]) == 0
     printed = capsys.readouterr().out
     found = dict(line.split("  ", 1) for line in printed.splitlines())

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from rlhf import data
-from rlhf.data import Chat
+from rlhf.data import Chat, store
 from rlhf.data import rows as rows_module
 from rlhf.data.files import Bad
 from tests.tiny import WORDS, write_jsonl
@@ -182,7 +182,7 @@ def test_the_split_takes_digests_and_indices():
 
     rows = [{"prompt": f"{n % 7}"} for n in range(30)]
     stored = Stored(rows)
-    stored.digests = [rows_module.prompt_digest(row) for row in rows]
+    stored.digests = [store.prompt_digest(row) for row in rows]
     assert data.split_rows(stored, 0.3, seed=1) == data.split_rows(rows, 0.3, seed=1)
 
 
@@ -192,10 +192,10 @@ def test_a_digest_is_of_all_that_the_prompt_is():
         {"prompt": "a"}, {"text": "b"}, {"prompt": Chat(user)}, {"prompt": Chat(user, tools=TOOLS)},
         {"prompt": Chat(user, template_kwargs={"enable_thinking": False})}, {"prompt": Chat(user * 2)},
     ]  # fmt: skip
-    digests = [rows_module.prompt_digest(row) for row in different]
+    digests = [store.prompt_digest(row) for row in different]
     assert len(set(digests)) == len(different) and {len(digest) for digest in digests} == {16}
     turned = {"prompt": Chat([{"content": "a", "role": "user"}]), "completion": "c"}
-    assert rows_module.prompt_digest(turned) == digests[2]
+    assert store.prompt_digest(turned) == digests[2]
 
 
 def test_published_rows_and_named_columns_are_read_as_ours(tmp_path, caplog):

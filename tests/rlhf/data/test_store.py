@@ -165,6 +165,30 @@ def test_a_changed_file_is_read_anew(tmp_path, everything_is_large):
     ]
 
 
+def test_a_file_that_changes_while_it_is_read_is_told(tmp_path, everything_is_large, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, SFT)
+    written = store.write
+
+    def write(folder, parts):
+        with open(path, "a") as file:
+            file.write('{"text": "more"}\n')
+        return written(folder, parts)
+
+    monkeypatch.setattr(store, "write", write)
+    with pytest.raises(data.DataError, match=r"rows\.jsonl: was written to while it was read"):
+        data.load_rows(str(path), "sft")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_rows_of_a_large_file_may_be_given_as_they_are(tmp_path, everything_is_large):
+    rows = data.load_rows(write_jsonl(tmp_path / "rows.jsonl", SFT), "sft")
+    assert data.rows_of(rows, "sft", name="train_dataset") is rows
+    assert data.rows_of(rows[1:], "sft", name="train_dataset")[0] == rows[1]
+    with pytest.raises(data.DataError, match=r"train_dataset\[0\]: lacks"):
+        data.rows_of(rows, "preference", name="train_dataset")
+
+
 def test_rows_that_were_cut_off_are_told(tmp_path, everything_is_large):
     rows = data.load_rows(write_jsonl(tmp_path / "rows.jsonl", SFT), "sft")
     os.truncate(rows.folder / "rows.bin", 20)
