@@ -85,10 +85,15 @@ def entry(kind: str, key, make) -> tuple[Path, dict]:
         try:
             return _made(base, name, make)
         except WriteError as error:
-            logger.warning("%s; a temporary directory is used, %s names another cache directory", error, VARIABLE)
+            _tell_once(str(error))
     base = temporary()
     found = _whole(base / name)
     return _made(base, name, make) if found is None else (base / name, found)
+
+
+@cache
+def _tell_once(error: str) -> None:
+    logger.warning("%s; a temporary directory is used, %s names another cache directory", error, VARIABLE)
 
 
 @cache

@@ -103,6 +103,8 @@ def test_a_directory_that_cannot_be_written_is_told_and_a_temporary_one_used(tmp
     assert "RLHF_CACHE names another cache directory" in caplog.text
     again, _ = cache.entry("rows", "key", maker("two", made))
     assert again == path and made == ["one"]
+    cache.entry("ids", "key", maker("three", made))
+    assert made == ["one", "three"] and caplog.text.count("cannot be written") == 1
 
 
 OFF = """
