@@ -45,5 +45,6 @@ def make_room(model, tokenizer, seed, name="model", *, adapters=False):
 
 def _fill(weight, old, generator):
     known = weight[:old].float()
-    noise = torch.randn(len(weight) - old, weight.shape[1], generator=generator).to(known.device)
+    shape = (len(weight) - old, weight.shape[1])
+    noise = torch.randn(shape, dtype=torch.float32, generator=generator).to(known.device)
     weight[old:] = (known.mean(0) + SPREAD * known.std(0) * noise).to(weight.dtype)

@@ -291,7 +291,10 @@ def prepare_math():
         if answer is None or not wanted:
             return bool(wanted)
         try:
-            return bool(verify(wanted, read(answer), timeout_seconds=None))
+            found = read(answer)
+            if any(isinstance(value, sympy.Symbol) for value in wanted):  # which it compares as they are written: 1x
+                found = [value.doit() if isinstance(value, sympy.Mul) else value for value in found]
+            return bool(verify(wanted, found, timeout_seconds=None))
         except RecursionError:
             return False
 

@@ -177,7 +177,7 @@ def test_what_functions_and_samples_see_of_a_chat(home):
     assert seen == [(kept, tools, 3)] and seen[0][0].tools == tools
     tokens = " ".join(trainer.tokenizer.convert_ids_to_tokens(trainer.prompts[0]["prompt_ids"]))
     assert tokens == "<|user|> cat sat <|end|> <|assistant|> on <|end|> <|user|> a dog <|end|> <|assistant|>"
-    assert home.rows(file="samples.jsonl")[0]["prompt"] == "cat sat\non\na dog"
+    assert home.rows(file="samples.jsonl")[0]["prompt"] == "user: cat sat\nassistant: on\nuser: a dog"
 
 
 def test_rows_that_a_checker_cannot_use_are_found_before_the_run(home, caplog):
