@@ -292,8 +292,8 @@ def prepare_math():
             return bool(wanted)
         try:
             found = read(answer)
-            if any(isinstance(value, sympy.Symbol) for value in wanted):  # which it compares as they are written: 1x
-                found = [value.doit() if isinstance(value, sympy.Mul) else value for value in found]
+            if any(isinstance(value, sympy.Symbol) for value in wanted):  # compared as it is written: 1x + 0
+                found = [value.doit() if isinstance(value, sympy.Expr) else value for value in found]
             return bool(verify(wanted, found, timeout_seconds=None))
         except RecursionError:
             return False
