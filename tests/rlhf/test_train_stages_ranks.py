@@ -25,12 +25,12 @@ from tests.tiny_reward import rankings
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = {
     "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2, "adam_epsilon": 1e-3, "logging_steps": 1,
-    "per_device_train_batch_size": 8, "max_steps": 4, "save_steps": 2, "max_grad_norm": 0.5, "eval_fraction": 0.2,
+    "per_device_train_batch_size": 8, "max_steps": 4, "save_steps": 2, "max_grad_norm": 0.5,
     "sample_length": 5, "dtype": "float64",
 }  # fmt: skip
 # AdamW turns a rounding d of a gradient into at most learning_rate * d / adam_epsilon a step: in float64, for gradients
 # of about 1, 4 * 10 * 2**-53. The bound leaves four digits for what grows from step to step; a wrong gradient moves
-# weights by 0.01. 40 rows, 32 of them to train on, so that no batch is cut short: accelerate fills up one that is.
+# weights by 0.01. 32 rows to train on, so that no batch is cut short: accelerate fills up one that is.
 SAME_WEIGHTS = 1e4 * 4 * 10 * 2**-53  # 4e-11
 RUNS = {  # name: (stage, family, settings beside those); GPT-2 ties its head to its embeddings
     "sft": ("sft", "gpt2", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
@@ -48,7 +48,8 @@ def settings(home, name, out, processes):
     if stage != "sft":
         del options["sample_length"]
     options["per_device_train_batch_size"] //= processes
-    paths = {"model_name_or_path": home / family, "dataset_name": home / f"{stage}.jsonl", "output_dir": home / out}
+    paths = {"model_name_or_path": home / family, "output_dir": home / out}
+    paths |= {"dataset_name": home / f"{stage}.jsonl", "eval_dataset_name": home / f"held_out_{stage}.jsonl"}
     return [stage, options | {key: str(path) for key, path in paths.items()}]
 
 
@@ -64,7 +65,8 @@ def home(tmp_path_factory):
         model_folder(home / family, family=family)
     data = {"sft": demonstrations(40), "reward": rankings(40), "dpo": preferences(40), "kto": judged(40)}
     for stage, rows in data.items():
-        write_jsonl(home / f"{stage}.jsonl", rows)
+        write_jsonl(home / f"{stage}.jsonl", rows[:32])
+        write_jsonl(home / f"held_out_{stage}.jsonl", rows[32:])
     for name in names():
         stage, options = settings(home, name, f"one/{name}", 1)
         make_config, train = STAGES[stage]
