@@ -66,3 +66,22 @@ def write_jsonl(path, rows):
 def words(generator, low, high):
     """A few random words, `good` and `bad` not among them."""
     return " ".join(generator.choice(WORDS[:-2]) for _ in range(generator.randint(low, high)))
+
+
+def config_maker(config_class, folder, rows, **fixed):
+    """make(**changes) -> settings of a stage, on a tiny policy and the given rows."""
+    policy, path = model_folder(folder / "policy"), write_jsonl(folder / "rows.jsonl", rows)
+
+    def make(**changes):
+        options = {
+            "model_name_or_path": policy,
+            "dataset_name": path,
+            "output_dir": str(folder / "run"),
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+        }
+        return config_class(**{**options, **fixed, **changes})
+
+    return make

@@ -5,7 +5,8 @@ import random
 import torch
 
 from rlhf.reward import RewardConfig, RewardTrainer
-from tests.tiny import model_folder, words, write_jsonl
+from tests import tiny
+from tests.tiny import words
 
 
 def rankings(count, seed=0, sizes=(2, 4, 9)):
@@ -22,22 +23,7 @@ def rankings(count, seed=0, sizes=(2, 4, 9)):
 
 def config_maker(folder, rows, **fixed):
     """make(**changes) -> RewardConfig on a tiny policy and the given rows."""
-    policy = model_folder(folder / "policy")
-    path = write_jsonl(folder / "rankings.jsonl", rows)
-
-    def make(**changes):
-        options = {
-            "model_name_or_path": policy,
-            "dataset_name": path,
-            "output_dir": str(folder / "run"),
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-        }
-        return RewardConfig(**{**options, **fixed, **changes})
-
-    return make
+    return tiny.config_maker(RewardConfig, folder, rows, **fixed)
 
 
 def make_trainer(args, rows=None, held_out=()):

@@ -20,8 +20,8 @@ from .chat import (
     text_of,
 )
 from .files import Bad
+from .messages import BEFORE_TURNS
 
-BEFORE_TURNS = ("system", "developer")
 LOOKED_AT = 200
 """Characters at the end of an answer among which its last word is."""
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")

@@ -72,11 +72,9 @@ def _rows(raws, kind, column_map, data_format):
         conversion = formats.conversion(kind, column_map, data_format, raws)
     except ValueError:
         return None
-    ours, each = raws, conversion.each
-    if conversion.whole:
-        ours, each = [raw for _, raw in conversion.whole(("", raw) for raw in raws)], lambda raw: [raw]
+    pairs, each = conversion.prepared(("", raw) for raw in raws)
     found = []
-    for raw in ours:
+    for _, raw in pairs:
         with contextlib.suppress(Bad):
             found += checked_rows("", raw, kind, each)
     held = found if column_map else raws if conversion.name else [raw for raw in raws if own.holds(raw, kind)]

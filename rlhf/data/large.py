@@ -52,9 +52,9 @@ def _packed(chunks, conversion, check, count):
     if conversion.whole is None:
         yield from parallel.in_order(lambda chunk: _pack(chunk.rows(), conversion.each, check), chunks, count=count)
         return
-    found = conversion.whole(itertools.chain.from_iterable(chunk.rows() for chunk in chunks))
+    found, each = conversion.prepared(itertools.chain.from_iterable(chunk.rows() for chunk in chunks))
     while together := list(itertools.islice(found, TOGETHER)):
-        yield _pack(together, _as_it_is, check)
+        yield _pack(together, each, check)
 
 
 def _counted(parts, done):
@@ -72,7 +72,3 @@ def _checked(at, raw, each, check):
         return check(at, raw, each)
     except Bad as error:
         return error
-
-
-def _as_it_is(raw):
-    return [raw]

@@ -9,6 +9,8 @@ import json
 from .files import Bad
 
 DEEPEST = 100
+BEFORE_TURNS = ("system", "developer")
+"""Roles of messages that come before the turns of a talk."""
 SAID = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 NOT_LEARNED = ("loss", "train")
 """Fields of a message that say with false what `weight` says with 0, as other trainers have it."""
@@ -262,16 +264,13 @@ def _said(name, value):
 def _repeated(prompt, dialogue):
     """How many messages at the beginning of a dialogue repeat the prompt."""
     if isinstance(prompt, str):
-        first = next((index for index, message in enumerate(dialogue) if message["role"] not in _BEFORE), None)
+        first = next((index for index, message in enumerate(dialogue) if message["role"] not in BEFORE_TURNS), None)
         if first is None or dialogue[first]["role"] != "user":
             return 0
         asked = [index for index, message in enumerate(dialogue) if message["role"] == "user"]
         said = ((index, (dialogue[index].get("content") or "").strip()) for index in asked)
         return next((index + 1 for index, text in said if text == prompt.strip()), 0)
     return len(prompt) if prompt[0]["role"] != "assistant" and dialogue[: len(prompt)] == prompt else 0
-
-
-_BEFORE = ("system", "developer")
 
 
 def _shared(dialogues):

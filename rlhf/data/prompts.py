@@ -4,9 +4,9 @@ import logging
 from bisect import bisect_left
 
 from .chat import encode_prompt
-from .encoding import BEFORE_TURNS, TooLong, fit_prompt
+from .encoding import TooLong, fit_prompt
 from .files import Bad, DataError
-from .messages import Chat
+from .messages import BEFORE_TURNS, Chat
 from .problems import Problems
 
 logger = logging.getLogger("rlhf")

@@ -82,7 +82,7 @@ def load_rows(
         convert=lambda first: formats.conversion(kind, column_map, data_format, first),
         check=lambda at, raw, each: checked_rows(at, raw, kind, each),
     )  # fmt: skip
-    _tell(name, said["format"], said["note"])
+    tell_format(name, said["format"], said["note"])
     _settle(said["problems"], said["total"], bad_rows)
     return _some(rows, f"{name}:1", said["total"], said["note"])
 
@@ -132,10 +132,8 @@ def _checked(found, source, place, kind, columns, column_map, data_format, bad_r
     if not first:
         raise DataError(f"{place}: holds no rows")
     conversion = formats.conversion(kind, column_map, data_format, [raw for _, raw in first])
-    _tell(source, conversion.name, conversion.note)
-    found, each = chain(first, found), conversion.each
-    if conversion.whole:
-        found, each = conversion.whole(found), _as_it_is
+    tell_format(source, conversion.name, conversion.note)
+    found, each = conversion.prepared(chain(first, found))
     rows, problems, total = [], [], 0
     for total, (at, raw) in enumerate(found, start=1):  # noqa: B007
         try:
@@ -146,7 +144,7 @@ def _checked(found, source, place, kind, columns, column_map, data_format, bad_r
     return _some(rows, place, total, conversion.note)
 
 
-def _tell(source, name, note):
+def tell_format(source, name, note):
     if name:
         logger.warning("%s: read as the format %s%s", source, name, f" ({note})" if note else "")
 
@@ -162,10 +160,6 @@ def _some(rows, place, total, note):
     if not len(rows):
         raise DataError(f"{place}: none of {total} rows gives one to learn from{f' ({note})' if note else ''}")
     return rows
-
-
-def _as_it_is(raw):
-    return [raw]
 
 
 def checked_rows(at, raw, kind, each, *, columns=False):

@@ -185,8 +185,7 @@ def prompt_digest(row):
     """16 bytes that stand for a row's prompt with its tools and chat_template_kwargs (or for its text)."""
     prompt = row["prompt"] if "prompt" in row else row["text"]
     inputs = [prompt.tools, prompt.template_kwargs] if isinstance(prompt, Chat) else [None, None]
-    text = json.dumps([prompt, *inputs], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return _name(json.dumps([prompt, *inputs], sort_keys=True).encode())
 
 
 def unpacked(line: bytes) -> dict:

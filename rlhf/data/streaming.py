@@ -7,7 +7,7 @@ from . import formats
 from .chunks import Bad, DataError
 from .files import read
 from .mixtures import named_sets
-from .rows import FIRST, checked_rows
+from .rows import FIRST, checked_rows, tell_format
 from .sources import files_of
 
 logger = logging.getLogger("rlhf")
@@ -64,11 +64,9 @@ def _one_set(name, kind, split, config, column_map, data_format, bad_rows, tell)
     if not first:
         raise DataError(f"{name}: holds no rows")
     conversion = formats.conversion(kind, column_map, data_format, [raw for _, raw in first])
-    if tell and conversion.name:
-        logger.warning("%s: read as the format %s (%s)", name, conversion.name, conversion.note)
-    found, each = chain(first, found), conversion.each
-    if conversion.whole:
-        found, each = conversion.whole(found), lambda raw: [raw]
+    if tell:
+        tell_format(name, conversion.name, conversion.note)
+    found, each = conversion.prepared(chain(first, found))
     left_out = 0
     for at, raw in found:
         try:

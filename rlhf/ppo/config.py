@@ -39,7 +39,7 @@ class PPOConfig:
         "truncate",
         "A prompt that is too long: cut its left end (of a chat: its oldest turns), drop it, or stop.",
     )
-    chat_template: str | None = option(None, "Chat template for a model without one: chatml, or a file with one.")
+    chat_template: str | None = option(None, "Chat template: chatml, or a file; None: the model's.")
     output_dir: str = option("runs/ppo", "Folder of the run.")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "Weights' type.")
     bf16: bool = option(False, "Mixed precision: products in bfloat16 of weights that stay float32.")

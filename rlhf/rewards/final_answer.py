@@ -4,6 +4,8 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
+from ..data.formats.maths import boxed
+
 MAX_DIGITS = 200
 """A longer number is none: exact arithmetic on what a model can write must not take long."""
 
@@ -21,7 +23,6 @@ _LATEX = (
 )  # fmt: skip
 _FRACTION = re.compile(r"(?:(\d)\s*)?\\[dt]?frac\s*(?:\{([^{}]*)\}\s*\{([^{}]*)\}|(\d)\s*(\d))")
 _WORDS = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{[^{}]*\}")
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _MARK = re.compile(r"####|\b(?i:answers?)\b\**(?:[^.\n:=]{0,60}?\bis\b|[ ]?[:=])")
 _SENTENCE = re.compile(r"\.(?=\s|\**$)|[\n;]")
 _FORMULA = re.compile(  # as in Markdown: a dollar beside a space, or before a digit, is money
@@ -51,7 +52,7 @@ def final_part(text):
 
     The rules are those of `math_answer`.
     """
-    box = _last_box(text)
+    box = boxed(text)
     if box is not None:
         return box, only_number(box)
     text = text[-_TAIL:]
@@ -79,7 +80,7 @@ def final_number(text):
 
 def is_marked(text):
     """Whether a text says which part of it is its answer."""
-    return _last_box(text) is not None or _MARK.search(text) is not None
+    return boxed(text) is not None or _MARK.search(text) is not None
 
 
 def _said(tail):
@@ -107,19 +108,6 @@ def _inside(formula):
 
 def _is_formula(found):
     return re.search(r"\d|\\[A-Za-z]|[-+*/=<>]", _inside(found)) is not None
-
-
-def _last_box(text):
-    """What stands in the last \\boxed{...} or \\fbox{...} whose braces match; None if there is none."""
-    opened, best = [], (-1, None)
-    for brace in _BRACES.finditer(text):
-        if brace[0] == "}" and opened:
-            start, is_box = opened.pop()
-            if is_box and start > best[0]:
-                best = start, text[start : brace.start()]
-        elif brace[0].endswith("{") and brace[0] != r"\{":
-            opened.append((brace.end(), brace[0] != "{"))
-    return best[1]
 
 
 def only_number(text):

@@ -19,6 +19,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from ..data.parallel import processes
 from .sandbox import CHILD, SandboxError
 
 MOST = 4
@@ -60,8 +61,7 @@ class Workers:
         """
         questions = list(questions)
         with self.lock:
-            cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            size = min(MOST, max(cores, 1), 1 + len(questions) // AT_LEAST)
+            size = min(MOST, processes(), 1 + len(questions) // AT_LEAST)
             self.workers += [Worker(*self.options) for _ in range(size - len(self.workers))]
             if size == 1:
                 return [self.workers[0].ask(question) for question in questions]

@@ -44,7 +44,7 @@ class StageConfig(TrainingArguments):
     dataset_num_proc: int | None = option(
         None, "Processes that read and encode large data. Default: one for each core.", at_least(1)
     )
-    chat_template: str | None = option(None, "Chat template for a model without one: chatml, or a file with one.")
+    chat_template: str | None = option(None, "Chat template: chatml, or a file; None: the model's.")
     packing: Literal["auto", "true", "false"] = option(
         "auto", "Prompts and responses share rows instead of padding; auto: where the model can and it saves time."
     )

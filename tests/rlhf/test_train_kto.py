@@ -14,7 +14,7 @@ from rlhf.data.mismatches import mismatched
 from rlhf.preference import KTOConfig, KTOTrainer, train_kto
 from tests.rlhf.test_train_preference import preferences, summed_log_prob
 from tests.roundings import STORED, assert_same
-from tests.tiny import model_folder, words, write_jsonl
+from tests.tiny import config_maker, words, write_jsonl
 
 
 def judged(count, seed=0):
@@ -31,22 +31,7 @@ def judged(count, seed=0):
 @pytest.fixture
 def settings(tmp_path):
     """settings(**changes) -> KTOConfig on a tiny policy and a few judged responses."""
-    policy = model_folder(tmp_path / "policy")
-    rows = write_jsonl(tmp_path / "judged.jsonl", judged(24))
-
-    def make(**changes):
-        options = {
-            "model_name_or_path": policy,
-            "dataset_name": rows,
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-        }
-        return KTOConfig(**{**options, **changes})
-
-    return make
+    return config_maker(KTOConfig, tmp_path, judged(24), learning_rate=1e-3)
 
 
 def make_trainer(args):

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 from rlhf import data, models
 from rlhf.preference import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, pair_log_probs, train_dpo
 from tests.roundings import STORED, assert_same
-from tests.tiny import model_folder, words, write_jsonl
+from tests.tiny import config_maker, model_folder, words
 
 
 def preferences(count, seed=0):
@@ -27,22 +27,7 @@ def preferences(count, seed=0):
 @pytest.fixture
 def settings(tmp_path):
     """settings(**changes) -> DPOConfig on a tiny policy and small preferences."""
-    policy = model_folder(tmp_path / "policy")
-    rows = write_jsonl(tmp_path / "preferences.jsonl", preferences(24))
-
-    def make(**changes):
-        options = {
-            "model_name_or_path": policy,
-            "dataset_name": rows,
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-        }
-        return DPOConfig(**{**options, **changes})
-
-    return make
+    return config_maker(DPOConfig, tmp_path, preferences(24), learning_rate=1e-3)
 
 
 def make_trainer(args):

@@ -118,7 +118,7 @@ def test_scalar_margin_of_chosen_and_rejected(settings, tmp_path):
 
 
 def test_margins_and_plackett_luce_do_not_go_together(settings):
-    with pytest.raises(ValueError, match=r"plackett_luce knows no margins, but .*rankings\.jsonl:2 holds one"):
+    with pytest.raises(ValueError, match=r"plackett_luce knows no margins, but .*rows\.jsonl:2 holds one"):
         train_reward(settings(loss_type="plackett_luce"))
 
 

@@ -15,7 +15,7 @@ from rlhf import data, models, training
 from rlhf.rollouts import sampling
 from rlhf.sft import SFTConfig, SFTTrainer, train_sft, up_to_stop
 from tests.roundings import assert_same
-from tests.tiny import WORDS, language_model, model_folder, word_tokenizer, words, write_jsonl
+from tests.tiny import WORDS, config_maker, language_model, model_folder, word_tokenizer, words, write_jsonl
 
 
 def demonstrations(count, seed=0):
@@ -26,23 +26,7 @@ def demonstrations(count, seed=0):
 @pytest.fixture
 def settings(tmp_path):
     """settings(**changes) -> SFTConfig on a tiny policy and small demonstrations."""
-    policy = model_folder(tmp_path / "policy")
-    rows = write_jsonl(tmp_path / "demonstrations.jsonl", demonstrations(40))
-
-    def make(**changes):
-        options = {
-            "model_name_or_path": policy,
-            "dataset_name": rows,
-            "output_dir": str(tmp_path / "run"),
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "sample_length": 5,
-        }
-        return SFTConfig(**{**options, **changes})
-
-    return make
+    return config_maker(SFTConfig, tmp_path, demonstrations(40), sample_length=5)
 
 
 def make_trainer(args, model=None, rows=None):

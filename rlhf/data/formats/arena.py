@@ -2,7 +2,7 @@
 
 import json
 
-from .base import Bad, Format, as_ranking, entries, has, ranking, rankings, records_with, text, user
+from .base import Bad, Format, as_ranking, assistant, entries, has, ranking, rankings, records_with, text, user
 
 _RANKS = {"model_a": [0, 1], "model_b": [1, 0], "tie": [0, 0], "tie (bothbad)": [0, 0], "both_bad": [0, 0]}
 
@@ -45,14 +45,10 @@ def _arena_55k(raw):
     asked = _turns(raw, "prompt")
     answers = []
     for said in (_turns(raw, "response_a"), _turns(raw, "response_b")):
-        turns = [turn for question, answer in zip(asked, said) for turn in (*user(question), _assistant(answer))]
+        turns = [turn for question, answer in zip(asked, said) for turn in (*user(question), assistant(answer))]
         answers.append(turns[1:] if all(said) and len(said) == len(asked) else None)
     won = [bool(raw.get(f"winner_model_{name}")) for name in "ab"]
     return ranking(user(asked[0]), answers, ranks=[int(won[1] and not won[0]), int(won[0] and not won[1])])
-
-
-def _assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 FORMATS = (

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..columns import FIELDS, records
 from ..files import Bad
+from ..messages import BEFORE_TURNS
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def system_of(raw):
 
 def with_system(turns, system):
     """Messages behind those of a system prompt, if there is one and they do not begin with their own."""
-    if not system.strip() or (turns and turns[0].get("role") in ("system", "developer")):
+    if not system.strip() or (turns and turns[0].get("role") in BEFORE_TURNS):
         return turns
     return [{"role": "system", "content": system}, *turns]
 
@@ -112,6 +113,11 @@ def left_out(*columns):
 
 def is_text(value):
     return isinstance(value, str)
+
+
+def is_texts(value):
+    """A list of at least one string and nothing else."""
+    return isinstance(value, list) and bool(value) and all(isinstance(entry, str) for entry in value)
 
 
 def is_messages(value, *keys):
@@ -148,6 +154,11 @@ def user(content, system=""):
     """The messages of a question."""
     lead = [{"role": "system", "content": system}] if system and system.strip() else []
     return [*lead, {"role": "user", "content": content}]
+
+
+def assistant(content):
+    """The message of an answer."""
+    return {"role": "assistant", "content": content}
 
 
 def others(raw):

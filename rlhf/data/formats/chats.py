@@ -12,6 +12,7 @@ from .base import (
     entries,
     has,
     is_messages,
+    is_texts,
     no_media,
     others,
     pair,
@@ -144,7 +145,7 @@ def _alternating_column(raw):
     """The column that holds a list of texts."""
     for name in ("data", "conversations", "dialog", "dialogue"):
         value = raw.get(name)
-        if isinstance(value, list) and value and all(isinstance(entry, str) for entry in value):
+        if is_texts(value):
             return name
     return None
 

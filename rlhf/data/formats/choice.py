@@ -35,6 +35,14 @@ class Conversion:
     each: Callable
     whole: Callable | None = None
 
+    def prepared(self, found):
+        """(pairs, each) of (at, raw row) pairs of a source: those to go on with, and what makes our rows of each."""
+        return (found, self.each) if self.whole is None else (self.whole(found), as_it_is)
+
+
+def as_it_is(raw):
+    return [raw]
+
 
 def conversion(kind, column_map, data_format, first_rows):
     """The conversion of rows into our fields for a kind of rows.
@@ -68,7 +76,7 @@ def conversion(kind, column_map, data_format, first_rows):
 
 def _own(kind, first_rows):
     if not first_rows:
-        return Conversion(None, "", lambda raw: [raw])
+        return Conversion(None, "", as_it_is)
     if kind != "text" and any(system_of(raw) and own.holds(raw, kind) for raw in first_rows):
         logger.warning("data_format: what the column of the system prompt holds goes before the messages")
     return Conversion(None, "", lambda raw: [own.completed(raw, kind)])

@@ -5,6 +5,7 @@ from .base import (
     SYSTEMS,
     Format,
     as_demonstration,
+    assistant,
     has,
     is_messages,
     left_out,
@@ -36,14 +37,10 @@ def _joined(*pieces):
 def _alpaca(raw):
     prompt = _joined(text(raw, "instruction"), text(raw, "input", default=""))
     if "history" in raw or any(name in raw for name in SYSTEMS):
-        before = [turn for asked, said in raw.get("history") or () for turn in (*user(asked), _assistant(said))]
+        before = [turn for asked, said in raw.get("history") or () for turn in (*user(asked), assistant(said))]
         lead = user(prompt, system_of(raw))
         prompt = [*lead[:-1], *before, lead[-1]]
     return {"prompt": prompt, "completion": text(raw, "output")}
-
-
-def _assistant(content):
-    return {"role": "assistant", "content": content}
 
 
 def _dolly(raw):

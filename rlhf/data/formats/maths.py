@@ -1,6 +1,7 @@
 """Published sets of questions whose answer can be checked."""
 
 import json
+import re
 from contextlib import suppress
 
 from .base import (
@@ -8,6 +9,7 @@ from .base import (
     Format,
     has,
     is_messages,
+    is_texts,
     left_out,
     number,
     of_ranking,
@@ -21,7 +23,8 @@ from .base import (
 from .instructions import DOUBTFUL
 
 _SOLUTIONS, _ANSWERS = ("solution", "generated_solution"), ("answer", "expected_answer")
-_MARK, _BOX = "####", "\\boxed{"
+_MARK = "####"
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def _question_answer(raw, kind):
@@ -58,15 +61,17 @@ def _is_math(raw):
     return isinstance(raw.get("problem"), str) and _is_told(raw, (*_SOLUTIONS, *_ANSWERS)) and "generations" not in raw
 
 
-def boxed(solution):
-    """What the last \\boxed{...} of a solution holds; None where there is none."""
-    start = solution.rfind(_BOX)
-    depth = 1
-    for place in range(start + len(_BOX), len(solution)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(solution[place], 0)
-        if depth == 0:
-            return solution[start + len(_BOX) : place].strip()
-    return None
+def boxed(text):
+    """What stands in the last \\boxed{...} or \\fbox{...} whose braces match; None if there is none."""
+    opened, best = [], (-1, None)
+    for brace in _BRACES.finditer(text):
+        if brace[0] == "}" and opened:
+            start, is_box = opened.pop()
+            if is_box and start > best[0]:
+                best = start, text[start : brace.start()]
+        elif brace[0].endswith("{") and brace[0] != r"\{":
+            opened.append((brace.end(), brace[0] != "{"))
+    return best[1]
 
 
 def _openr1(raw, kind):
@@ -82,10 +87,6 @@ def _openr1(raw, kind):
     if len(judged) < 2:
         return []
     return of_ranking(ranking(prompt, [said for said, _ in judged], scores=[int(good) for _, good in judged]), kind)
-
-
-def _is_texts(value):
-    return isinstance(value, list) and bool(value) and all(isinstance(entry, str) for entry in value)
 
 
 def _verl(raw, kind):
@@ -160,7 +161,7 @@ FORMATS = (
             "unpaired": "every generation, good if it is right",
             "prompts": "with the column answer",
         },
-        has("problem", generations=_is_texts, correctness_math_verify=list),
+        has("problem", generations=is_texts, correctness_math_verify=list),
         _openr1,
         over_own=("prompts",),
         aliases=("openr1-math-220k",),
@@ -187,7 +188,7 @@ FORMATS = (
         "MBPP: text or prompt, code, test_list",
         {"sft": "", "prompts": "test_list as the column test, for unit_test"},
         lambda raw: (
-            has("code", test_list=_is_texts)(raw) and any(isinstance(raw.get(n), str) for n in ("text", "prompt"))
+            has("code", test_list=is_texts)(raw) and any(isinstance(raw.get(n), str) for n in ("text", "prompt"))
         ),
         _mbpp,
         over_own=("prompts",),

@@ -5,6 +5,7 @@ from .base import (
     Bad,
     Format,
     as_ranking,
+    assistant,
     entries,
     has,
     is_messages,
@@ -150,7 +151,7 @@ def _is_asked(value):
 
 def _step_dpo(raw):
     begun = text(raw, "initial_reason_steps", default="")
-    begun = [{"role": "assistant", "content": begun}] if begun.strip() else []
+    begun = [assistant(begun)] if begun.strip() else []
     return pair([*user(text(raw, "prompt")), *begun], text(raw, "chosen"), text(raw, "rejected"))
 
 

@@ -6,6 +6,7 @@ from .base import (
     as_ranking,
     entries,
     has,
+    is_texts,
     number,
     of_ranking,
     ranking,
@@ -39,10 +40,6 @@ def _stack_exchange(raw):
 
 def _scored(raw):
     return ranking(user(text(raw, "prompt")), raw["all_generated_responses"], scores=raw["all_rm_scores"])
-
-
-def _is_texts(value):
-    return isinstance(value, list) and bool(value) and all(isinstance(entry, str) for entry in value)
 
 
 def _good_and_bad(raw):
@@ -103,7 +100,7 @@ FORMATS = (
         "scored-generations",
         "UltraFeedback answered anew and scored by a reward model: prompt, all_generated_responses, all_rm_scores",
         rankings("all answers of a row, by all_rm_scores; the prompt as a message"),
-        has("prompt", all_generated_responses=_is_texts, all_rm_scores=list),
+        has("prompt", all_generated_responses=is_texts, all_rm_scores=list),
         as_ranking(_scored),
         over_own=("ranked",),
     ),
@@ -111,7 +108,7 @@ FORMATS = (
         "reward-bench-2",
         "RewardBench 2: prompt, chosen and rejected as lists of answers",
         rankings("all answers of a row, those of chosen (tied) above those of rejected (tied)"),
-        has("prompt", chosen=_is_texts, rejected=_is_texts),
+        has("prompt", chosen=is_texts, rejected=is_texts),
         as_ranking(_good_and_bad),
     ),
 )
