@@ -2,9 +2,12 @@
 
 from .advantages import RLHFAdvantages, gae, rlhf_advantages
 from .bradley_terry import RankingLoss, bradley_terry_loss, plackett_luce_loss
+from .cross_entropy import linear_cross_entropy
 from .dispatch import backend, backends
 from .kl import approx_kl, kl_from_logits
-from .linear import linear_cross_entropy, linear_kl, linear_logprobs, linear_ppo_loss
+from .linear import linear_logprobs
+from .linear_divergences import linear_kl
+from .linear_policy import linear_ppo_loss
 from .logprobs import entropy_from_logits, logprobs_and_entropy_from_logits, logprobs_from_logits
 from .model_head import ModelHead, call_with_head, find_head, linear_logprobs_from_model
 from .packing import PackedResponses, pack_responses, shared_prefix_attention

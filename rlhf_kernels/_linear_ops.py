@@ -1,4 +1,4 @@
-"""The opaque operators behind linear.py: registration, fake results and autograd; the contract is reference/linear.py.
+"""The opaque operators of the op linear: registration, fake results and autograd; the contract is reference/linear.py.
 
 All tensors arrive flat: hidden [N, H], weight [V, H], labels, rows, temperatures [M] (PPO: [B, T] or [M] beside the
 labels). chunk_size 0 means the backend's default, group_name "" means no process group. With slopes, a forward returns

@@ -1,4 +1,4 @@
-"""The walk over chunks of logits that computes linear.py's ops, given a backend's chunk kernels.
+"""The walk over chunks of logits that computes the op linear, given a backend's chunk kernels.
 
 A matrix product fills a workspace [n, v], n tokens and v columns of the vocabulary, that is used again and again; then
 

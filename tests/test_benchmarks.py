@@ -18,6 +18,7 @@ from benchmarks import cases, figures, plot, roof
 from benchmarks.cases import Bench, Case, Skip, faster, memory, within
 from benchmarks.worker import Worker
 from rlhf_kernels import dispatch
+from tests.test_build import LINEAR
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(ROOT.glob("benchmarks/test_*.py"))
@@ -42,7 +43,7 @@ def test_every_op_is_measured_and_every_file_has_its_tests():
     functions = {
         name for name in rlhf_kernels.__all__
         if inspect.isfunction(getattr(rlhf_kernels, name))
-        and getattr(rlhf_kernels, name).__module__.rpartition(".")[2] in NAMES
+        and getattr(rlhf_kernels, name).__module__.rpartition(".")[2] in {*NAMES, *LINEAR}
     }  # fmt: skip
     measured = {case.function for op in dispatch.TABLE for case in module(op).CASES}
     assert measured == functions

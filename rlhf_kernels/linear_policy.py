@@ -1,0 +1,103 @@
+"""Policy losses from hidden states and the LM head; the [N, V] logits never exist as a whole."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import _linear_ops as ops
+from ._autograd import needs_grad
+from ._checks import FLOATS, check_dtype, check_mask, check_range, check_same_device, check_shape
+from ._linear_checks import check_execution, check_head, check_labels, check_scale
+from .ppo import PPOLoss, _check_numbers, _metrics, _normalizer
+
+
+def linear_ppo_loss(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    cliprange: float = 0.2,
+    cliprange_high: float | None = None,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    loss_agg_mode: str = "token-mean",
+    num_items_in_batch: int | float | Tensor | None = None,
+    chunk_size: int | None = None,
+    precision: str = "exact",
+    process_group=None,
+    vocab_start_index: int = 0,
+) -> PPOLoss:
+    """PPO's policy loss from hidden states and the LM head, with the gradients made in the forward.
+
+    policy_loss - entropy_coef * entropy of `ppo_loss`, with log-probs and entropies as in `linear_logprobs`. The value
+    loss does not pass through the head: take it from `ppo_loss`, or a plain regression.
+
+    Args:
+        hidden_states: [B, T, H], or [N, H] with rows or packed labels; fp32, bf16, fp16 or fp64.
+        weight: [V, H], dtypes as in `linear_logprobs`.
+        labels: [B, T] int64 in [0, V), the sampled tokens; or [N], packed, for the two token modes. Under mask 0
+            they may hold anything.
+        old_log_probs: like labels, floating, +log p when the tokens were sampled, in nats.
+        advantages: like labels, floating; constants.
+        response_mask: like labels, bool or integer, 1 = keep. What stands under a 0 may be NaN.
+        rows: like labels, int64, the row of hidden_states that predicts each label; default None.
+        bias: [V], or None, the default.
+        temperature: > 0, default 1.0: the one the tokens were sampled with; or a tensor like labels.
+        softcap: > 0, or None for no cap, the default.
+        cliprange: >= 0 and <= 1, default 0.2.
+        cliprange_high: >= 0; None, the default, for cliprange.
+        dual_clip: > 1, bound on the ratio where the advantage is negative; None, the default, for no bound.
+        entropy_coef: >= 0, weight of the entropy bonus, default 0.0.
+        loss_agg_mode: as in `ppo_loss`, default "token-mean".
+        num_items_in_batch: number or 0-d tensor, as in `ppo_loss`, default None.
+        chunk_size: tokens handled at a time; default None: the backend chooses.
+        precision: "exact", the default, or "fast", as in `linear_logprobs`.
+        process_group: ranks that hold the vocabulary's columns, as in `linear_cross_entropy`, default None.
+        vocab_start_index: first token of this rank's shard, default 0.
+    Returns:
+        PPOLoss(loss, policy_loss, value_loss, metrics), fp32 (fp64 for fp64). Only loss backpropagates, to
+        hidden_states, weight and bias; policy_loss is detached, value_loss None. Metrics as in `ppo_loss` with
+        entropy.
+    Raises:
+        ValueError: as `linear_logprobs` and `ppo_loss`; packed labels with a "seq-*" mode.
+    Cost: 6NVH floating-point operations for forward and backward together; memory as `linear_cross_entropy`. No host
+        sync on a GPU.
+    Example:
+        >>> import torch
+        >>> hidden, head = torch.zeros(1, 2, 3, requires_grad=True), torch.eye(4, 3)
+        >>> tokens, old = torch.tensor([[1, 2]]), torch.full((1, 2), -1.3863)
+        >>> ppo = linear_ppo_loss(hidden, head, tokens, old, torch.tensor([[0.65, 0.15]]), torch.ones(1, 2).bool())
+        >>> ppo.loss.backward()
+        >>> ppo.policy_loss, hidden.grad.shape
+        (tensor(-0.4000), torch.Size([1, 2, 3]))
+    """
+    hidden, weight, bias = check_head(hidden_states, weight, bias)
+    _, flat_rows = check_labels(labels, rows, hidden_states)
+    temperatures, temperature, softcap = check_scale(temperature, softcap, labels)
+    for name, x in (("old_log_probs", old_log_probs), ("advantages", advantages)):
+        check_dtype(name, x, FLOATS)
+        check_shape(name, x, tuple(labels.shape), "the shape of labels")
+    mask = check_mask("response_mask", response_mask, tuple(labels.shape))
+    check_same_device(hidden_states=hidden, old_log_probs=old_log_probs, advantages=advantages, response_mask=mask)
+    _check_numbers(cliprange, cliprange_high, dual_clip, None, 0.0)
+    check_range("entropy_coef", entropy_coef, 0)
+    normalizer = _normalizer(num_items_in_batch, loss_agg_mode, hidden)
+    if labels.dim() != 2 and not (labels.dim() == 1 and loss_agg_mode.startswith("token")):
+        wanted = "[B, T], or [N] with loss_agg_mode token-mean or token-sum"
+        raise ValueError(f"labels has shape {list(labels.shape)}, expected {wanted}; got {loss_agg_mode!r}")
+    loss, policy_loss, stats, *_ = ops.ppo_loss(
+        hidden, weight, labels, flat_rows, bias, temperatures, old_log_probs.detach(), advantages.detach(), mask,
+        normalizer, temperature, softcap, float(cliprange),
+        float(cliprange if cliprange_high is None else cliprange_high),
+        None if dual_clip is None else float(dual_clip), float(entropy_coef), loss_agg_mode,
+        *check_execution(chunk_size, precision, process_group, vocab_start_index),
+        *(needs_grad(x) for x in (hidden, weight, bias)),
+    )  # fmt: skip
+    return PPOLoss(loss, policy_loss, None, _metrics(stats, None, loss, dual_clip))
