@@ -6,7 +6,7 @@ import torch
 
 import rlhf_kernels as rk
 from benchmarks import peers, roof
-from benchmarks.cases import Bench, Case, Skip, doubled, faster
+from benchmarks.cases import Bench, Case, Skip, compiled, doubled, faster
 
 GAMMA, LAM, KL_COEF = 1.0, 0.95, 0.05
 LONG_LOOP = Skip("torch.compile unrolls the loop over T, which takes minutes")
@@ -16,9 +16,10 @@ def moved(case) -> int:
     """Bytes. GAE reads rewards, values and mask and writes advantages and returns: 17 a token.
 
     The whole chain reads two log-probs, values and mask and writes four results: 29 a token, whitening in cache.
+    Whitening reads values and mask twice and writes one result: 14.
     """
     tokens = case.sizes["B"] * case.sizes["T"]
-    return tokens * (17 if case.function == "gae" else 29)
+    return tokens * {"gae": 17, "rlhf_advantages": 29, "masked_whiten": 14}[case.function]
 
 
 def loop(rewards, values, gamma, lam):
@@ -74,12 +75,16 @@ def chain(scores, log_probs, ref_log_probs, values, mask, last):
     rewards[torch.arange(len(scores)), last] += scores
     values = torch.where(mask, values, 0)
     advantages, returns = loop(rewards, values, GAMMA, LAM)
+    return whitened(advantages, mask), torch.where(mask, returns, 0), rewards, torch.where(mask, kl, 0)
+
+
+def whitened(values, mask):
+    """Less their mean and over their standard deviation, both over the mask, as TRL and verl do it."""
     count = mask.sum()
-    mean = (advantages * mask).sum() / count
-    variance = ((advantages - mean).square() * mask).sum() / count
+    mean = (values * mask).sum() / count
+    variance = ((values - mean).square() * mask).sum() / count
     variance = variance * count / (count - 1)
-    whitened = (advantages - mean) * torch.rsqrt(variance + 1e-8)
-    return torch.where(mask, whitened, 0), torch.where(mask, returns, 0), rewards, torch.where(mask, kl, 0)
+    return torch.where(mask, (values - mean) * torch.rsqrt(variance + 1e-8), 0)
 
 
 def build_chain(case):
@@ -110,6 +115,20 @@ def build_chain(case):
     )
 
 
+def build_whitening(case):
+    shape = case.sizes["B"], case.sizes["T"]
+    values, mask = 2 + torch.randn(shape), ragged_mask(*shape)
+    functions = {"ours": rk.masked_whiten, "eager": whitened, "compile": compiled(whitened)}
+    calls = {name: lambda f=f: ((f(values, mask),), ()) for name, f in functions.items()}
+    calls["copy"] = roof.copy(moved(case))
+    return Bench(
+        calls={name: calls[name] for name in case.impls},
+        exact=lambda: ((whitened(values.double(), mask),), ()),
+        moved=moved(case),
+        roof="copy",
+    )
+
+
 def cases():
     every = ("ours", "eager", "compile", "verl", "openrlhf", "torchrl", "copy")
     goals = faster("eager", 100), faster("copy", 0.6)
@@ -120,6 +139,7 @@ def cases():
     chain_impls = ("ours", "eager", "compile", "copy")
     goal = (faster("eager", 20),)
     found.append(Case("rlhf_advantages", "fwd", "fp32", {"B": 512, "T": 1024}, chain_impls, build_chain, goal))
+    found.append(Case("masked_whiten", "fwd", "fp32", {"B": 256, "T": 4096}, chain_impls, build_whitening))
     curve = ("ours", "eager", "verl", "torchrl", "copy")
     for scale, values in (doubled(T=512), doubled(B=64)):
         for value in values:
@@ -138,4 +158,8 @@ def test_gae(row, measure):
 
 
 def test_rlhf_advantages(row, measure):
+    measure(row)
+
+
+def test_masked_whiten(row, measure):
     measure(row)

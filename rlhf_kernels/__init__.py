@@ -1,6 +1,6 @@
 """Fused losses and advantages for reinforcement learning from human feedback."""
 
-from .advantages import RLHFAdvantages, gae, rlhf_advantages
+from .advantages import RLHFAdvantages, gae, masked_whiten, rlhf_advantages
 from .bradley_terry import RankingLoss, bradley_terry_loss, plackett_luce_loss
 from .cross_entropy import linear_cross_entropy
 from .dispatch import backend, backends
@@ -38,6 +38,7 @@ __all__ = [
     "linear_ppo_loss",
     "logprobs_and_entropy_from_logits",
     "logprobs_from_logits",
+    "masked_whiten",
     "pack_responses",
     "plackett_luce_loss",
     "ppo_loss",

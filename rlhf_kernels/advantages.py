@@ -18,6 +18,7 @@ from ._checks import (
 )
 
 _ESTIMATORS = ("k1", "k2", "k3")
+_MASKED = ("skip", "zero")
 
 
 class RLHFAdvantages(NamedTuple):
@@ -29,12 +30,29 @@ class RLHFAdvantages(NamedTuple):
     kl: Tensor
 
 
-def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, cu_seqlens=None, last_values=None):
+def gae(
+    rewards,
+    values,
+    mask=None,
+    *,
+    gamma=1.0,
+    lam=0.95,
+    critic_lam=None,
+    masked="skip",
+    cu_seqlens=None,
+    last_values=None,
+):
     """Generalised advantage estimates of responses, and the returns that the value function learns.
 
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1} over the kept tokens of a response, as in
-    Schulman et al. 2016, eq. (11) and (16); return_t = A_t + V_t. A masked token, also one between kept tokens, is
-    passed over as if it were not there: no value is read, and no factor gamma lam is paid for it.
+    Schulman et al. 2016, eq. (11) and (16); return_t = A_t + V_t, where A_t is that of critic_lam if given: a target
+    with less bias than the advantages (decoupled GAE, Yuan et al. 2025; VAPO, Yue et al. 2025).
+
+    masked="skip" passes over a masked token, also one between kept tokens, as if it were not there: no value is read,
+    and no factor gamma lam is paid for it (verl). masked="zero" takes it for a token of reward and value 0, so that the
+    next kept token's value is not seen across it and a factor gamma lam is paid (OpenRLHF). Where every row's kept
+    tokens stand together both are the same. TRL's PPO keeps one token more, the one after the last, on which the
+    score stands: give that mask. Whitening is a step of its own, `masked_whiten`.
 
     Args:
         rewards: [B, T], or [N] with cu_seqlens; fp32|bf16|fp16|fp64.
@@ -42,23 +60,28 @@ def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, cu_seqlens=None, las
         mask: like rewards, bool or integer, 1 = keep; None = all. Rewards and values under 0 may be NaN.
         gamma: discount, 0 to 1; the paper does not discount.
         lam: 0 gives the one-step error, 1 the Monte-Carlo return less the value; paper: 0.95.
+        critic_lam: 0 to 1, lam of the returns; None = lam; papers: 1.0.
+        masked: what a masked token is, "skip" for nothing, the default, or "zero".
         cu_seqlens: [B+1] int64|int32, where packed responses begin and end; None for [B, T].
-        last_values: [B], V after the last kept token of a response that was cut off; None = 0, it has ended.
+        last_values: [B], V after the last kept token of a response that was cut off; None = 0, it has ended. Not with
+            masked="zero", which would discount it through the padding.
     Returns:
         (advantages, returns), each like rewards, fp32 (fp64 if rewards or values are), 0 under the mask's zeros.
         Not differentiable: they are targets.
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; gamma or lam outside [0, 1]; cu_seqlens not ascending to N.
+        ValueError: shapes, dtypes or devices do not fit; gamma, lam or critic_lam outside [0, 1]; an unknown masked, or
+            "zero" with last_values; cu_seqlens not ascending to N.
     Cost:
-        Native CPU: reads 9 bytes a token and writes 8, no workspace, threads over responses. Reference: T small steps.
+        Native CPU: reads 9 bytes a token and writes 8, no workspace, threads over responses; a critic_lam of its own is
+        a second walk; masked="zero" adds four copies. Reference: T small steps.
     Example:
         >>> import torch
         >>> advantages, returns = gae(torch.tensor([[0.0, 0.0, 1.0]]), torch.zeros(1, 3), gamma=1.0, lam=0.5)
         >>> advantages
         tensor([[0.2500, 0.5000, 1.0000]])
     """
-    check_range("gamma", gamma, 0, 1)
-    check_range("lam", lam, 0, 1)
+    _check_discounts(gamma, lam, critic_lam)
+    check_in("masked", masked, _MASKED)
     check_dtype("rewards", rewards, FLOATS)
     check_dtype("values", values, FLOATS)
     rows = _check_layout("rewards", rewards, cu_seqlens)
@@ -67,12 +90,33 @@ def gae(rewards, values, mask=None, *, gamma=1.0, lam=0.95, cu_seqlens=None, las
     if last_values is not None:
         check_dtype("last_values", last_values, FLOATS)
         check_shape("last_values", last_values, (rows,), "[B], one for each response")
+        if masked == "zero":
+            raise ValueError("last_values is given, but masked='zero' knows no last kept token; take masked='skip'")
     check_same_device(rewards=rewards, values=values, mask=mask, cu_seqlens=cu_seqlens, last_values=last_values)
     dtype = _compute_dtype(rewards, values)
     last_values = None if last_values is None else last_values.detach().to(dtype)
-    return torch.ops.rlhf_kernels.gae_fwd(
-        rewards.detach().to(dtype), values.detach().to(dtype), mask, gamma, lam, cu_seqlens, last_values
-    )
+    rewards, values = rewards.detach().to(dtype), values.detach().to(dtype)
+    if masked == "skip" or mask is None:
+        return _gae(rewards, values, mask, gamma, lam, critic_lam, cu_seqlens, last_values)
+    rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
+    found = _gae(rewards, values, None, gamma, lam, critic_lam, cu_seqlens, None)
+    return tuple(torch.where(mask, x, 0) for x in found)
+
+
+def _check_discounts(gamma, lam, critic_lam):
+    check_range("gamma", gamma, 0, 1)
+    check_range("lam", lam, 0, 1)
+    if critic_lam is not None:
+        check_range("critic_lam", critic_lam, 0, 1)
+
+
+def _gae(rewards, values, mask, gamma, lam, critic_lam, cu_seqlens, last_values):
+    """Advantages with lam and returns with critic_lam; a second walk if they differ."""
+    walk = torch.ops.rlhf_kernels.gae_fwd
+    advantages, returns = walk(rewards, values, mask, gamma, lam, cu_seqlens, last_values)
+    if critic_lam is not None and critic_lam != lam:
+        returns = walk(rewards, values, mask, gamma, critic_lam, cu_seqlens, last_values)[1]
+    return advantages, returns
 
 
 def rlhf_advantages(
@@ -85,6 +129,7 @@ def rlhf_advantages(
     kl_coef,
     gamma=1.0,
     lam=0.95,
+    critic_lam=None,
     kl_estimator="k1",
     reward_clip=None,
     whiten=True,
@@ -106,6 +151,7 @@ def rlhf_advantages(
         kl_coef: >= 0, reward for each nat; paper: 0.02.
         gamma: discount, 0 to 1.
         lam: 0 to 1; paper: 0.95.
+        critic_lam: 0 to 1, lam of the returns, as in `gae`; None = lam.
         kl_estimator: "k1" log r, "k2" (log r)^2 / 2, "k3" 1/r - 1 + log r, with r = policy / reference.
         reward_clip: > 0, scores are clipped to [-reward_clip, reward_clip]; None = not. The KL term never is.
         whiten: whether the advantages are whitened.
@@ -115,11 +161,11 @@ def rlhf_advantages(
         RLHFAdvantages(advantages, returns, rewards, kl), each like log_probs, fp32 (fp64 if log_probs or values are),
         0 under the mask's zeros. returns belong to the advantages before whitening. Not differentiable.
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; kl_coef < 0, reward_clip <= 0, gamma or lam outside [0, 1],
-            an unknown kl_estimator, or cu_seqlens not ascending to N.
+        ValueError: shapes, dtypes or devices do not fit; kl_coef < 0, reward_clip <= 0, gamma, lam or critic_lam
+            outside [0, 1], an unknown kl_estimator, or cu_seqlens not ascending to N.
     Cost:
-        Native CPU: reads 13 bytes a token and writes 16, and 8 more to whiten; workspace 24 bytes a response. With a
-        process_group one all-gather of 24 bytes a rank.
+        Native CPU: reads 13 bytes a token and writes 16, and 8 more to whiten; workspace 24 bytes a response. A
+        critic_lam of its own costs a `gae` more. With a process_group one all-gather of 24 bytes a rank.
     Example:
         >>> import torch
         >>> logp, zeros = torch.tensor([[-0.5, -0.5]]), torch.zeros(1, 2)
@@ -130,8 +176,7 @@ def rlhf_advantages(
         tensor([[-0.2500,  0.7500]])
     """
     check_range("kl_coef", kl_coef, 0)
-    check_range("gamma", gamma, 0, 1)
-    check_range("lam", lam, 0, 1)
+    _check_discounts(gamma, lam, critic_lam)
     check_in("kl_estimator", kl_estimator, _ESTIMATORS)
     if reward_clip is not None:
         check_range("reward_clip", reward_clip, 0, low_open=True)
@@ -152,47 +197,96 @@ def rlhf_advantages(
         cu_seqlens=cu_seqlens,
     )
     dtype = _compute_dtype(log_probs, ref_log_probs, values)
-    inputs = (x.detach().to(dtype) for x in (scores, log_probs, ref_log_probs, values))
+    scores, log_probs, ref_log_probs, values = (
+        x.detach().to(dtype) for x in (scores, log_probs, ref_log_probs, values)
+    )
     whiten_here = whiten and process_group is None
     advantages, returns, rewards, kl = torch.ops.rlhf_kernels.rlhf_advantages_fwd(
-        *inputs, mask, kl_coef, gamma, lam, kl_estimator, reward_clip, whiten_here, cu_seqlens
+        scores,
+        log_probs,
+        ref_log_probs,
+        values,
+        mask,
+        kl_coef,
+        gamma,
+        lam,
+        kl_estimator,
+        reward_clip,
+        whiten_here,
+        cu_seqlens,
     )
+    if critic_lam is not None and critic_lam != lam:
+        returns = torch.ops.rlhf_kernels.gae_fwd(rewards, values, mask, gamma, critic_lam, cu_seqlens, None)[1]
     if whiten and not whiten_here:
         advantages = masked_whiten(advantages, mask, process_group=process_group)
     return RLHFAdvantages(advantages, returns, rewards, kl)
 
 
-def masked_whiten(values, mask=None, *, center=True, process_group=None):
+def masked_whiten(
+    values,
+    mask=None,
+    *,
+    center=True,
+    scale=True,
+    correction=1,
+    eps=1e-8,
+    min_variance=0.0,
+    process_group=None,
+):
     """The values over their standard deviation, and less their mean, both taken over the kept entries.
 
-    (x - mean) / sqrt(var + 1e-8) with var over count - 1; a single kept entry gives 0.
+    (x - mean) / sqrt(max(var, min_variance) + eps), var over count - correction; a single kept entry gives 0. As it
+    stands this is the masked_whiten of verl and of TRL's PPO, whose shift_mean=False, for rewards, is center=False.
+    OpenRLHF's whitening of advantages is correction=0, eps=0, min_variance=1e-8, its no_std_norm scale=False.
 
     Args:
         values: [B, T] or [N] fp32|bf16|fp16|fp64.
         mask: like values, bool or integer, 1 = keep; None = all. Values under 0 may be NaN.
         center: False gives the mean back after scaling, as rewards are whitened.
+        scale: False divides by nothing, so that the mean alone is taken away.
+        correction: 1, the default, for the unbiased variance, or 0 for that of the entries themselves.
+        eps: >= 0, added to the variance.
+        min_variance: >= 0, a smaller variance counts as this one. It or eps must be at least 1e-12.
         process_group: torch.distributed group whose ranks whiten together; None = this process alone.
     Returns:
         Like values, fp32 (fp64 for fp64), 0 under the mask's zeros. Not differentiable.
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: shapes, dtypes or devices do not fit; correction is not 0 or 1; eps or min_variance < 0, or both
+            below 1e-12.
     Cost:
         Two reads and one write; with a process_group one all-gather of 24 bytes a rank.
     Example:
         >>> import torch
         >>> masked_whiten(torch.tensor([1.0, 3.0, 99.0]), torch.tensor([1, 1, 0]))
         tensor([-0.7071,  0.7071,  0.0000])
+        >>> masked_whiten(torch.tensor([1.0, 3.0, 99.0]), torch.tensor([1, 1, 0]), scale=False)
+        tensor([-1.,  1.,  0.])
     """
     check_dtype("values", values, FLOATS)
     if values.dim() not in (1, 2):
         raise ValueError(f"values has shape {list(values.shape)}, expected [B, T] or [N]")
     mask = None if mask is None else check_mask("mask", mask, values.shape)
     check_same_device(values=values, mask=mask)
+    check_in("correction", correction, (0, 1))
+    check_range("eps", eps, 0)
+    check_range("min_variance", min_variance, 0)
+    if eps < 1e-12 and min_variance < 1e-12:
+        raise ValueError(f"eps is {eps!r} and min_variance is {min_variance!r}, expected one of them to be >= 1e-12")
     values = values.detach().to(_compute_dtype(values))
     stats = torch.ops.rlhf_kernels.whiten_stats_fwd(values, mask)
     if process_group is not None:
         stats = _merged_stats(stats, process_group)
+    if not scale or (correction, eps, min_variance) != (1, 1e-8, 0):
+        stats = _with_denominator(stats, scale, correction, eps, min_variance)
     return torch.ops.rlhf_kernels.whiten_fwd(values, mask, stats, center)
+
+
+def _with_denominator(stats, scale, correction, eps, min_variance):
+    """Statistics of the same mean by which whiten_fwd, which divides by sqrt(m2 / (count - 1) + 1e-8), does so."""
+    count, mean, m2 = stats.unbind()
+    squared = (m2 / (count - correction).clamp(min=1)).clamp(min=min_variance) + eps
+    squared = squared if scale else torch.ones_like(squared)
+    return torch.stack((torch.full_like(count, 2), mean, squared - 1e-8))
 
 
 def _merged_stats(stats, process_group):

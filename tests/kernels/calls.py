@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 
 import rlhf_kernels as rk
-from rlhf_kernels.advantages import masked_whiten
 from tests.conftest import GPU, ON_GPU
 from tests.on_gpu import OnGPU
 
@@ -76,7 +75,19 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             [randn(3, 5), randn(3, 5)],
             False,
         ),
-        "masked_whiten": Call("advantages", lambda x: [masked_whiten(x, mask)], [randn(3, 5)], False),
+        "gae of a critic's own": Call(
+            "advantages",
+            lambda r, v: rk.gae(r, v, mask, critic_lam=1.0, masked="zero"),
+            [randn(3, 5), randn(3, 5)],
+            False,
+        ),
+        "masked_whiten": Call("advantages", lambda x: [rk.masked_whiten(x, mask)], [randn(3, 5)], False),
+        "masked_whiten biased": Call(
+            "advantages",
+            lambda x: [rk.masked_whiten(x, mask, correction=0, eps=0.0, min_variance=1e-8)],
+            [randn(3, 5)],
+            False,
+        ),
         "ppo_loss": Call("ppo", lambda p: numbers_of(rk.ppo_loss(p, old, other, mask)), [old + 0.1 * randn(3, 5)]),
         "ppo_loss of everything": Call(
             "ppo",

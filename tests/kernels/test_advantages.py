@@ -1,6 +1,7 @@
 """GAE, KL-shaped rewards and whitening, on every backend and every instruction set."""
 
 import os
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -9,8 +10,7 @@ import pytest
 import torch
 
 import rlhf_kernels
-from rlhf_kernels import gae, rlhf_advantages
-from rlhf_kernels.advantages import masked_whiten
+from rlhf_kernels import gae, masked_whiten, rlhf_advantages
 from rlhf_kernels.reference import advantages as reference
 
 GAE_INPUTS = ("rewards", "values", "mask", "cu_seqlens", "last_values")
@@ -236,6 +236,75 @@ def test_trap_08_lambda_one_is_monte_carlo_and_zero_is_one_step(backend_name):
     torch.testing.assert_close(cut_off[0, -1], torch.tensor(4.0 + 5.0 - 3.0))
 
 
+def padded_loop(rewards, values, mask, gamma, lam):
+    """One row where a masked token is one of reward and value 0, in plain Python floats."""
+    T, keep = len(mask), mask.tolist()
+    r = [float(x) if k else 0.0 for x, k in zip(rewards, keep)]
+    v = [float(x) if k else 0.0 for x, k in zip(values, keep)] + [0.0]
+    deltas = [r[t] + gamma * v[t + 1] - v[t] for t in range(T)]
+    out = [sum((gamma * lam) ** (j - t) * deltas[j] for j in range(t, T)) * keep[t] for t in range(T)]
+    return torch.tensor(out, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_reference_masked_tokens_of_reward_and_value_zero(backend_name, packed, assert_close_to_fp64):
+    """masked="zero" against the double sum of the definition; against "skip" where no masked token stands between."""
+    generator = torch.Generator().manual_seed(4)
+    rewards, values = torch.randn(2, 12, 23, generator=generator).unbind()
+    mask = torch.rand(12, 23, generator=generator) < torch.linspace(0, 1, 12)[:, None]
+    expected = torch.stack([padded_loop(*row, 0.9, 0.8) for row in zip(rewards, values, mask)])
+    wanted = expected, torch.where(mask, expected + values.double(), 0.0)
+    rewards, values = rewards.masked_fill(~mask, torch.nan), values.masked_fill(~mask, torch.inf)
+    cu = torch.arange(0, 277, 23) if packed else None
+    shape = (-1,) if packed else (12, 23)
+    inputs = [x.reshape(shape) for x in (rewards, values, mask)]
+    found = gae(*inputs, gamma=0.9, lam=0.8, masked="zero", cu_seqlens=cu)
+    for x, y in zip(found, wanted):
+        assert_close_to_fp64(x, y.reshape(shape), torch.float32, scale=2)
+    skipped = gae(*inputs, gamma=0.9, lam=0.8, cu_seqlens=cu)[0].view(12, 23)
+    assert (skipped - expected)[mask.sum(1) > 2].abs().max() > 0.1, "the example would not notice skipping"
+    prefix = torch.arange(23) < mask.sum(1, keepdim=True)
+    inputs = rewards.nan_to_num(), values.nan_to_num(posinf=1.0), prefix
+    both = [gae(*inputs, gamma=0.9, lam=0.8, masked=masked) for masked in ("skip", "zero")]
+    for x, y in zip(*both):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+def test_reference_trl_keeps_one_token_more(backend_name):
+    """Responses of 2 and 4 tokens in 4 columns, by hand: TRL 1.12 has the score at the token after the last, if any.
+
+    gamma = 1, lam = 0.5. Row 1: r = [0.1, 0.2, 3, -], V = [1, 2, 4, -] over its two tokens and the one after them:
+    delta = [1.1, 2.2, -1], A = [1.95, 1.7, -1]. Row 2: r = [0, 0, 0, 3], V = 1: delta = [0, 0, 0, 2].
+    """
+    rewards = torch.tensor([[0.1, 0.2, 3.0, torch.nan], [0.0, 0.0, 0.0, 3.0]])
+    values = torch.tensor([[1.0, 2.0, 4.0, torch.nan], [1.0, 1.0, 1.0, 1.0]])
+    kept_by_trl = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    advantages, returns = gae(rewards, values, kept_by_trl, gamma=1.0, lam=0.5)
+    torch.testing.assert_close(advantages, torch.tensor([[1.95, 1.7, -1.0, 0.0], [0.25, 0.5, 1.0, 2.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[2.95, 3.7, 3.0, 0.0], [1.25, 1.5, 2.0, 3.0]]))
+
+
+@pytest.mark.parametrize("masked", ["skip", "zero"])
+@pytest.mark.parametrize("case", ["gaps", "packed", "empty_rows"])
+def test_reference_critic_lam_is_that_of_the_returns(backend_name, case, masked, assert_close_to_fp64):
+    inputs = reference.example_inputs(case, dtype=torch.float32)
+    cu, mask = inputs["cu_seqlens"], inputs["mask"]
+    lengths = [mask.shape[1]] * len(mask) if cu is None else cu.diff().tolist()
+    rows = list(zip(*(inputs[name].flatten().split(lengths) for name in ("rewards", "values", "mask"))))
+    loop = brute_force_gae if masked == "skip" else padded_loop
+    advantages, critic = (torch.cat([loop(*row, 0.99, lam) for row in rows]) for lam in (0.6, 1.0))
+    returns = critic + inputs["values"].flatten().double().nan_to_num()
+    options = {"gamma": 0.99, "lam": 0.6, "critic_lam": 1.0, "masked": masked, "cu_seqlens": cu}
+    found = gae(inputs["rewards"], inputs["values"], mask, **options)
+    for x, y in zip(found, (advantages, returns)):
+        assert_close_to_fp64(x.flatten(), y, torch.float32, scale=2)
+    if masked == "skip":
+        shaped = run_rlhf(inputs, lam=0.6, critic_lam=1.0)
+        alone, both = (run_rlhf(inputs, lam=lam) for lam in (0.6, 1.0))
+        assert torch.equal(shaped.advantages, alone.advantages)
+        assert_close_to_fp64(shaped.returns, both.returns.double(), torch.float32, scale=2)
+
+
 def test_trap_07_reward_position(backend_name):
     """The score stands at the last kept token: EOS, or the last index of a response that fills the row."""
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 1, 0, 1, 0]])
@@ -264,6 +333,36 @@ def test_trap_09_whitening(backend_name):
     assert abs(kept_mean.var().item() - 1) < 1e-5
     assert masked_whiten(torch.tensor([7.0, torch.nan]), torch.tensor([True, False])).tolist() == [0.0, 0.0]
     assert masked_whiten(torch.full((3,), 2.5)).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+def test_reference_whitening_of_every_kind(backend_name, correction):
+    """By the standard library's statistics: verl and TRL as it stands, OpenRLHF with a floor, its no_std_norm."""
+    generator = torch.Generator().manual_seed(0)
+    values = 5 + 3 * torch.randn(6, 50, generator=generator)
+    mask = torch.rand(6, 50, generator=generator) < 0.7
+    kept = values[mask].tolist()
+    mean, variance = statistics.fmean(kept), (statistics.variance if correction else statistics.pvariance)(kept)
+    for options, divisor in (
+        ({}, (variance + 1e-8) ** 0.5),
+        ({"eps": 0.0, "min_variance": 1e-8}, variance**0.5),
+        ({"eps": 2.0, "min_variance": 25.0}, 27**0.5),
+        ({"scale": False}, 1.0),
+    ):
+        for center in (True, False):
+            white = masked_whiten(
+                values.masked_fill(~mask, torch.nan), mask, center=center, correction=correction, **options
+            )
+            expected = torch.tensor([(x - mean) / divisor + (0 if center else mean) for x in kept])
+            torch.testing.assert_close(white[mask], expected, rtol=1e-6, atol=1e-6)
+            assert (white[~mask] == 0).all()
+
+
+def test_reference_whitening_of_entries_that_are_the_same(backend_name):
+    """They have no variance: 0 under every denominator, also for a single one."""
+    for values in (torch.full((3,), 2.5), torch.tensor([2.5])):
+        for options in ({"eps": 1e-12}, {"eps": 0, "min_variance": 1e-12}, {"correction": 0}, {"scale": False}):
+            assert masked_whiten(values, **options).tolist() == [0.0] * len(values)
 
 
 def test_trap_09_two_ranks_whiten_as_one(tmp_path):
@@ -414,7 +513,17 @@ ZEROS = torch.zeros(2, 3)
             lambda: rlhf_advantages(torch.zeros(2), ZEROS, ZEROS, ZEROS, None, kl_coef=0, reward_clip=0),
             "reward_clip must be a number > 0, got 0",
         ),
+        (lambda: gae(ZEROS, ZEROS, critic_lam=1.5), "critic_lam must be a number >= 0 and <= 1, got 1.5"),
+        (lambda: gae(ZEROS, ZEROS, masked="pad"), "masked must be one of 'skip', 'zero', got 'pad'"),
+        (
+            lambda: gae(ZEROS, ZEROS, masked="zero", last_values=torch.zeros(2)),
+            "last_values is given, but masked='zero' knows no last kept token",
+        ),
         (lambda: masked_whiten(torch.zeros(2, 2, 2)), "values has shape"),
+        (lambda: masked_whiten(ZEROS, correction=2), "correction must be one of 0, 1, got 2"),
+        (lambda: masked_whiten(ZEROS, eps=-1.0), "eps must be a number >= 0, got -1.0"),
+        (lambda: masked_whiten(ZEROS, min_variance=-1.0), "min_variance must be"),
+        (lambda: masked_whiten(ZEROS, eps=0.0), "expected one of them to be >= 1e-12"),
     ],
 )
 def test_bad_input(call, words):
