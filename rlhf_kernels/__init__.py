@@ -2,7 +2,7 @@
 
 from .advantages import RLHFAdvantages, gae, masked_whiten, rlhf_advantages
 from .bradley_terry import RankingLoss, bradley_terry_loss, plackett_luce_loss
-from .cross_entropy import linear_cross_entropy
+from .cross_entropy import cross_entropy_from_logits, linear_cross_entropy
 from .dispatch import backend, backends
 from .kl import approx_kl, kl_from_logits
 from .linear import linear_logprobs
@@ -27,6 +27,7 @@ __all__ = [
     "backends",
     "bradley_terry_loss",
     "call_with_head",
+    "cross_entropy_from_logits",
     "entropy_from_logits",
     "find_head",
     "gae",

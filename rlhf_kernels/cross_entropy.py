@@ -1,16 +1,127 @@
-"""Cross-entropy from hidden states and the LM head; the [N, V] logits never exist as a whole."""
+"""Cross-entropy from logits, and from hidden states and the LM head, where the [N, V] logits never exist as a whole."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from . import _cross_entropy_ops
 from . import _linear_ops as ops
 from ._autograd import needs_grad
-from ._checks import check_in, check_range, check_shape
+from ._checks import check_dtype, check_in, check_range, check_same_device, check_shape
 from ._linear_checks import check_execution, check_head, check_labels, check_scale
 from .linear import linear_logprobs
+from .logprobs import _check_options, check_logits
 
 REDUCTIONS = ("mean", "sum", "none")
+LOSS_TYPES = ("nll", "dft")
+
+
+def _check_reduction(reduction, num_items_in_batch):
+    check_in("reduction", reduction, REDUCTIONS)
+    if num_items_in_batch is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_items_in_batch needs reduction='mean', got reduction={reduction!r}")
+    if isinstance(num_items_in_batch, Tensor):
+        check_shape("num_items_in_batch", num_items_in_batch, (), "a number or a 0-d tensor")
+    else:
+        check_range("num_items_in_batch", num_items_in_batch, 0, low_open=True)
+
+
+def _mean(total, labels, ignore_index, num_items_in_batch):
+    """The sum of the losses over their number, or over that of the whole batch."""
+    if num_items_in_batch is None:
+        return total / (labels != ignore_index).sum().clamp(min=1)
+    if isinstance(num_items_in_batch, Tensor):
+        return total / num_items_in_batch.detach().to(total.device)
+    return total / num_items_in_batch
+
+
+def _check_terms(labels, weights, ignore_index, label_smoothing, z_loss, loss_type):
+    """(labels that are ignored where the weight is 0, weights [N] or None, label_smoothing, z_loss, dft)."""
+    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    check_range("z_loss", z_loss, 0.0, float("inf"), high_open=True)
+    check_in("loss_type", loss_type, LOSS_TYPES)
+    if loss_type == "dft" and label_smoothing:
+        raise ValueError(f"label_smoothing must be 0 with loss_type='dft', got {label_smoothing!r}")
+    if weights is not None:
+        check_dtype("weights", weights)
+        check_shape("weights", weights, tuple(labels.shape), "the shape of labels")
+        check_same_device(labels=labels, weights=weights)
+        weights = weights.detach().reshape(-1)
+        labels = torch.where(weights.view(labels.shape) == 0, ignore_index, labels)
+    return labels, weights, float(label_smoothing), float(z_loss), loss_type == "dft"
+
+
+def cross_entropy_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    weights: Tensor | None = None,
+    loss_type: str = "nll",
+    reduction: str = "mean",
+    num_items_in_batch: int | float | Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of labels under the softmax of `logprobs_from_logits`, with what trainers add to it.
+
+    With log p and z of `logprobs_from_logits`, S = log sum exp(z) and e the smoothing, a label costs
+
+        weight (-(1 - e) log p_label - e mean_j log p_j + z_loss S^2)
+
+    as torch.nn.functional.cross_entropy and, for S^2, PaLM (arXiv 2204.02311, section 5). The mean over j leaves out
+    banned tokens, whose logit is -inf: for them PyTorch's smoothed loss is inf. With loss_type "dft", dynamic
+    fine-tuning (arXiv 2508.05629), -log p_label is multiplied by p_label, as a constant.
+
+    Args:
+        logits: [..., V] fp32, bf16, fp16 or fp64.
+        labels: [...] int64 in [0, V), or ignore_index. They are not shifted.
+        temperature: > 0, divides the logits after the softcap; default 1.0.
+        softcap: > 0, or None for no cap, the default.
+        ignore_index: label of rows that do not count, default -100. Their logits and weights may be NaN.
+        label_smoothing: >= 0 and <= 1, share of the uniform distribution in the target, default 0.0.
+        z_loss: >= 0, weight of S^2, default 0.0; PaLM's is 1e-4.
+        weights: [...] floating, of any sign, what each label's loss is multiplied by, a constant; default None. One
+            that is 0 leaves its label out, whose logits may then be NaN.
+        loss_type: "nll", the default, or "dft", which takes no smoothing.
+        reduction: "mean", the default, "sum", or "none" for one loss a label.
+        num_items_in_batch: number or 0-d tensor that divides instead of this call's count of labels; only with
+            reduction="mean", default None. The count is of all labels but ignore_index, whatever their weights.
+    Returns:
+        0-d, or [...] with reduction="none", fp32 (fp64 for fp64 logits), in nats. Differentiable in logits. A batch
+        without a counting label gives 0.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; a number out of range; unknown reduction or loss_type;
+            label_smoothing with "dft"; num_items_in_batch without "mean"; a label outside [0, V), as in
+            `logprobs_from_logits`.
+    Cost: reads the logits once, and once more in the backward, which writes their gradient; no host sync.
+    Example:
+        >>> import torch
+        >>> logits = torch.log(torch.tensor([[0.15, 0.85]]))
+        >>> cross_entropy_from_logits(logits, torch.tensor([0]))
+        tensor(1.8971)
+        >>> cross_entropy_from_logits(logits, torch.tensor([0]), label_smoothing=0.5)
+        tensor(1.4635)
+    """
+    _check_reduction(reduction, num_items_in_batch)
+    check_logits("logits", logits)
+    check_dtype("labels", labels, torch.int64)
+    check_shape("labels", labels, tuple(logits.shape[:-1]), "the shape of logits without its last dimension")
+    check_same_device(logits=logits, labels=labels)
+    kept, *terms = _check_terms(labels, weights, ignore_index, label_smoothing, z_loss, loss_type)
+    losses = _cross_entropy_ops.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), kept.reshape(-1), terms[0], *_check_options(temperature, softcap),
+        ignore_index, *terms[1:],
+    )[0]  # fmt: skip
+    if reduction == "none":
+        return losses.view(labels.shape)
+    total = losses.sum()
+    return total if reduction == "sum" else _mean(total, labels, ignore_index, num_items_in_batch)
 
 
 def linear_cross_entropy(
@@ -64,9 +175,7 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(hidden, head, torch.tensor([1, -100]))
         tensor(1.3863, grad_fn=...)
     """
-    check_in("reduction", reduction, REDUCTIONS)
-    if num_items_in_batch is not None and reduction != "mean":
-        raise ValueError(f"num_items_in_batch needs reduction='mean', got reduction={reduction!r}")
+    _check_reduction(reduction, num_items_in_batch)
     if reduction == "none":
         return 0.0 - linear_logprobs(
             hidden_states, weight, labels, rows=rows, bias=bias, temperature=temperature, softcap=softcap,
@@ -81,12 +190,4 @@ def linear_cross_entropy(
     loss = ops.cross_entropy(
         hidden, weight, flat_labels, rows, bias, temperatures, temperature, softcap, ignore_index, *execution, *needs
     )[0]
-    if reduction == "sum":
-        return loss
-    if num_items_in_batch is None:
-        return loss / (labels != ignore_index).sum().clamp(min=1)
-    if isinstance(num_items_in_batch, Tensor):
-        check_shape("num_items_in_batch", num_items_in_batch, (), "a number or a 0-d tensor")
-        return loss / num_items_in_batch.detach().to(loss.device)
-    check_range("num_items_in_batch", num_items_in_batch, 0, low_open=True)
-    return loss / num_items_in_batch
+    return loss if reduction == "sum" else _mean(loss, labels, ignore_index, num_items_in_batch)

@@ -24,7 +24,7 @@ if X86:
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 SUPPORT = {"isa", "math"}  # run-time detection and threads; the vector maths for its test
 COMPOSED = {"linear"}  # its arithmetic is that of logprobs
-LINEAR = {"cross_entropy", "linear_divergences", "linear_policy"}  # public functions of the op linear
+LINEAR = {"linear_divergences", "linear_policy"}  # public functions of the op linear
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
 

@@ -61,6 +61,16 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             [randn(4, 7)],
         ),
         "entropy_from_logits": Call("logprobs", lambda x: [rk.entropy_from_logits(x)], [randn(4, 7)]),
+        "cross_entropy_from_logits": Call(
+            "cross_entropy",
+            lambda x: [rk.cross_entropy_from_logits(x, labels, label_smoothing=0.1, z_loss=0.1, weights=ref[0])],
+            [randn(4, 7)],
+        ),
+        "cross_entropy_from_logits dft": Call(
+            "cross_entropy",
+            lambda x: [rk.cross_entropy_from_logits(x, labels, loss_type="dft", reduction="none", softcap=3.0)],
+            [randn(4, 7)],
+        ),
         "kl_from_logits": Call("kl", lambda x, y: [rk.kl_from_logits(x, y)], [randn(4, 7), randn(4, 7)]),
         "kl_from_logits forward": Call(
             "kl", lambda x, y: [rk.kl_from_logits(x, y, direction="forward")], [randn(4, 7), randn(4, 7)]
