@@ -38,6 +38,9 @@ class RewardConfig(StageConfig):
         "bradley_terry", "All pairs of a ranking (the paper), or the ranking as a whole."
     )
     ties: Literal["drop", "half"] = option("drop", "Tied pairs: no pair (the paper), or half of each direction.")
+    center_rewards_coefficient: float = option(
+        0.0, "Weight of (r_w + r_l)^2, which keeps scores near 0; bradley_terry. TRL recommends 0.01.", at_least(0)
+    )
     comparisons: Literal["prompt", "shuffled"] = option(
         "prompt",
         "A prompt's pairs: one example (the paper), or shuffled, each its own (batches count pairs), which overfits.",
@@ -50,7 +53,7 @@ class RewardConfig(StageConfig):
     stage: ClassVar[str] = "reward"
     groups: ClassVar[dict] = {
         **StageConfig.groups,
-        "the method": ("loss_type", "ties", "comparisons", "demonstrations"),
+        "the method": ("loss_type", "ties", "center_rewards_coefficient", "comparisons", "demonstrations"),
     }
     refused: ClassVar[dict[str, str]] = {
         **StageConfig.refused,
@@ -65,6 +68,14 @@ class RewardConfig(StageConfig):
         "num_train_epochs": "1",
         "lr_scheduler_type": "cosine to 10 % of the peak",
     }
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.center_rewards_coefficient and self.loss_type != "bradley_terry":
+            raise ValueError(
+                f"center_rewards_coefficient: got {self.center_rewards_coefficient}, wants 0 with loss_type "
+                f"{self.loss_type}, which has no pairs to centre"
+            )
 
 
 class RewardTrainer(StageTrainer):
@@ -146,8 +157,8 @@ class RewardTrainer(StageTrainer):
         if self.args.loss_type == "plackett_luce":
             losses, metrics = plackett_luce_loss(*ranked, reduction="none")
         else:
-            options = {"margins": batch.get("margins"), "ties": self.args.ties}
-            losses, metrics = bradley_terry_loss(*ranked, **options, reduction="none")
+            options = {"ties": self.args.ties, "center_coef": self.args.center_rewards_coefficient}
+            losses, metrics = bradley_terry_loss(*ranked, margins=batch.get("margins"), **options, reduction="none")
         return (losses * batch["weights"]).sum(), metrics
 
     def scores(self, examples):

@@ -17,7 +17,7 @@ from ._checks import (
     check_shape,
     reads_values,
 )
-from .reference.bradley_terry import STATS, accumulator_dtype
+from .reference.bradley_terry import STATS, accumulator_dtype, center_terms
 
 _RANK_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
 _REDUCTIONS = ("mean", "sum", "none")
@@ -32,13 +32,23 @@ class RankingLoss(NamedTuple):
 
 
 def bradley_terry_loss(
-    scores, ranks, cu_groups=None, *, margins=None, ties="drop", reduction="mean", num_items_in_batch=None
+    scores,
+    ranks,
+    cu_groups=None,
+    *,
+    margins=None,
+    ties="drop",
+    center_coef=0.0,
+    reduction="mean",
+    num_items_in_batch=None,
 ):
     """Reward-model loss over all pairs of each prompt's ranked responses.
 
     For one prompt, -1/|pairs| * sum over (w better than l) of log sigmoid(s_w - s_l - margin), then the mean over the
     prompts that have a pair: Ouyang et al. 2022, eq. (1), so a prompt with 9 responses weighs as much as one with 4.
     Without ties |pairs| is K(K-1)/2; a tie is no pair, unless ties="half". A prompt without a pair counts nowhere.
+    With center_coef each pair adds center_coef (s_w + s_l)^2 to its loss, which keeps scores near 0 (Eisenstein et al.
+    2023, eq. (2)): for K = 2 it is TRL's center_rewards_coefficient. A pair with a margin is centred like any other.
 
     Args:
         scores: [P, K] or [S] fp32|bf16|fp16|fp64, the reward model's scores; the arithmetic is fp32 (fp64 for fp64).
@@ -51,6 +61,7 @@ def bradley_terry_loss(
             [i, n] for the pair "i beats the n-th response of its prompt", M >= the largest prompt. Ties have none.
         ties: "drop" (the paper), or "half": a tied pair adds half of both directions' losses, which pulls the two
             scores together, and counts as one pair.
+        center_coef: >= 0, weight of the squared sum of a pair's scores; default 0.0, not centred. TRL recommends 0.01.
         reduction: "mean" over the prompts that have a pair, "sum" over prompts, or "none" for [P] (0 without a pair).
         num_items_in_batch: number or 0-d tensor, prompts that have a pair in the whole batch, over all micro-batches
             and processes; divides instead of this call's count. Only with reduction="mean".
@@ -59,11 +70,11 @@ def bradley_terry_loss(
         that are no ties: accuracy (equal scores count half), margin (mean s_w - s_l), pairs (that the loss counts);
         over all present responses: min_reward, mean_reward, max_reward. NaN where there is nothing to average.
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; unknown ties or reduction; cu_groups not ascending to S;
-            num_items_in_batch below 1 or with another reduction than "mean".
+        ValueError: shapes, dtypes or devices do not fit; unknown ties or reduction; center_coef below 0; cu_groups not
+            ascending to S; num_items_in_batch below 1 or with another reduction than "mean".
     Cost:
-        K(K-1)/2 pairs a prompt, forward only: the gradient is made there; backward is one product. No host sync in
-        the native backends.
+        K(K-1)/2 pairs a prompt, forward only: the gradient is made there; backward is one product. center_coef adds
+        two sorts of the S scores. No host sync in the native backends.
     Example:
         >>> import torch
         >>> scores = torch.tensor([[1.8, 0.9, 0.3, -0.5]], requires_grad=True)
@@ -73,10 +84,11 @@ def bradley_terry_loss(
         (0.278, 6, 1.0)
     """
     check_in("ties", ties, _TIES)
+    check_range("center_coef", center_coef, 0)
     _check_reduction(reduction, num_items_in_batch)
     flat_scores, flat_ranks, cu_groups = _flatten(scores, ranks, cu_groups)
     flat_margins = _flatten_margins(margins, scores, cu_groups)
-    loss, _, stats = _pairs(flat_scores, flat_ranks, cu_groups, flat_margins, ties == "half")
+    loss, _, stats = _pairs(flat_scores, flat_ranks, cu_groups, flat_margins, ties == "half", float(center_coef))
     stats = stats.detach()
     return RankingLoss(_reduce(loss, stats, reduction, num_items_in_batch), _metrics(stats, "pairs"))
 
@@ -194,12 +206,16 @@ def _metrics(stats, counted):
 
 @torch.library.custom_op("rlhf_kernels::bradley_terry_fwd", mutates_args=())
 def bradley_terry_fwd(
-    scores: Tensor, ranks: Tensor, cu_groups: Tensor, margins: Tensor | None, ties_half: bool
+    scores: Tensor, ranks: Tensor, cu_groups: Tensor, margins: Tensor | None, ties_half: bool, center_coef: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [P], gradient [S], stats [P, 8]; the contract is in reference/bradley_terry.py."""
     _check_values(scores, cu_groups, margins)
     backend = dispatch.pick("bradley_terry", scores)
-    return backend.bradley_terry_fwd(scores, ranks, cu_groups, margins, ties_half)
+    loss, grad, stats = backend.bradley_terry_fwd(scores, ranks, cu_groups, margins, ties_half)
+    if center_coef:
+        center, center_grad = center_terms(scores, ranks, cu_groups, ties_half)
+        loss, grad = loss + center_coef * center, grad + center_coef * center_grad
+    return loss, grad, stats
 
 
 @torch.library.custom_op("rlhf_kernels::plackett_luce_fwd", mutates_args=())
@@ -225,7 +241,7 @@ def _check_values(scores, cu_groups, margins):
 
 
 @bradley_terry_fwd.register_fake
-def _(scores, ranks, cu_groups, margins, ties_half):
+def _(scores, ranks, cu_groups, margins, ties_half, center_coef):
     return _fake_forward(scores, cu_groups)
 
 

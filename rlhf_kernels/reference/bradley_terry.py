@@ -66,9 +66,15 @@ def _pair_gaps(score: Tensor, index: Tensor, margins: Tensor | None) -> tuple[Te
 
 
 def bradley_terry(
-    scores: Tensor, ranks: Tensor, cu_groups: Tensor, margins: Tensor | None = None, ties_half: bool = False
+    scores: Tensor,
+    ranks: Tensor,
+    cu_groups: Tensor,
+    margins: Tensor | None = None,
+    ties_half: bool = False,
+    center_coef: float = 0.0,
 ) -> Tensor:
-    """Loss of each prompt [P], differentiable: mean over its pairs of -log sigmoid(s_w - s_l - margin)."""
+    """Loss of each prompt [P], differentiable: mean over its pairs of -log sigmoid(s_w - s_l - margin), and of
+    center_coef (s_w + s_l)^2."""
     score, rank, present, index = _padded(scores, ranks, cu_groups)
     better, tied = _pair_masks(rank, present)
     gap, shifted = _pair_gaps(score, index, margins)
@@ -77,6 +83,10 @@ def bradley_terry(
     if ties_half:
         total = total + torch.where(tied, -0.5 * (logsigmoid(gap) + logsigmoid(-gap)), 0).sum((1, 2))
         pairs = pairs + tied.sum((1, 2))
+    if center_coef:
+        counted = better | tied if ties_half else better
+        sums = score[:, :, None] + score[:, None, :]
+        total = total + center_coef * torch.where(counted, sums, 0).square().sum((1, 2))
     return total / pairs.clamp(min=1)
 
 
@@ -119,6 +129,48 @@ def _to_flat(grad: Tensor, index: Tensor, present: Tensor, total: int) -> Tensor
     flat = grad.new_zeros(total)
     flat[index[present]] = grad[present]
     return flat
+
+
+def center_terms(scores: Tensor, ranks: Tensor, cu_groups: Tensor, ties_half: bool) -> tuple[Tensor, Tensor]:
+    """Mean over each prompt's pairs of (s_i + s_j)^2 [P], and its gradient [S], without a host sync.
+
+    Every backend adds it to its loss. With n_i partners of i whose scores sum to t_i, d/ds_i of the sum over pairs is
+    2 (n_i s_i + t_i), and the sum itself is sum s_i (n_i s_i + t_i). Partners are all present responses of the prompt
+    less those of the same rank (of ties_half: less i itself); sums are taken in float64, since these cancel.
+    """
+    dtype, wide = accumulator_dtype(scores.dtype), torch.float64
+    prompts, total = cu_groups.shape[0] - 1, scores.shape[0]
+    numbers = torch.arange(prompts, dtype=torch.int64, device=scores.device)
+    prompt = torch.repeat_interleave(numbers, cu_groups.diff(), output_size=total)
+    present = ranks >= 0
+    score = torch.where(present, scores.to(wide), 0)
+    own = torch.stack([present.to(wide), score], 1)  # [S, 2]: how many, and their sum
+    of_prompt = _segment_sums(own, cu_groups)
+    same = own if ties_half else _same_rank_sums(own, ranks, prompt)
+    partners, others = (of_prompt[prompt] - same).unbind(1)
+    slope = torch.where(present, partners * score + others, 0)
+    pairs, value = _segment_sums(
+        torch.stack([torch.where(present, partners, 0) / 2, score * slope], 1), cu_groups
+    ).unbind(1)
+    pairs = pairs.clamp(min=1)
+    return (value / pairs).to(dtype), (2 * slope / pairs[prompt]).to(dtype)
+
+
+def _segment_sums(x: Tensor, offsets: Tensor) -> Tensor:
+    return torch.segment_reduce(x, "sum", offsets=offsets, initial=0, unsafe=True)
+
+
+def _same_rank_sums(x: Tensor, ranks: Tensor, prompt: Tensor) -> Tensor:
+    """For each response the sum of x over the responses of its prompt that have its rank, itself among them."""
+    order = ranks.argsort(stable=True)
+    order = order[prompt[order].argsort(stable=True)]
+    rank, owner = ranks[order], prompt[order]
+    first = torch.ones_like(rank, dtype=torch.bool)
+    first[1:] = (rank[1:] != rank[:-1]) | (owner[1:] != owner[:-1])
+    group = first.cumsum(0) - 1
+    offsets = torch.searchsorted(group, torch.arange(x.shape[0] + 1, dtype=torch.int64, device=x.device))
+    sums = _segment_sums(x[order], offsets)[group]
+    return torch.empty_like(sums).index_copy_(0, order, sums)
 
 
 def bradley_terry_fwd(

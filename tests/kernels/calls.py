@@ -124,6 +124,11 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             lambda s: numbers_of(rk.bradley_terry_loss(s, ranks, margins=0.2, ties="half")),
             [randn(2, 4)],
         ),
+        "bradley_terry_loss centred": Call(
+            "bradley_terry",
+            lambda s: numbers_of(rk.bradley_terry_loss(s, ranks.reshape(-1), cu_groups, center_coef=0.3)),
+            [randn(8)],
+        ),
         "bradley_terry_loss flat": Call(
             "bradley_terry",
             lambda s: numbers_of(rk.bradley_terry_loss(s, ranks.reshape(-1), cu_groups, reduction="none")),

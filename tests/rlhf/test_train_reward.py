@@ -69,6 +69,25 @@ def test_trap_04_two_responses_are_bradley_terry_and_order_does_not_matter(setti
     assert_same(losses[0], losses[1])
 
 
+def test_centring_pulls_the_scores_to_zero(settings):
+    """The coefficient times the mean over pairs of squared sums, of K = 4 and of a pair."""
+    trainer = make_trainer(settings(dtype="float64"))
+    for responses in (2, 4):
+        example = next(ex for ex in trainer.train_dataset if len(ex["responses"]) == responses)
+        batch, ranks = trainer.collate([example]), example["row"]["ranks"]
+        scores = reward.batch_scores(trainer.model, batch)
+        decided = [(i, j) for i in range(responses) for j in range(responses) if ranks[i] < ranks[j]]
+        added = 0.01 * sum((scores[i] + scores[j]) ** 2 for i, j in decided) / len(decided)
+        losses = []
+        for trainer.args.center_rewards_coefficient in (0.01, 0.0):
+            losses.append(trainer.compute_loss(trainer.model, batch))
+        assert_same(losses[0] - losses[1], added)
+    with pytest.raises(
+        ValueError, match=r"center_rewards_coefficient: got 0\.01, wants 0 with loss_type plackett_luce"
+    ):
+        settings(center_rewards_coefficient=0.01, loss_type="plackett_luce")
+
+
 @pytest.mark.parametrize("loss_type", ["bradley_terry", "plackett_luce"])
 def test_trap_10_accumulation_equals_one_batch(settings, tmp_path, loss_type):
     """Two optimizer steps with (batch 8, accumulation 1) and (1, 8), K = 2, 4, 9 mixed: the same weights."""
