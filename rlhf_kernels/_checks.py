@@ -25,6 +25,12 @@ def check_tensor(name, tensor):
         raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
 
 
+def check_index(name, tensor):
+    """Return the tensor as int64; int32 is taken too. Raise for another dtype."""
+    check_dtype(name, tensor, (torch.int64, torch.int32))
+    return tensor.to(torch.int64)
+
+
 def check_shape(name, tensor, expected, meaning=""):
     """Raise unless the tensor's shape is `expected`: an entry is a size, or None for any size.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import needs_grad
-from ._checks import check_dtype, check_in, check_range, check_same_device, check_shape
+from ._checks import check_dtype, check_in, check_index, check_range, check_same_device, check_shape
 
 PRECISIONS = ("exact", "fast")
 _INF = float("inf")
@@ -61,13 +61,13 @@ def check_scale(temperature, softcap, labels):
 
 def check_labels(labels, rows, hidden_states):
     """Check labels and rows; return them flat."""
-    check_dtype("labels", labels, torch.int64)
+    labels = check_index("labels", labels)
     if rows is None:
         check_shape("labels", labels, tuple(hidden_states.shape[:-1]), "hidden_states without its last dimension")
     else:
         if hidden_states.dim() != 2:
             raise ValueError(f"hidden_states has shape {list(hidden_states.shape)}, expected [N, H] to go with rows")
-        check_dtype("rows", rows, torch.int64)
+        rows = check_index("rows", rows)
         check_shape("rows", rows, tuple(labels.shape), "the shape of labels")
         rows = rows.reshape(-1)
     check_same_device(hidden_states=hidden_states, labels=labels, rows=rows)

@@ -126,7 +126,8 @@ def _logprobs_setup(ctx, inputs, output):
         ctx.save_for_backward(output[4], labels != ignore_index, rows)
         ctx.hidden = hidden.shape, hidden.dtype
     else:
-        ctx.save_for_backward(*tensors, *output[:4])
+        results = (x.clone() for x in output[:2])  # the caller may write over them
+        ctx.save_for_backward(*tensors, *results, *output[2:4])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 

@@ -298,16 +298,16 @@ def logprobs_bwd(walk: Walk, upstream, results, needs, chunk_size, group, dtypes
 def with_gradients(walk: Walk, token_gradients, needs, chunk_size, group, with_entropy, apart=False):
     """One pass: log-probs and entropy [M], and gradients for token_gradients(part, log-prob, entropy) upstream."""
     head, kernels, gradients = walk.head, walk.kernels, Gradients(walk, *needs, apart)
-    out = torch.zeros(2, head.count, dtype=torch.float32, device=head.hidden.device)
+    logprobs, entropy = (torch.zeros(head.count, dtype=torch.float32, device=head.hidden.device) for _ in range(2))
     for part in walk.parts(chunk_size or kernels.wide_tokens(head.count, head.vocab, group)):
         h = walk.inputs(part)
         chunk = walk.chunk(part, h, slice(0, head.vocab))
         state = State.start(h.shape[0], with_entropy, h.device)
         kernels.fold(chunk, state)
         results = state.results(walk.kept[part], head.astray(part), group)
-        out[0, part] = results[0]
+        logprobs[part] = results[0]
         if with_entropy:
-            out[1, part] = results[1]
+            entropy[part] = results[1]
         if any(needs):
             chunk.has_bias_in = True
             dh = gradients.hidden_part(part, h)
@@ -317,7 +317,7 @@ def with_gradients(walk: Walk, token_gradients, needs, chunk_size, group, with_e
                 gradients.add(dlogits, unit, columns, h, dh, part.start == 0)
             gradients.finish_part(part, dh)
     dtypes = [head.dtype if apart else _saved_dtype(x, head) for x in (head.hidden, head.weight, head.bias)]
-    return out[0], out[1], gradients.finish(dtypes, group)
+    return logprobs, entropy, gradients.finish(dtypes, group)
 
 
 @dataclass

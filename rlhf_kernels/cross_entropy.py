@@ -8,7 +8,7 @@ from torch import Tensor
 from . import _cross_entropy_ops
 from . import _linear_ops as ops
 from ._autograd import needs_grad
-from ._checks import check_dtype, check_in, check_range, check_same_device, check_shape
+from ._checks import check_dtype, check_in, check_index, check_range, check_same_device, check_shape
 from ._linear_checks import check_execution, check_head, check_labels, check_scale
 from .linear import linear_logprobs
 from .logprobs import _check_options, check_logits
@@ -80,7 +80,7 @@ def cross_entropy_from_logits(
 
     Args:
         logits: [..., V] fp32, bf16, fp16 or fp64.
-        labels: [...] int64 in [0, V), or ignore_index. They are not shifted.
+        labels: [...] int64|int32 in [0, V), or ignore_index. They are not shifted.
         temperature: > 0, divides the logits after the softcap; default 1.0.
         softcap: > 0, or None for no cap, the default.
         ignore_index: label of rows that do not count, default -100. Their logits and weights may be NaN.
@@ -110,7 +110,7 @@ def cross_entropy_from_logits(
     """
     _check_reduction(reduction, num_items_in_batch)
     check_logits("logits", logits)
-    check_dtype("labels", labels, torch.int64)
+    labels = check_index("labels", labels)
     check_shape("labels", labels, tuple(logits.shape[:-1]), "the shape of logits without its last dimension")
     check_same_device(logits=logits, labels=labels)
     kept, *terms = _check_terms(labels, weights, ignore_index, label_smoothing, z_loss, loss_type)
@@ -148,8 +148,8 @@ def linear_cross_entropy(
     Args:
         hidden_states: [N, H], or [..., H] without rows; fp32, bf16, fp16 or fp64.
         weight: [V, H], dtypes as in `linear_logprobs`.
-        labels: [N] (or [...]) int64, or [M] with rows; in [0, V), or ignore_index. They are not shifted.
-        rows: [M] int64, the row of hidden_states that predicts each label; default None: row i predicts label i.
+        labels: [N] (or [...]) int64|int32, or [M] with rows; in [0, V), or ignore_index. They are not shifted.
+        rows: [M] int64|int32, the row of hidden_states that predicts each label; default None: row i predicts label i.
         bias: [V], or None, the default.
         temperature: > 0, default 1.0; or a tensor in the shape of labels.
         softcap: > 0, or None for no cap, the default.

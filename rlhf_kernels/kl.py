@@ -58,7 +58,7 @@ def _(grad, logits, ref_logits, *rest):
 
 def _kl_setup(ctx, inputs, output):
     logits, ref_logits, *ctx.options = inputs
-    ctx.save_for_backward(logits, ref_logits, *output)
+    ctx.save_for_backward(logits, ref_logits, output[0].clone(), *output[1:])  # the caller may write over the result
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 

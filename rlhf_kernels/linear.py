@@ -33,9 +33,10 @@ def linear_logprobs(
         hidden_states: [N, H], or [..., H] without rows; fp32, bf16, fp16 or fp64.
         weight: [V, H], the LM head; fp32, bf16 or fp16, which may differ from hidden_states', or fp64 with fp64. Under
             autocast both are cast.
-        labels: [N] (or [...]) int64, or [M] with rows; in [0, V) of the whole vocabulary, or ignore_index.
-        rows: [M] int64 in [0, N), the row of hidden_states that predicts each label; several labels may read one row,
-            as the first tokens of K responses read the prompt's last row. None, the default: row i predicts label i.
+        labels: [N] (or [...]) int64|int32, or [M] with rows; in [0, V) of the whole vocabulary, or ignore_index.
+        rows: [M] int64|int32 in [0, N), the row of hidden_states that predicts each label; several labels may read one
+            row, as the first tokens of K responses read the prompt's last row. None, the default: row i predicts label
+            i.
         bias: [V], or None, the default; entries of -inf ban tokens.
         temperature: > 0, default 1.0; or a tensor in the shape of labels, one for each, which is not differentiated.
         softcap: > 0, or None for no cap, the default.
@@ -53,7 +54,8 @@ def linear_logprobs(
         vocab_start_index: first token of this rank's shard, default 0.
     Returns:
         log-probs in the shape of labels, fp32 (fp64 for fp64), in nats; with return_entropy (log-probs, entropy).
-        Differentiable in hidden_states, weight and bias; their gradients are summed in fp32 and rounded once.
+        Differentiable in hidden_states, weight and bias; their gradients are summed in fp32 and rounded once. They may
+        be written in place.
     Raises:
         ValueError: shapes, dtypes or devices do not fit; a DTensor; a number out of range; a label, row or temperature
             out of range, checked on the CPU, and elsewhere only with RLHF_KERNELS_CHECK=1; without it the row becomes

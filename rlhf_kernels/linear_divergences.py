@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import _linear_ops as ops
-from ._checks import check_dtype, check_in, check_same_device, check_shape
+from ._checks import check_in, check_index, check_same_device, check_shape
 from ._linear_checks import check_execution, check_head, check_scale, wants_slopes
 from .kl import DIRECTIONS
 
@@ -37,7 +36,7 @@ def linear_kl(
         weight: [V, H], dtypes as in `linear_logprobs`.
         ref_hidden_states: [..., H2], the reference's, with the same leading dimensions; H2 may differ from H.
         ref_weight: [V, H2]; may be the policy's own head.
-        rows: [M] int64 in [0, N), the rows of both hidden states to compare; None, the default: all.
+        rows: [M] int64|int32 in [0, N), the rows of both hidden states to compare; None, the default: all.
         bias: [V], or None, the default.
         ref_bias: [V], or None, the default.
         temperature: > 0, divides both, default 1.0.
@@ -68,7 +67,7 @@ def linear_kl(
     )
     check_shape("ref_weight", ref_weight, (weight.shape[0], None), "[V, H2], V as in weight")
     if rows is not None:
-        check_dtype("rows", rows, torch.int64)
+        rows = check_index("rows", rows)
         check_shape("rows", rows, (None,), "[M]")
         if hidden_states.dim() != 2:
             raise ValueError(f"hidden_states has shape {list(hidden_states.shape)}, expected [N, H] to go with rows")

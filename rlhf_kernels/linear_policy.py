@@ -42,12 +42,12 @@ def linear_ppo_loss(
     Args:
         hidden_states: [B, T, H], or [N, H] with rows or packed labels; fp32, bf16, fp16 or fp64.
         weight: [V, H], dtypes as in `linear_logprobs`.
-        labels: [B, T] int64 in [0, V), the sampled tokens; or [N], packed, for the two token modes. Under mask 0
+        labels: [B, T] int64|int32 in [0, V), the sampled tokens; or [N], packed, for the two token modes. Under mask 0
             they may hold anything.
         old_log_probs: like labels, floating, +log p when the tokens were sampled, in nats.
         advantages: like labels, floating; constants.
         response_mask: like labels, bool or integer, 1 = keep. What stands under a 0 may be NaN.
-        rows: like labels, int64, the row of hidden_states that predicts each label; default None.
+        rows: like labels, int64|int32, the row of hidden_states that predicts each label; default None.
         bias: [V], or None, the default.
         temperature: > 0, default 1.0: the one the tokens were sampled with; or a tensor like labels.
         softcap: > 0, or None for no cap, the default.
@@ -79,7 +79,8 @@ def linear_ppo_loss(
         (tensor(-0.4000), torch.Size([1, 2, 3]))
     """
     hidden, weight, bias = check_head(hidden_states, weight, bias)
-    _, flat_rows = check_labels(labels, rows, hidden_states)
+    flat_labels, flat_rows = check_labels(labels, rows, hidden_states)
+    labels = flat_labels.view(labels.shape)
     temperatures, temperature, softcap = check_scale(temperature, softcap, labels)
     for name, x in (("old_log_probs", old_log_probs), ("advantages", advantages)):
         check_dtype(name, x, FLOATS)

@@ -6,9 +6,15 @@ import torch
 
 from . import dispatch
 from ._autograd import register
-from ._checks import check_dtype, check_range, check_same_device, check_shape, reads_values
-
-_INT64 = (torch.int64,)
+from ._checks import (
+    check_dtype,
+    check_index,
+    check_mask,
+    check_range,
+    check_same_device,
+    check_shape,
+    reads_values,
+)
 
 
 def check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
@@ -86,7 +92,8 @@ def logprobs_bwd_(
 
 def _setup_context(ctx, inputs, output):
     logits, labels, *ctx.options, ctx.with_entropy, ctx.inplace = inputs
-    ctx.save_for_backward(logits, labels, *output)
+    rows = (x.clone() for x in output[:2])  # the caller may write over the results
+    ctx.save_for_backward(logits, labels, *rows, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -121,11 +128,13 @@ def _shares_memory(tensor: torch.Tensor) -> bool:
     return expanded or torch._C._are_functorch_transforms_active()
 
 
-def _forward(logits, labels, temperature, softcap, ignore_index, inplace_backward, with_entropy):
+def _forward(logits, labels, temperature, softcap, ignore_index, row_mask, inplace_backward, with_entropy):
     check_logits("logits", logits)
-    check_dtype("labels", labels, _INT64)
+    labels = check_index("labels", labels)
     check_shape("labels", labels, tuple(logits.shape[:-1]), "the shape of logits without its last dimension")
-    check_same_device(logits=logits, labels=labels)
+    check_same_device(logits=logits, labels=labels, row_mask=row_mask)
+    if row_mask is not None:
+        labels = torch.where(check_mask("row_mask", row_mask, tuple(labels.shape)), labels, ignore_index)
     temperature, softcap = _check_options(temperature, softcap)
     inplace = inplace_backward and not torch.compiler.is_compiling() and not _shares_memory(logits)
     return _logprobs(logits, labels, temperature, softcap, ignore_index, with_entropy, inplace)[:2]
@@ -138,6 +147,7 @@ def logprobs_from_logits(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    row_mask: torch.Tensor | None = None,
     inplace_backward: bool = False,
 ) -> torch.Tensor:
     """Log-prob of each label under softmax(softcap * tanh(logits / softcap) / temperature).
@@ -147,16 +157,18 @@ def logprobs_from_logits(
 
     Args:
         logits: [..., V] fp32, bf16, fp16 or fp64; any strides.
-        labels: [...] int64 in [0, V), or ignore_index.
+        labels: [...] int64|int32 in [0, V), or ignore_index.
         temperature: > 0, divides the logits after the softcap, as samplers do; default 1.0.
         softcap: > 0, or None for no cap, the default. A logit of -inf stays -inf.
         ignore_index: label of rows that do not count, default -100. They give 0 and no gradient, and their logits may
             be NaN.
+        row_mask: [...] bool or integer, 1 = keep, or None, the default, for all rows; those under 0 are as those of
+            ignore_index, whatever their labels.
         inplace_backward: write the gradient over the logits, which saves [..., V] of memory, default False. Nobody
             else may need the logits after the backward; PyTorch raises if a saved copy would be read. Has no effect
             under torch.compile and torch.func.vmap, and on expanded logits.
     Returns:
-        [...] fp32 (fp64 for fp64 logits), in nats, <= 0. Differentiable in logits.
+        [...] fp32 (fp64 for fp64 logits), in nats, <= 0. Differentiable in logits. It may be written in place.
     Raises:
         ValueError: shapes, dtypes or devices do not fit; temperature or softcap not > 0 and finite; a label outside
             [0, V) that is not ignore_index. The last is checked on the CPU, and elsewhere only with
@@ -169,7 +181,7 @@ def logprobs_from_logits(
         >>> logprobs_from_logits(logits, torch.tensor([0]))
         tensor([-1.8971])
     """
-    return _forward(logits, labels, temperature, softcap, ignore_index, inplace_backward, False)[0]
+    return _forward(logits, labels, temperature, softcap, ignore_index, row_mask, inplace_backward, False)[0]
 
 
 def logprobs_and_entropy_from_logits(
@@ -179,6 +191,7 @@ def logprobs_and_entropy_from_logits(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    row_mask: torch.Tensor | None = None,
     inplace_backward: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each label and entropy of each row, from one read of the logits; gradients flow through both.
@@ -187,13 +200,15 @@ def logprobs_and_entropy_from_logits(
 
     Args:
         logits: [..., V] fp32, bf16, fp16 or fp64; any strides.
-        labels: [...] int64 in [0, V), or ignore_index.
+        labels: [...] int64|int32 in [0, V), or ignore_index.
         temperature: > 0, divides the logits after the softcap; default 1.0.
         softcap: > 0, or None for no cap, the default.
         ignore_index: label of rows that do not count, default -100: log-prob 0, entropy 0, no gradient.
+        row_mask: [...] bool or integer, 1 = keep, or None, the default; see `logprobs_from_logits`.
         inplace_backward: write the gradient over the logits, default False; see `logprobs_from_logits`.
     Returns:
-        (log-probs [...], entropy [...]), fp32 (fp64 for fp64 logits), in nats. Differentiable in logits.
+        (log-probs [...], entropy [...]), fp32 (fp64 for fp64 logits), in nats. Differentiable in logits. They may be
+        written in place.
     Raises:
         ValueError: as `logprobs_from_logits`.
     Cost: as `logprobs_from_logits`; the entropy adds no read.
@@ -203,11 +218,15 @@ def logprobs_and_entropy_from_logits(
         >>> logprobs, entropy
         (tensor([-1.3863]), tensor([1.3863]))
     """
-    return _forward(logits, labels, temperature, softcap, ignore_index, inplace_backward, True)
+    return _forward(logits, labels, temperature, softcap, ignore_index, row_mask, inplace_backward, True)
 
 
 def entropy_from_logits(
-    logits: torch.Tensor, *, temperature: float = 1.0, softcap: float | None = None
+    logits: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    row_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Entropy of softmax(softcap * tanh(logits / softcap) / temperature), row by row.
 
@@ -217,11 +236,14 @@ def entropy_from_logits(
         logits: [..., V] fp32, bf16, fp16 or fp64; any strides.
         temperature: > 0, divides the logits after the softcap; default 1.0.
         softcap: > 0, or None for no cap, the default.
+        row_mask: [...] bool or integer, 1 = keep, or None, the default, for all rows; those under 0 are not read, and
+            give 0 and no gradient.
     Returns:
         [...] fp32 (fp64 for fp64 logits), in nats, between 0 and log V; a row of nothing but -inf gives 0.
-        Differentiable in logits.
+        Differentiable in logits. It may be written in place.
     Raises:
-        ValueError: logits is not a floating tensor [..., V]; temperature or softcap not > 0 and finite.
+        ValueError: logits is not a floating tensor [..., V]; temperature or softcap not > 0 and finite; row_mask is
+            no mask of the rows.
     Cost: reads the logits once, and once more in the backward; no host sync.
     Example:
         >>> import torch
@@ -230,4 +252,8 @@ def entropy_from_logits(
     """
     check_logits("logits", logits)
     temperature, softcap = _check_options(temperature, softcap)
-    return _logprobs(logits, None, temperature, softcap, 0, True)[1]
+    labels = None
+    if row_mask is not None:
+        check_same_device(logits=logits, row_mask=row_mask)
+        labels = torch.where(check_mask("row_mask", row_mask, tuple(logits.shape[:-1])), 0, -100)
+    return _logprobs(logits, labels, temperature, softcap, -100, True)[1]

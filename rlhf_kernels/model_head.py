@@ -358,11 +358,11 @@ def linear_logprobs_from_model(
     Args:
         model: as in `find_head`.
         input_ids: [B, T] int64.
-        labels: [B, T] int64, not shifted: position t predicts labels[:, t]; [M] with rows. None, the default: each
-            position predicts the next of input_ids; a token, or a position, under attention_mask 0 does not count.
+        labels: [B, T] int64|int32, not shifted: position t predicts labels[:, t]; [M] with rows. None, the default:
+            each position predicts the next of input_ids; a token, or a position, under attention_mask 0 does not count.
         attention_mask: [B, T], 1 = token, or whatever else the model takes; None, the default: the model's own way.
         position_ids: [B, T] int64; None, the default: the model's own way.
-        rows: [M] int64 in [0, B T), the position b T + t that predicts each label; default None.
+        rows: [M] int64|int32 in [0, B T), the position b T + t that predicts each label; default None.
         temperature: > 0, default 1.0; or a tensor in the shape of labels.
         ignore_index: label of positions that do not count, default -100.
         return_entropy: return the entropy too, default False.

@@ -16,10 +16,10 @@ def _wanted(gradient, needed):
 def kl_fwd(logits, ref_logits, temperature, reverse):
     shape, vocab = logits.shape[:-1], logits.shape[-1]
     sides = [dense_rows(x.reshape(-1, vocab)) for x in (logits, ref_logits)]
-    out = [fresh(sides[0].shape[0]) for _ in range(5)]
+    out = [torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(5)]
     sides, statistics = (sides, out[1:]) if reverse else (sides[::-1], out[3:] + out[1:3])
     run("kl_fwd", *typed_rows(sides[0]), *typed_rows(sides[1]), *sides[0].shape, temperature, out[0], *statistics)
-    return tuple(x.view(shape) for x in out)
+    return tuple(out)
 
 
 def kl_bwd(

@@ -1,5 +1,7 @@
 """Calls of csrc/cpu/logprobs.cpp; what the functions mean stands in reference/logprobs.py."""
 
+import torch
+
 from .._native import DTYPES, dense_fp32, dense_rows, fresh, run
 
 
@@ -8,19 +10,13 @@ def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entrop
     rows = dense_rows(logits.reshape(-1, vocab))
     count = rows.shape[0]
     flat_labels = None if labels is None else labels.reshape(-1).contiguous()
-    logprobs = fresh(0 if labels is None else count)
-    entropy = fresh(count if with_entropy else 0)
-    row_max, log_sum = fresh(count), fresh(count)
+    wanted = (labels is not None, with_entropy, True, True)
+    out = [torch.empty(shape if want else 0, dtype=torch.float32, device="cpu") for want in wanted]
     run(
         "logprobs_fwd", rows, DTYPES[rows.dtype], rows.stride(0), flat_labels, count, vocab, temperature,
-        softcap or 0.0, ignore_index, logprobs, entropy if with_entropy else None, row_max, log_sum,
+        softcap or 0.0, ignore_index, out[0], out[1] if with_entropy else None, *out[2:],
     )  # fmt: skip
-    return (
-        logprobs if labels is None else logprobs.view(shape),
-        entropy.view(shape) if with_entropy else entropy,
-        row_max.view(shape),
-        log_sum.view(shape),
-    )
+    return tuple(out)
 
 
 def logprobs_bwd(

@@ -16,12 +16,12 @@ def kl_fwd(logits, ref_logits, temperature, reverse):
         return torch.empty(size, dtype=dtype, device=logits.device)
 
     partial = new(4 * count * parts, torch.float64) if parts > 1 else None
-    out = [new(count) for _ in range(5)]
+    out = [new(shape) for _ in range(5)]
     sides, statistics = (sides, out[1:]) if reverse else (sides[::-1], out[3:] + out[1:3])
     launch(
         "kl_fwd", *typed_rows(sides[0]), *typed_rows(sides[1]), count, vocab, temperature, partial, out[0], *statistics
     )
-    return tuple(x.view(shape) for x in out)
+    return tuple(out)
 
 
 def kl_bwd(

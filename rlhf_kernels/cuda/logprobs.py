@@ -20,18 +20,12 @@ def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entrop
         return torch.empty(size, dtype=dtype, device=rows.device)
 
     partial = new(4 * count * parts, torch.float64) if parts > 1 else None
-    logprobs, entropy = new(0 if labels is None else count), new(count if with_entropy else 0)
-    row_max, log_sum = new(count), new(count)
+    out = [new(shape if want else 0) for want in (labels is not None, with_entropy, True, True)]
     launch(
         "logprobs_fwd", rows, DTYPES[rows.dtype], rows.stride(0), _flat(labels), count, vocab, temperature,
-        softcap or 0.0, ignore_index, partial, logprobs, entropy if with_entropy else None, row_max, log_sum,
+        softcap or 0.0, ignore_index, partial, out[0], out[1] if with_entropy else None, *out[2:],
     )  # fmt: skip
-    return (
-        logprobs if labels is None else logprobs.view(shape),
-        entropy.view(shape) if with_entropy else entropy,
-        row_max.view(shape),
-        log_sum.view(shape),
-    )
+    return tuple(out)
 
 
 def logprobs_bwd(

@@ -82,13 +82,13 @@ def _scaled_blocks(logits, ref_logits, temperature):
 def kl_fwd(logits, ref_logits, temperature, reverse):
     """(exact KL, row maximum and log of the row's sum of the policy, the same two of the reference), each [...]."""
     shape, dtype = logits.shape[:-1], accumulator_dtype(logits, ref_logits)
-    out = [logits.new_zeros(shape.numel(), dtype=dtype) for _ in range(5)]
+    out = [logits.new_zeros(shape, dtype=dtype) for _ in range(5)]
     for part, z_p, z_q in _scaled_blocks(logits, ref_logits, temperature):
         p, q = row_statistics(z_p), row_statistics(z_q)
         kl = divergence(z_p, z_q, p, q)[0] if reverse else divergence(z_q, z_p, q, p)[0]
         for target, value in zip(out, (kl, *p, *q), strict=True):
-            target[part] = value
-    return tuple(x.view(shape) for x in out)
+            target.view(-1)[part] = value
+    return tuple(out)
 
 
 def kl_bwd(

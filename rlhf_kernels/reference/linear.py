@@ -206,21 +206,21 @@ def _walk_with_gradients(
 ):
     """One pass: log-probs and entropy [M], and gradients for token_gradients(part, log-prob, entropy) upstream."""
     gradients = Gradients(head, *needs, apart)
-    out = head.hidden.new_zeros(2, head.count, dtype=head.dtype)
+    logprobs, entropy = (head.hidden.new_zeros(head.count, dtype=head.dtype) for _ in range(2))
     for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, head.hidden.device, group)):
         h = head.inputs(part, kept[part])
         z, slope = head.scaled(h, part)
         local = _local_labels(labels[part], head, vocab_start)
         merged = _merge(_statistics(z, local, with_entropy), group)
         results = _row_results(merged, kept[part], head.astray(part), with_entropy)
-        out[0, part] = results[0]
+        logprobs[part] = results[0]
         if with_entropy:
-            out[1, part] = results[1]
+            entropy[part] = results[1]
         if any(needs):
             upstream = token_gradients(part, *results[:2])
             gradients.add(part, h, _dlogits(z, slope, local, kept[part], *upstream, results))
     dtypes = [head.dtype if apart else _saved_dtype(x, head) for x in (head.hidden, head.weight, head.bias)]
-    return out[0], out[1], gradients.finish(dtypes, group)
+    return logprobs, entropy, gradients.finish(dtypes, group)
 
 
 def linear_logprobs_fwd(

@@ -97,8 +97,8 @@ def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entrop
     shape, vocab = logits.shape[:-1], logits.shape[-1]
     rows, flat_labels = logits.reshape(-1, vocab), None if labels is None else labels.reshape(-1)
     dtype = accumulator_dtype(logits)
-    new = rows.new_zeros
-    out = [new(rows.shape[0], dtype=dtype) for _ in range(4)]
+    shapes = (shape if labels is not None else 0, shape if with_entropy else 0, shape, shape)
+    out = [rows.new_zeros(size, dtype=dtype) for size in shapes]
     for start, stop in _blocks(rows.shape[0], vocab):
         z, _ = scale_logits(rows[start:stop], temperature, softcap)
         label_logit = None
@@ -111,14 +111,8 @@ def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entrop
             if value is not None:
                 if labels is not None:
                     value = torch.where(kept, value, 0.0).masked_fill(outside, math.nan)
-                target[start:stop] = value
-    logprob, entropy, row_max, log_sum = out
-    return (
-        new(0, dtype=dtype) if labels is None else logprob.view(shape),
-        entropy.view(shape) if with_entropy else new(0, dtype=dtype),
-        row_max.view(shape),
-        log_sum.view(shape),
-    )
+                target.view(-1)[start:stop] = value
+    return tuple(out)
 
 
 def row_gradient(z, slope, safe, grad_logprob, grad_entropy, logprob, entropy, row_max, log_sum):

@@ -266,13 +266,15 @@ def approx_kl_bwd_kernel(
         tl.store(out_q + index, (-slope).to(out_q.dtype.element_ty), mask=inside)
 
 
-def divergence(a, b, temperature):
-    """(KL(a || b), max and log sum of a, the same two of b) of rows [N, V] with a dense last dimension."""
+def divergence(a, b, temperature, shape=None):
+    """(KL(a || b), max and log sum of a, the same two of b) of rows [N, V] with a dense last dimension.
+
+    Each is [N], or has the shape of N entries that is given.
+    """
     count, vocab = a.shape
     parts = pieces(vocab, PART)
-    new = a.new_empty
-    statistics = [new(count * parts, dtype=torch.float32) for _ in range(5)]
-    results = [new(count, dtype=torch.float32) for _ in range(5)]
+    statistics = [a.new_empty(count * parts, dtype=torch.float32) for _ in range(5)]
+    results = [a.new_empty(count if shape is None else shape, dtype=torch.float32) for _ in range(5)]
     block, scale = min(BLOCK, power_of_two(vocab)), 1.0 / temperature
     _launch.run(
         statistics_kernel, count * parts, a, a.stride(0), b, b.stride(0), vocab, parts, scale, *statistics, PART=PART,
@@ -306,9 +308,9 @@ def divergence_gradient(grad, a, b, results, temperature, out_a, out_b, softcap=
 
 def kl_fwd(logits, ref_logits, temperature, reverse):
     shape, policy, ref = logits.shape[:-1], rows_of(logits), rows_of(ref_logits)
-    kl, *statistics = divergence(policy, ref, temperature) if reverse else divergence(ref, policy, temperature)
-    statistics = statistics if reverse else statistics[2:] + statistics[:2]
-    return tuple(x.view(shape) for x in (kl, *statistics))
+    sides = (policy, ref) if reverse else (ref, policy)
+    kl, *statistics = divergence(*sides, temperature, shape)
+    return kl, *(statistics if reverse else statistics[2:] + statistics[:2])
 
 
 def kl_bwd(

@@ -146,8 +146,8 @@ def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entrop
     new = rows.new_empty
     statistics = [new(count * parts, dtype=torch.float32) for _ in range(3 if with_entropy else 2)]
     statistics += [None] * (3 - len(statistics))
-    sizes = (0 if labels is None else count, count if with_entropy else 0, count, count)
-    results = [new(size, dtype=torch.float32) for size in sizes]
+    wanted = (labels is not None, with_entropy, True, True)
+    results = [new(shape if want else 0, dtype=torch.float32) for want in wanted]
     block = min(BLOCK, power_of_two(vocab))
     scalars = (1.0 / temperature, softcap or 0.0, ignore_index)
     options = {"HAS_LABELS": labels is not None, "WITH_ENTROPY": with_entropy, **_options(temperature, softcap)}
@@ -159,7 +159,7 @@ def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entrop
         merge_kernel, pieces(count, ROWS), rows, rows.stride(0), labels, count, vocab, parts, *scalars, *statistics,
         *results, ROWS=ROWS, PARTS=power_of_two(parts), num_warps=1, **options,
     )  # fmt: skip
-    return tuple(x.view(shape) if size == count else x for x, size in zip(results, sizes))
+    return tuple(results)
 
 
 def logprobs_bwd(

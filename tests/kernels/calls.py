@@ -71,6 +71,9 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             lambda x: [rk.cross_entropy_from_logits(x, labels, loss_type="dft", reduction="none", softcap=3.0)],
             [randn(4, 7)],
         ),
+        "entropy_from_logits of some rows": Call(
+            "logprobs", lambda x: [rk.entropy_from_logits(x, row_mask=labels < 5)], [randn(4, 7)]
+        ),
         "kl_from_logits": Call("kl", lambda x, y: [rk.kl_from_logits(x, y)], [randn(4, 7), randn(4, 7)]),
         "kl_from_logits forward": Call(
             "kl", lambda x, y: [rk.kl_from_logits(x, y, direction="forward")], [randn(4, 7), randn(4, 7)]

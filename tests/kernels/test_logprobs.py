@@ -184,7 +184,7 @@ def test_blocks_of_rows(backend_name, monkeypatch):
 
 BAD = {
     "shape": ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels has shape [3], expected [2]"),
-    "label dtype": ({"labels": torch.zeros(2)}, "labels has dtype float32, expected one of: int64"),
+    "label dtype": ({"labels": torch.zeros(2)}, "labels has dtype float32, expected one of: int64, int32"),
     "logits dtype": ({"logits": torch.zeros(2, 4, dtype=torch.int64)}, "logits has dtype int64"),
     "no vocabulary": ({"logits": torch.zeros(2, 0)}, "logits has shape [2, 0], expected [..., V] with V >= 1"),
     "not a tensor": ({"labels": [0, 1]}, "labels must be a torch.Tensor, got list"),
