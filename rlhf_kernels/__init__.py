@@ -10,17 +10,50 @@ from .linear_divergences import linear_kl
 from .linear_policy import linear_ppo_loss
 from .logprobs import entropy_from_logits, logprobs_and_entropy_from_logits, logprobs_from_logits
 from .model_head import ModelHead, call_with_head, find_head, linear_logprobs_from_model
+from .objectives import (
+    CISPO,
+    DPPO,
+    DRO,
+    GMPO,
+    GPG,
+    GSPO,
+    RLOO,
+    SAPO,
+    Clip,
+    ClipCov,
+    KLCov,
+    KLTerm,
+    Objective,
+    Reinforce,
+)
 from .packing import PackedResponses, pack_responses, shared_prefix_attention
+from .policy import PolicyLoss, ValueLoss, policy_loss, value_loss
 from .ppo import PPOLoss, ppo_loss
 from .preference import preference_loss
 
 __version__ = "0.1.0"
 __all__ = [
+    "CISPO",
+    "DPPO",
+    "DRO",
+    "GMPO",
+    "GPG",
+    "GSPO",
+    "RLOO",
+    "SAPO",
+    "Clip",
+    "ClipCov",
+    "KLCov",
+    "KLTerm",
     "ModelHead",
+    "Objective",
     "PPOLoss",
     "PackedResponses",
+    "PolicyLoss",
     "RLHFAdvantages",
     "RankingLoss",
+    "Reinforce",
+    "ValueLoss",
     "__version__",
     "approx_kl",
     "backend",
@@ -42,8 +75,10 @@ __all__ = [
     "masked_whiten",
     "pack_responses",
     "plackett_luce_loss",
+    "policy_loss",
     "ppo_loss",
     "preference_loss",
     "rlhf_advantages",
     "shared_prefix_attention",
+    "value_loss",
 ]

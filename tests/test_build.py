@@ -24,6 +24,11 @@ if X86:
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 SUPPORT = {"isa", "math"}  # run-time detection and threads; the vector maths for its test
 COMPOSED = {"linear"}  # its arithmetic is that of logprobs
+BESIDE = {  # public files that are no op's own
+    "dispatch",
+    "model_head",
+    "objectives",
+}
 LINEAR = {"linear_divergences", "linear_policy"}  # public functions of the op linear
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
@@ -61,7 +66,7 @@ def test_no_orphans():
         assert modules == ops_with(name)
     assert stems(ROOT / "docs" / "ops", "*.md") == ops
     public = {name for name in stems(PACKAGE, "*.py") if not name.startswith("_")}
-    assert public == ops | LINEAR | {"dispatch", "model_head"}
+    assert public == ops | LINEAR | BESIDE
 
 
 def test_dispatch_is_short_and_swallows_nothing():

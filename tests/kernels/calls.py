@@ -10,6 +10,7 @@ import rlhf_kernels as rk
 from tests.conftest import GPU, ON_GPU
 from tests.on_gpu import OnGPU
 
+OBJECTIVES = {"clip": rk.Clip(), "gspo": rk.GSPO(), "gmpo": rk.GMPO(), "dppo": rk.DPPO("kl"), "kl_cov": rk.KLCov()}
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "orpo", "simpo", "kto")
 
 
@@ -122,6 +123,9 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             ),
             [old + 0.1 * randn(3, 5), third + 0.3 * randn(3, 5), randn(3, 5).abs()],
         ),
+        "value_loss": Call(
+            "policy", lambda v: numbers_of(rk.value_loss(v, third, fourth, mask)), [third + 0.3 * randn(3, 5)]
+        ),
         "bradley_terry_loss": Call(
             "bradley_terry",
             lambda s: numbers_of(rk.bradley_terry_loss(s, ranks, margins=0.2, ties="half")),
@@ -185,6 +189,17 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             "packing", lambda x: rk.PackedResponses(*(f.to(x.device) for f in packed)).per_response(x), [randn(3)]
         ),
     }
+    for name, objective in OBJECTIVES.items():
+        calls[f"policy_loss {name}"] = Call(
+            "policy",
+            lambda p, e, o=objective: numbers_of(
+                rk.policy_loss(
+                    p, old, other, mask, objective=o, ref_log_probs=third, kl=rk.KLTerm(0.1), weights=fourth.abs(),
+                    log_ratio_clamp=20.0, entropy=e, entropy_coef=0.1, loss_agg_mode="seq-mean-token-mean",
+                )
+            ),
+            [old + 0.1 * randn(3, 5), randn(3, 5).abs()],
+        )  # fmt: skip
     for estimator in ("k1", "k2", "k3"):
         calls[f"approx_kl {estimator}"] = Call(
             "kl", lambda p, q, e=estimator: [rk.approx_kl(p, q, estimator=e)], [randn(3, 5), randn(3, 5)]

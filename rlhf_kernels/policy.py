@@ -1,0 +1,397 @@
+"""Policy loss of any objective, with KL, weights and entropy bonus; and the value loss: one walk over the tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from ._autograd import register
+from ._checks import (
+    FLOATS,
+    check_dtype,
+    check_in,
+    check_mask,
+    check_range,
+    check_same_device,
+    check_shape,
+    reads_values,
+)
+from .objectives import Clip, KLTerm, Objective
+from .reference.policy import STATS, Settings, Tensors
+from .reference.ppo import AGG_MODES, accumulator_dtype
+
+_OF_POLICY = (
+    "tokens", "approx_kl", "approx_kl_k1", "approx_kl_k3", "clip_fraction", "clip_fraction_low", "clip_fraction_high",
+    "dual_clip_fraction", "ratio_mean", "ratio_var", "ratio_max",
+)  # fmt: skip
+_OF_VALUES = ("tokens", "value_clip_fraction", "explained_variance", "value_mean", "return_mean")
+
+
+class PolicyLoss(NamedTuple):
+    """The loss, which backpropagates, and a dict of detached scalars on the device."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class ValueLoss(NamedTuple):
+    """The loss, which backpropagates, and a dict of detached scalars on the device."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    objective: Objective = Clip(),
+    ref_log_probs: Tensor | None = None,
+    kl: KLTerm | None = None,
+    weights: Tensor | None = None,
+    log_ratio_clamp: float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    loss_agg_mode: str = "token-mean",
+    num_items_in_batch: int | float | Tensor | None = None,
+    entropy_agg_mode: str = "token-mean",
+    entropy_num_items_in_batch: int | float | Tensor | None = None,
+) -> PolicyLoss:
+    """Policy loss of a published objective: sum of w (weights objective + kl.coef KL) - entropy_coef sum of v entropy.
+
+    w and v are the shares of each kept token under loss_agg_mode and entropy_agg_mode. What each objective is stands
+    in its own docstring: `Clip`, `GSPO`, `CISPO`, `SAPO`, `GMPO`, `DPPO`, `GPG`, `Reinforce`, `RLOO`, `DRO`, `ClipCov`,
+    `KLCov`.
+
+    Args:
+        log_probs: [B, T] fp32|bf16|fp16|fp64, +log p of the sampled tokens now; differentiated. Arithmetic in fp32
+            (fp64 for fp64).
+        old_log_probs: [B, T], +log p when the tokens were sampled.
+        advantages: [B, T], or [B] or [B, 1]: one for each sequence.
+        response_mask: [B, T] bool or integer, 1 = keep. What stands under a 0 may be NaN.
+        objective: what is maximised, default Clip().
+        ref_log_probs: [B, T], +log p under the reference; needed with kl, default None.
+        kl: `KLTerm`, the KL to the reference inside the loss; None, the default, for none.
+        weights: [B, T], [B] or [B, 1], factors >= 0 of the objective's terms (not of the KL), as `importance_weights`
+            makes them; constants; default None. A weight of 0 leaves the token in the means.
+        log_ratio_clamp: > 0, log_probs - old_log_probs is held within +- this, with no gradient beyond; None, the
+            default, for no bound. verl and OpenRLHF: 20.
+        entropy: [B, T] entropy of each token's distribution in nats, differentiated; None, the default: not in loss
+            or metrics.
+        entropy_coef: >= 0, weight of the entropy bonus, default 0.0; needs entropy.
+        loss_agg_mode: how objective and KL are averaged, default "token-mean"; modes as in `ppo_loss`.
+        num_items_in_batch: number or 0-d tensor: tokens (token-mean) or sequences (seq-*) of the whole batch, over all
+            micro-batches and processes, instead of this call's count; default None.
+        entropy_agg_mode: how the entropy bonus is averaged, default "token-mean" whatever loss_agg_mode is.
+        entropy_num_items_in_batch: as num_items_in_batch, for the entropy bonus; default None.
+    Returns:
+        PolicyLoss(loss, metrics): 0-d, fp32 (fp64 for fp64). Metrics, detached: policy_loss, and with kl kl_loss,
+        with entropy entropy_loss (aggregated, unscaled); plain means over kept tokens, NaN without any: tokens (their
+        count), approx_kl_k1, approx_kl and approx_kl_k3 (of -log r, 1/2 (log r)^2 and r - 1 - log r), clip_fraction
+        and its parts clip_fraction_low and clip_fraction_high (the token's gradient, or for CISPO its weight, is
+        held), dual_clip_fraction (the upper bound where A < 0, or ratio_cap, holds), ratio_mean, ratio_var, ratio_max
+        (of the sequence's ratio where the objective has that); with weights effective_sample_size, a share,
+        (sum w)^2 / (tokens sum w^2), and filtered_fraction (w = 0); with kl ref_kl; with entropy entropy.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; an argument that another one needs is missing; a number out
+            of range; unknown mode; num_items_in_batch with "token-sum".
+    Cost:
+        One pass with gradients in the forward, metrics included; two where the objective is of whole sequences. The
+        backward is one product. No host sync. `ClipCov` and `KLCov` sort the tokens first.
+    Example:
+        >>> import torch
+        >>> new, old = torch.tensor([[-1.0, -2.0]], requires_grad=True), torch.tensor([[-1.0, -2.5]])
+        >>> loss = policy_loss(new, old, torch.tensor([0.65]), torch.ones(1, 2).bool(), objective=CISPO(high=0.2))
+        >>> loss.loss.backward()
+        >>> new.grad  # -A clip(r) / 2: the clipped token keeps a gradient
+        tensor([[-0.3250, -0.3900]])
+    """
+    mask = check_policy(log_probs, old_log_probs, advantages, response_mask)
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective must be an Objective such as Clip(), got {objective!r}")
+    numbers = {**objective.numbers(), **check_kl(ref_log_probs, kl, log_probs)}
+    if weights is not None:
+        weights = per_token("weights", weights, log_probs)
+    check_entropy(log_probs, entropy, entropy_coef)
+    if log_ratio_clamp is not None:
+        check_range("log_ratio_clamp", log_ratio_clamp, 0, low_open=True)
+        numbers["log_ratio_clamp"] = float(log_ratio_clamp)
+    tensors = Tensors(
+        mask=mask,
+        log_probs=log_probs,
+        old_log_probs=old_log_probs,
+        advantages=per_token("advantages", advantages, log_probs),
+        ref_log_probs=None if kl is None else ref_log_probs,
+        weights=weights,
+        entropy=entropy,
+        normalizer=normalizer_of("num_items_in_batch", num_items_in_batch, "loss_agg_mode", loss_agg_mode, log_probs),
+        entropy_normalizer=normalizer_of(
+            "entropy_num_items_in_batch", entropy_num_items_in_batch, "entropy_agg_mode", entropy_agg_mode, log_probs
+        ),
+    )
+    check_same_device(**tensors._asdict())
+    tensors = with_selection(tensors, objective)
+    settings = Settings(
+        **numbers,
+        entropy_scale=-float(entropy_coef),
+        loss_agg_mode=float(AGG_MODES.index(loss_agg_mode)),
+        entropy_agg_mode=float(AGG_MODES.index(entropy_agg_mode)),
+    )
+    loss, losses, *_, stats = _losses(*_dense(tensors), list(settings))
+    return PolicyLoss(loss, policy_metrics(losses, stats, weights, tensors))
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    response_mask: Tensor,
+    *,
+    cliprange_value: float | None = 0.2,
+    loss_agg_mode: str = "token-mean",
+    num_items_in_batch: int | float | Tensor | None = None,
+) -> ValueLoss:
+    """Clipped value loss 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2), c = cliprange_value.
+
+    Args:
+        values: [B, T] fp32|bf16|fp16|fp64, value function now; differentiated.
+        old_values: [B, T] values when the tokens were sampled; None where cliprange_value is None.
+        returns: [B, T] targets of the values.
+        response_mask: [B, T] bool or integer, 1 = keep. What stands under a 0 may be NaN.
+        cliprange_value: > 0, in units of the score, default 0.2; None for no clipping.
+        loss_agg_mode: default "token-mean"; modes as in `ppo_loss`.
+        num_items_in_batch: number or 0-d tensor, as in `ppo_loss`, default None.
+    Returns:
+        ValueLoss(loss, metrics): 0-d, fp32 (fp64 for fp64). Metrics: tokens, value_clip_fraction, explained_variance,
+        value_mean, return_mean, as in `ppo_loss`.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; old_values missing where they clip; a number out of range;
+            unknown mode.
+    Cost: one pass with the gradient in the forward; the backward is one product. No host sync.
+    Example:
+        >>> import torch
+        >>> values, old = torch.tensor([[1.0, 2.0]], requires_grad=True), torch.tensor([[1.0, 1.0]])
+        >>> value_loss(values, old, torch.tensor([[0.0, 3.0]]), torch.ones(1, 2).bool()).loss
+        tensor(1.0600, grad_fn=...)
+    """
+    check_dtype("values", values, FLOATS)
+    check_shape("values", values, (None, None), "[B, T]")
+    check_like("returns", returns, values, "values")
+    if old_values is not None:
+        check_like("old_values", old_values, values, "values")
+    elif cliprange_value is not None:
+        raise ValueError(
+            f"old_values is None, but cliprange_value={cliprange_value!r} clips around them; "
+            "give old_values, or cliprange_value=None"
+        )
+    if cliprange_value is not None:
+        check_range("cliprange_value", cliprange_value, 0, low_open=True)
+    tensors = Tensors(
+        mask=check_mask("response_mask", response_mask, values.shape),
+        values=values,
+        old_values=old_values,
+        returns=returns,
+        normalizer=normalizer_of("num_items_in_batch", num_items_in_batch, "loss_agg_mode", loss_agg_mode, values),
+    )
+    check_same_device(**tensors._asdict())
+    settings = Settings(
+        cliprange_value=math.inf if cliprange_value is None else float(cliprange_value),
+        loss_agg_mode=float(AGG_MODES.index(loss_agg_mode)),
+    )
+    loss, _, *_, stats = _losses(*_dense(tensors), list(settings))
+    metrics = dict(zip(STATS, stats.unbind(), strict=True))
+    return ValueLoss(loss, {name: metrics[name] for name in _OF_VALUES})
+
+
+def check_like(name, x, like, of):
+    """Raise unless x is a floating tensor in the shape of `like`, the argument called `of`."""
+    check_dtype(name, x, FLOATS)
+    check_shape(name, x, like.shape, f"the shape of {of}")
+
+
+def check_policy(log_probs, old_log_probs, advantages, response_mask):
+    """Check what every policy loss takes; return the mask as bool."""
+    check_dtype("log_probs", log_probs, FLOATS)
+    check_shape("log_probs", log_probs, (None, None), "[B, T]")
+    check_like("old_log_probs", old_log_probs, log_probs, "log_probs")
+    return check_mask("response_mask", response_mask, log_probs.shape)
+
+
+def per_token(name, x, like):
+    """[B, T] of a floating tensor [B, T], [B] or [B, 1], T as in `like`."""
+    check_dtype(name, x, FLOATS)
+    if x.dim() == 1:
+        check_shape(name, x, like.shape[:1], "[B], one for each sequence; or [B, T]")
+        x = x.unsqueeze(1)
+    if x.dim() != 2 or x.shape[0] != like.shape[0] or x.shape[1] not in (1, like.shape[1]):
+        wanted = f"[{like.shape[0]}, {like.shape[1]}] (like log_probs), or [{like.shape[0]}] or [{like.shape[0]}, 1]"
+        raise ValueError(f"{name} has shape {list(x.shape)}, expected {wanted}")
+    return x.expand(like.shape)
+
+
+def check_kl(ref_log_probs, kl, like):
+    """The numbers of the KL term; raise where it and the reference do not come together."""
+    if kl is None:
+        if ref_log_probs is not None:
+            raise ValueError("ref_log_probs is given but kl is None; give both, or neither")
+        return {}
+    if not isinstance(kl, KLTerm):
+        raise ValueError(f"kl must be a KLTerm or None, got {kl!r}")
+    if ref_log_probs is None:
+        raise ValueError(f"ref_log_probs is None, but kl={kl!r} needs [B, T] log-probs of the reference")
+    check_like("ref_log_probs", ref_log_probs, like, "log_probs")
+    return kl.numbers()
+
+
+def check_entropy(log_probs, entropy, entropy_coef):
+    """Raise unless the entropy is like log_probs, or None where its coefficient is 0."""
+    check_range("entropy_coef", entropy_coef, 0)
+    if entropy is not None:
+        check_like("entropy", entropy, log_probs, "log_probs")
+    elif entropy_coef:
+        raise ValueError(f"entropy is None, but entropy_coef={entropy_coef!r} needs [B, T] entropies")
+
+
+def normalizer_of(name, number, mode_name, mode, like):
+    """A 0-d tensor that divides instead of the count of this call, or None."""
+    check_in(mode_name, mode, AGG_MODES)
+    if number is None:
+        return None
+    if mode == "token-sum":
+        raise ValueError(f"{name} has no meaning with {mode_name}='token-sum', which divides by nothing")
+    dtype = accumulator_dtype(like.dtype)
+    if not isinstance(number, Tensor):
+        check_range(name, number, 0, low_open=True)
+        return torch.full((), number, dtype=dtype, device=like.device)
+    check_shape(name, number, (), "a number or a 0-d tensor")
+    return number.detach().to(like.device, dtype)
+
+
+def with_selection(tensors: Tensors, objective: Objective) -> Tensors:
+    """The tensors with what the objective chooses over the batch."""
+    picked = objective.select(tensors.log_probs, tensors.old_log_probs, tensors.advantages, tensors.mask)
+    factor, coefficients = picked
+    if factor is not None and tensors.weights is not None:
+        factor = factor * tensors.weights
+    return tensors._replace(weights=tensors.weights if factor is None else factor, coefficients=coefficients)
+
+
+def policy_metrics(losses, stats, weights, tensors):
+    """The metrics of a policy loss as a dict; those of absent inputs are left out."""
+    names = list(_OF_POLICY)
+    parts = dict(zip(("policy_loss", "kl_loss", "value_loss", "entropy_loss"), losses.unbind(), strict=True))
+    found = dict(zip(STATS, stats.unbind(), strict=True))
+    shown = ["policy_loss"]
+    if tensors.ref_log_probs is not None:
+        names, shown = [*names, "ref_kl"], [*shown, "kl_loss"]
+    if tensors.entropy is not None:
+        names, shown = [*names, "entropy"], [*shown, "entropy_loss"]
+    if weights is not None:
+        names += ["effective_sample_size", "filtered_fraction"]
+    return {**{name: parts[name] for name in shown}, **{name: found[name] for name in names}}
+
+
+def _dense(tensors):
+    """The tensors as the operator takes them; the constants without their history."""
+    return (
+        None if x is None else x.detach().contiguous() if _is_constant(n) else x.contiguous()
+        for n, x in tensors._asdict().items()
+    )
+
+
+def _is_constant(name):
+    return name not in ("log_probs", "values", "entropy")
+
+
+@torch.library.custom_op("rlhf_kernels::policy_fwd", mutates_args=())
+def policy_fwd(
+    mask: Tensor,
+    log_probs: Tensor | None,
+    old_log_probs: Tensor | None,
+    advantages: Tensor | None,
+    ref_log_probs: Tensor | None,
+    weights: Tensor | None,
+    coefficients: Tensor | None,
+    values: Tensor | None,
+    old_values: Tensor | None,
+    returns: Tensor | None,
+    entropy: Tensor | None,
+    normalizer: Tensor | None,
+    entropy_normalizer: Tensor | None,
+    settings: list[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, its parts [4], gradients of the loss in log_probs, values and entropy, stats.
+
+    The settings come as one argument because PyTorch's time for a call grows with the square of their count.
+    """
+    s = Settings(*settings)
+    tensors = Tensors(
+        mask, log_probs, old_log_probs, advantages, ref_log_probs, weights, coefficients, values, old_values, returns,
+        entropy, normalizer, entropy_normalizer,
+    )  # fmt: skip
+    backend = dispatch.pick("policy", values if log_probs is None else log_probs)
+    losses, *grads, stats = backend.policy_fwd(tensors, s)
+    policy, kl, value, bonus = losses.unbind()
+    loss = policy.add(kl, alpha=s.kl_coef) if ref_log_probs is not None else policy.clone()
+    loss = loss.add(value, alpha=s.value_scale) if values is not None else loss
+    loss = loss.add(bonus, alpha=s.entropy_scale) if entropy is not None and s.entropy_scale else loss
+    return loss, losses, *grads, stats
+
+
+@policy_fwd.register_fake
+def _(mask, log_probs, old_log_probs, advantages, ref_log_probs, weights, coefficients, values, *rest):
+    like, dtype = values if log_probs is None else log_probs, None
+    dtype = accumulator_dtype(like.dtype)
+    entropy = rest[2]
+    grads = (like.new_empty((0,) if x is None else x.shape, dtype=dtype) for x in (log_probs, values, entropy))
+    return (
+        like.new_empty((), dtype=dtype),
+        like.new_empty(4, dtype=dtype),
+        *grads,
+        like.new_empty(len(STATS), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("rlhf_kernels::policy_bwd", mutates_args=())
+def policy_bwd(
+    grad_loss: Tensor, grad_log_probs: Tensor, grad_values: Tensor, grad_entropy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The saved gradients times the upstream gradient of the loss."""
+    grads = (grad_log_probs, grad_values, grad_entropy)
+    like = next((x for x in grads if x.dim() == 2), grad_log_probs)
+    return dispatch.pick("policy", like).policy_bwd(grad_loss, None, None, *grads, 1.0)
+
+
+@policy_bwd.register_fake
+def _(grad_loss, *grads):
+    return tuple(torch.empty_like(x) for x in grads)
+
+
+_PLACES = (1, 7, 10)  # of log_probs, values and entropy among the arguments
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*output[2:5])
+    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in _PLACES]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_loss, *_):
+    grads = [None] * 14
+    if grad_loss is not None:
+        products = ctx.saved_tensors
+        if not (reads_values(grad_loss) and grad_loss.item() == 1):
+            products = torch.ops.rlhf_kernels.policy_bwd(grad_loss, *products)
+        for place, dtype, product in zip(_PLACES, ctx.dtypes, products, strict=True):
+            grads[place] = None if dtype is None else product.to(dtype)
+    return tuple(grads)
+
+
+_losses = register(policy_fwd, _backward, _setup_context, log_probs=1, values=7, entropy=10)
