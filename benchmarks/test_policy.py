@@ -133,12 +133,48 @@ def build_plain(case):
     )
 
 
+def build_values(case):
+    """The clipped value loss with its metrics."""
+    shape = case.sizes["B"], case.sizes["T"]
+    old, returns = torch.randn(2, *shape).unbind()
+    values = (old + 0.3 * torch.randn(shape)).requires_grad_()
+    mask = torch.arange(shape[1]) < torch.randint((shape[1] + 1) // 2, shape[1] + 1, (shape[0], 1))
+
+    def eager(v, before, target):
+        near = before + (v - before).clamp(-0.2, 0.2)
+        plain, clipped = (v - target).square(), (near - target).square()
+        loss = 0.5 * masked_mean(torch.maximum(plain, clipped), mask)
+        with torch.no_grad():
+            wrong, spread = target - v, target - masked_mean(target, mask)
+            wrong = masked_mean((wrong - masked_mean(wrong, mask)).square(), mask)
+            explained = 1 - wrong / masked_mean(spread.square(), mask)
+            metrics = masked_mean((clipped > plain).float(), mask), masked_mean(v, mask), masked_mean(target, mask)
+        return loss, (*metrics, explained)
+
+    def ours(v, before, target):
+        return rk.value_loss(v, before, target, mask)
+
+    def run(function, v, before, target):
+        loss = function(v, before, target)[0]
+        return (loss,), torch.autograd.grad(loss, v)
+
+    def exact():
+        return run(eager, values.detach().double().requires_grad_(), old.double(), returns.double())
+
+    moved_bytes = 17 * shape[0] * shape[1]
+    functions = {"ours": ours, "eager": eager, "compile": compiled(eager)}
+    calls = {impl: lambda f=f: run(f, values, old, returns) for impl, f in functions.items()}
+    calls["copy"] = roof.copy(moved_bytes)
+    return Bench(calls={impl: calls[impl] for impl in case.impls}, exact=exact, moved=moved_bytes, roof="copy")
+
+
 def cases():
     every, sizes = ("ours", "eager", "compile", "copy"), {"B": 512, "T": 1024}
     goals = (faster("eager", 8),)
     found = [Case("policy_loss", "fwdbwd", "fp32", sizes, every, build, goals, name) for name in OBJECTIVES]
     plain = (within("ppo_loss", 1.0),)
     found.append(Case("policy_loss", "fwdbwd", "fp32", sizes, ("ours", "ppo_loss"), build_plain, plain, "alone"))
+    found.append(Case("value_loss", "fwdbwd", "fp32", sizes, every, build_values, goals))
     for value in doubled(T=256)[1]:
         grown = {"B": 256, "T": value}
         found.append(Case("policy_loss", "fwdbwd", "fp32", grown, every, build, (), "gspo", "T", seconds=0.3))
@@ -149,4 +185,8 @@ CASES = cases()
 
 
 def test_policy_loss(row, measure):
+    measure(row)
+
+
+def test_value_loss(row, measure):
     measure(row)

@@ -106,6 +106,7 @@ def policy_loss(
         backward is one product. No host sync. `ClipCov` and `KLCov` sort the tokens first.
     Example:
         >>> import torch
+        >>> from rlhf_kernels import CISPO
         >>> new, old = torch.tensor([[-1.0, -2.0]], requires_grad=True), torch.tensor([[-1.0, -2.5]])
         >>> loss = policy_loss(new, old, torch.tensor([0.65]), torch.ones(1, 2).bool(), objective=CISPO(high=0.2))
         >>> loss.loss.backward()
