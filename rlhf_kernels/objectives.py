@@ -248,7 +248,9 @@ def _covariance(log_probs, advantages, mask):
 def _largest(keys, among, count):
     """[B, T] bool: the `count` (0-d tensor) entries of `among` with the largest keys; of equal ones the first."""
     order = torch.where(among, keys, -_INF).reshape(-1).argsort(descending=True, stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    place = torch.empty_like(order).scatter_(
+        0, order, torch.arange(order.numel(), dtype=torch.int64, device=order.device)
+    )
     return (place < count).view(among.shape) & among
 
 
