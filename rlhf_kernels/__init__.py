@@ -1,6 +1,7 @@
 """Fused losses and advantages for reinforcement learning from human feedback."""
 
 from .advantages import RLHFAdvantages, gae, masked_whiten, rlhf_advantages
+from .aggregation import aggregate_loss
 from .bradley_terry import RankingLoss, bradley_terry_loss, plackett_luce_loss
 from .cross_entropy import cross_entropy_from_logits, linear_cross_entropy
 from .dispatch import backend, backends
@@ -55,6 +56,7 @@ __all__ = [
     "Reinforce",
     "ValueLoss",
     "__version__",
+    "aggregate_loss",
     "approx_kl",
     "backend",
     "backends",

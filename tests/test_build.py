@@ -25,6 +25,7 @@ if X86:
 SUPPORT = {"isa", "math"}  # run-time detection and threads; the vector maths for its test
 COMPOSED = {"linear"}  # its arithmetic is that of logprobs
 BESIDE = {  # public files that are no op's own
+    "aggregation",
     "dispatch",
     "model_head",
     "objectives",

@@ -11,6 +11,7 @@ from tests.conftest import GPU, ON_GPU
 from tests.on_gpu import OnGPU
 
 OBJECTIVES = {"clip": rk.Clip(), "gspo": rk.GSPO(), "gmpo": rk.GMPO(), "dppo": rk.DPPO("kl"), "kl_cov": rk.KLCov()}
+COMPOSED = "packing"  # of PyTorch's own ops: served like the op that has the reference alone
 LOSS_TYPES = ("sigmoid", "ipo", "hinge", "orpo", "simpo", "kto")
 
 
@@ -101,6 +102,9 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             lambda x: [rk.masked_whiten(x, mask, correction=0, eps=0.0, min_variance=1e-8)],
             [randn(3, 5)],
             False,
+        ),
+        "aggregate_loss": Call(
+            COMPOSED, lambda x: [rk.aggregate_loss(x, mask, loss_agg_mode="seq-mean-token-mean")], [randn(3, 5)]
         ),
         "ppo_loss": Call("ppo", lambda p: numbers_of(rk.ppo_loss(p, old, other, mask)), [old + 0.1 * randn(3, 5)]),
         "ppo_loss of everything": Call(

@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 from tests.kernels.calls import GPU, ON_BACKENDS, build, differentiated, results, serving, upstream_of
 
-PLAIN = "PackedResponses.per_response"  # of PyTorch's own ops
+PLAIN = ("PackedResponses.per_response", "aggregate_loss")  # of PyTorch's own ops
 # constants by their contract
 TARGETS = tuple(name for name, call in build().items() if not call.differentiable)
 TWICE = r"trying to differentiate twice .*, which has first derivatives only"
@@ -30,7 +30,7 @@ def loss_of(call, *leaves):
 
 
 @pytest.mark.parametrize("constant_upstream", (False, True))
-@pytest.mark.parametrize(("name", "backend"), calls(PLAIN, *TARGETS))
+@pytest.mark.parametrize(("name", "backend"), calls(*PLAIN, *TARGETS))
 def test_a_gradient_of_a_gradient_is_an_error(name, backend, constant_upstream):
     with serving(backend):
         call = build()[name]
@@ -79,7 +79,7 @@ def loss_of_outputs(outputs):
     return sum((x * upstream_of(x)).sum() for x in differentiated(outputs))
 
 
-@pytest.mark.parametrize(("name", "backend"), calls(PLAIN, *TARGETS))
+@pytest.mark.parametrize(("name", "backend"), calls(*PLAIN, *TARGETS))
 def test_torch_func_and_forward_mode_are_errors(name, backend):
     with serving(backend):
         call = build()[name]
@@ -111,8 +111,9 @@ def test_targets_are_constants_in_forward_mode_too(name, backend):
             assert torch.equal(x, y) and not tangent.any()
 
 
-def test_what_is_made_of_pytorchs_ops_has_all_derivatives():
-    call = build(torch.float64)[PLAIN]
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_made_of_pytorchs_ops_has_all_derivatives(name):
+    call = build(torch.float64)[name]
     leaves = [x.clone().requires_grad_() for x in call.leaves]
     assert torch.autograd.gradgradcheck(lambda *x: call.function(*x)[0].exp(), leaves, check_fwd_over_rev=True)
 
