@@ -5,6 +5,7 @@ from .aggregation import aggregate_loss
 from .bradley_terry import RankingLoss, bradley_terry_loss, plackett_luce_loss
 from .cross_entropy import cross_entropy_from_logits, linear_cross_entropy
 from .dispatch import backend, backends
+from .group_advantages import group_advantages
 from .kl import approx_kl, kl_from_logits
 from .linear import linear_logprobs
 from .linear_divergences import linear_kl
@@ -66,6 +67,7 @@ __all__ = [
     "entropy_from_logits",
     "find_head",
     "gae",
+    "group_advantages",
     "kl_from_logits",
     "linear_cross_entropy",
     "linear_kl",

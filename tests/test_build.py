@@ -27,6 +27,7 @@ COMPOSED = {"linear"}  # its arithmetic is that of logprobs
 BESIDE = {  # public files that are no op's own
     "aggregation",
     "dispatch",
+    "group_advantages",
     "model_head",
     "objectives",
 }

@@ -103,6 +103,10 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             [randn(3, 5)],
             False,
         ),
+        "group_advantages": Call(COMPOSED, lambda x: [rk.group_advantages(x)], [randn(3, 5)], False),
+        "group_advantages flat": Call(
+            COMPOSED, lambda x: [rk.group_advantages(x, cu_groups, estimator="rloo")], [randn(8)], False
+        ),
         "aggregate_loss": Call(
             COMPOSED, lambda x: [rk.aggregate_loss(x, mask, loss_agg_mode="seq-mean-token-mean")], [randn(3, 5)]
         ),
