@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ._checks import FLOATS, check_dtype, check_mask, check_range, check_same_device
-from .ppo import _normalizer
+from .policy import normalizer_of
 from .reference.ppo import accumulator_dtype, aggregation_weights
 
 
@@ -55,7 +55,7 @@ def aggregate_loss(
         raise ValueError(f"loss has shape {list(loss.shape)}, expected [B, T], or packed [N] with a token mode")
     mask = check_mask("mask", mask, loss.shape).contiguous()
     check_same_device(loss=loss, mask=mask)
-    normalizer = _normalizer(num_items_in_batch, loss_agg_mode, loss)
+    normalizer = normalizer_of("num_items_in_batch", num_items_in_batch, "loss_agg_mode", loss_agg_mode, loss)
     dtype = accumulator_dtype(loss.dtype)
     weights = aggregation_weights(mask, loss_agg_mode, normalizer, dtype)
     if loss_scale_factor is not None:
