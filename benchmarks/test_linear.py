@@ -43,6 +43,13 @@ def policy_loss(log_probs, old_log_probs, advantages):
     return torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)).mean()
 
 
+def policy_loss_with_kl(log_probs, old_log_probs, advantages, ref_log_probs, weights):
+    """Clipped loss times importance weights, and 0.1 k3 to the reference."""
+    ratio, distance = torch.exp(log_probs - old_log_probs), ref_log_probs - log_probs
+    loss = torch.max(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2)) * weights
+    return (loss + 0.1 * (torch.exp(distance) - distance - 1)).mean()
+
+
 def kl_of(hidden, weight, ref_hidden, ref_weight):
     log_p = torch.log_softmax(F.linear(hidden, weight), -1)
     log_q = torch.log_softmax(F.linear(ref_hidden, ref_weight), -1)
@@ -101,8 +108,9 @@ def build(case):
     hidden, weight = head(rows, width, vocab, dtype)
     labels, advantages, upstream = torch.randint(vocab, (rows,)), torch.randn(rows), torch.randn(rows) / rows
     old, mask = torch.zeros(rows), torch.ones(rows, dtype=torch.bool)
-    if case.function == "linear_ppo_loss":
+    if case.function in ("linear_ppo_loss", "linear_policy_loss"):
         old = log_probs_of(hidden, weight, labels) + 0.1 * torch.randn(rows)
+    ref, factors = old + 0.1 * torch.randn(rows), torch.rand(rows) + 0.5
     leaves = (hidden,) if frozen else (hidden, weight)
     for leaf in leaves:
         leaf.requires_grad_()
@@ -123,6 +131,9 @@ def build(case):
             return log_probs, upstream.double()
         if case.function == "linear_cross_entropy":
             return -log_probs.mean(), None
+        if case.function == "linear_policy_loss":
+            others = (x.double() for x in (old, advantages, ref, factors))
+            return policy_loss_with_kl(log_probs, *others), None
         return policy_loss(log_probs, old.double(), advantages.double()), None
 
     ours, eager, others = {
@@ -131,6 +142,15 @@ def build(case):
         "linear_ppo_loss": (
             lambda h, w, y: rk.linear_ppo_loss(h, w, y, old, advantages, mask).loss,
             lambda h, w, y: policy_loss(log_probs_of(h, w, y), old, advantages),
+            {},
+        ),
+        "linear_policy_loss": (
+            lambda h, w, y: (
+                rk.linear_policy_loss(
+                    h, w, y, old, advantages, mask, ref_log_probs=ref, kl=rk.KLTerm(0.1), weights=factors
+                ).loss
+            ),
+            lambda h, w, y: policy_loss_with_kl(log_probs_of(h, w, y), old, advantages, ref, factors),
             {},
         ),
     }[case.function]
@@ -187,6 +207,7 @@ def cases():
     logprobs, entropy, ppo = "linear_logprobs", "linear_cross_entropy", "linear_ppo_loss"
     recompute = within("matmuls", 1.05), memory("eager", 1 / 8)
     known = within("matmuls", 1.05), faster("eager", 1.1)
+    policy, walked = "linear_policy_loss", (within("matmuls", 1.1), faster("eager", 1.1))
     rounded = (faster("eager", 1.0, "ours-fast"),)
     gpu = "liger", "cce", "verl"
     found = [
@@ -197,6 +218,7 @@ def cases():
         Case(entropy, "fwdbwd", "fp32", BIG, ("ours", "eager", "compile", "torch", *gpu, "matmuls"), build, known),
         Case(entropy, "fwdbwd", "fp32", BIG, ("ours", "eager", "torch", "matmuls"), build, known, "frozen"),
         Case(ppo, "fwdbwd", "fp32", BIG, ("ours", "eager", "compile", "matmuls"), build, known),
+        Case(policy, "fwdbwd", "fp32", BIG, ("ours", "eager", "compile", "matmuls"), build, walked),
         Case(ppo, "fwdbwd", "fp32", BIG, ("ours", "eager", "matmuls"), build, known, "frozen"),
     ]
     sizes, impls = {"N": 512, "H": 512, "V": 32000}, ("ours", "eager", "compile", "trl", "matmuls")
@@ -225,4 +247,8 @@ def test_linear_ppo_loss(row, measure):
 
 
 def test_linear_kl(row, measure):
+    measure(row)
+
+
+def test_linear_policy_loss(row, measure):
     measure(row)

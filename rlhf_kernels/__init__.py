@@ -9,7 +9,7 @@ from .group_advantages import group_advantages
 from .kl import approx_kl, kl_from_logits
 from .linear import linear_logprobs
 from .linear_divergences import linear_kl
-from .linear_policy import linear_ppo_loss
+from .linear_policy import linear_policy_loss, linear_ppo_loss
 from .logprobs import entropy_from_logits, logprobs_and_entropy_from_logits, logprobs_from_logits
 from .model_head import ModelHead, call_with_head, find_head, linear_logprobs_from_model
 from .objectives import (
@@ -73,6 +73,7 @@ __all__ = [
     "linear_kl",
     "linear_logprobs",
     "linear_logprobs_from_model",
+    "linear_policy_loss",
     "linear_ppo_loss",
     "logprobs_and_entropy_from_logits",
     "logprobs_from_logits",

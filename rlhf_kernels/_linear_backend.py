@@ -11,6 +11,7 @@ import torch
 from . import dispatch
 from ._linear_walk import Divergence, Walk, kl_bwd, kl_fwd, logprobs_bwd, logprobs_fwd, with_gradients
 from .reference.linear import Head, _ones
+from .reference.policy import token_gradients, total_loss
 from .reference.ppo import aggregation_weights, ppo_token_loss
 
 
@@ -24,6 +25,15 @@ def ppo_upstream(mask, loss_agg_mode, normalizer, old_log_probs, advantages, cli
         return weights[part] * slope, -entropy_coef * weights[part] if entropy_coef else None
 
     return token_gradients
+
+
+def linear_policy_results(logprobs, entropy, tensors, settings):
+    """(loss, its parts [4], stats) from what the walk found of each token."""
+    shape = tensors.mask.shape if tensors.mask.dim() == 2 else (1, -1)  # packed tokens are one row
+    tensors = tensors._replace(log_probs=logprobs, entropy=entropy)
+    found = {k: x.reshape(shape).contiguous() for k, x in tensors._asdict().items() if x is not None and x.dim()}
+    losses, *_, stats = dispatch.pick("policy", logprobs).policy_fwd(tensors._replace(**found), settings)
+    return total_loss(losses, settings._replace(value_scale=0.0)), losses, stats
 
 
 class Operators:
@@ -92,6 +102,21 @@ class Operators:
             *rows[:4], None, None, None, rows[4], normalizer, cliprange, cliprange_high, dual_clip, None, loss_agg_mode,
         )  # fmt: skip
         return losses[0] - entropy_coef * losses[2], losses[0].clone(), stats, *gradients
+
+    def linear_policy_fwd(
+        self, hidden, weight, labels, rows, bias, temperatures, tensors, settings, temperature, softcap, chunk_size,
+        fast, group, vocab_start, need_hidden, need_weight, need_bias,
+    ):  # fmt: skip
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        mask = tensors.mask
+        path = self.walk(head, labels.reshape(-1), mask.reshape(-1), fast, vocab_start)
+        first = None
+        if settings.by_sequence:
+            first = logprobs_fwd(path, False, chunk_size, group)[0].view(mask.shape)
+        upstream = token_gradients(tensors, settings, torch.float32, first)
+        needs = (need_hidden, need_weight, need_bias)
+        logprobs, entropy, gradients = with_gradients(path, upstream, needs, chunk_size, group, True)
+        return *linear_policy_results(logprobs, entropy, tensors, settings), *gradients
 
     def divergence(
         self, hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse, chunk_size,

@@ -18,6 +18,8 @@ from ._autograd import register
 from ._checks import reads_values
 from .logprobs import check_labels
 from .reference.linear import spread_slopes
+from .reference.policy import STATS as POLICY_STATS
+from .reference.policy import Settings, Tensors
 from .reference.ppo import STATS
 
 _DIFFERENTIABLE = {"hidden_states": 0, "weight": 1, "bias": 4}  # where log-probs, cross-entropy and PPO have them
@@ -194,6 +196,36 @@ def _(hidden, weight, labels, rows, bias, *rest):
     return new(()), new(()), new(len(STATS)), *_fake_gradients(hidden, weight, bias, rest[-3:], saved=True)
 
 
+@torch.library.custom_op("rlhf_kernels::linear_policy_fwd", mutates_args=())
+def linear_policy_fwd(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
+    temperatures: Tensor | None, mask: Tensor, old_log_probs: Tensor, advantages: Tensor, ref_log_probs: Tensor | None,
+    weights: Tensor | None, coefficients: Tensor | None, normalizer: Tensor | None, entropy_normalizer: Tensor | None,
+    settings: list[float], temperature: float, softcap: float | None, chunk_size: int, fast: bool, group_name: str,
+    vocab_start: int, need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss, its parts [4], stats, d hidden, d weight, d bias."""
+    _check_values(hidden, weight, labels, rows, temperatures, 0, group_name, mask)
+    tensors = Tensors(
+        mask, None, old_log_probs, advantages, ref_log_probs, weights, coefficients, normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
+    )  # fmt: skip
+    with _backend(hidden) as backend:
+        return backend.linear_policy_fwd(
+            hidden, weight, labels, rows, bias, temperatures, tensors, Settings(*settings), temperature, softcap,
+            chunk_size, fast, _group(group_name), vocab_start, need_hidden, need_weight, need_bias,
+        )  # fmt: skip
+
+
+@linear_policy_fwd.register_fake
+def _(hidden, weight, labels, rows, bias, *rest):
+    def new(shape):
+        return hidden.new_empty(shape, dtype=_row_dtype(hidden))
+
+    gradients = _fake_gradients(hidden, weight, bias, rest[-3:], saved=True)
+    return new(()), new(4), new(len(POLICY_STATS)), *gradients
+
+
 def _fused_setup(ctx, inputs, output):
     """The loss is output 0, its gradients are the last three; everything but the loss is for reading only."""
     ctx.save_for_backward(*output[-3:])
@@ -213,6 +245,7 @@ def _fused_backward(ctx, grad, *_):
 
 
 cross_entropy = register(linear_cross_entropy_fwd, _fused_backward, _fused_setup, **_DIFFERENTIABLE)
+policy_loss = register(linear_policy_fwd, _fused_backward, _fused_setup, **_DIFFERENTIABLE)
 ppo_loss = register(linear_ppo_fwd, _fused_backward, _fused_setup, **_DIFFERENTIABLE)
 
 

@@ -32,6 +32,7 @@ class Objective:
     """Base of the policy objectives."""
 
     term = ""
+    selects = False  # whether select() chooses anything
 
     def __post_init__(self):
         self.numbers()
@@ -276,6 +277,7 @@ class ClipCov(Objective):
     cov_low: float = 1.0
     cov_high: float = 5.0
     term = "clip"
+    selects = True
 
     def numbers(self):
         check_range("ratio", self.ratio, 0, 1, low_open=True)
@@ -305,6 +307,7 @@ class KLCov(Objective):
     coef: float = 1.0
     ratio: float = 2e-4
     term = "kl_cov"
+    selects = True
 
     def numbers(self):
         check_range("coef", self.coef, 0)

@@ -21,7 +21,7 @@ from ._checks import (
     reads_values,
 )
 from .objectives import Clip, KLTerm, Objective
-from .reference.policy import STATS, Settings, Tensors
+from .reference.policy import STATS, Settings, Tensors, total_loss
 from .reference.ppo import AGG_MODES, accumulator_dtype
 
 _OF_POLICY = (
@@ -114,15 +114,10 @@ def policy_loss(
         tensor([[-0.3250, -0.3900]])
     """
     mask = check_policy(log_probs, old_log_probs, advantages, response_mask)
-    if not isinstance(objective, Objective):
-        raise ValueError(f"objective must be an Objective such as Clip(), got {objective!r}")
-    numbers = {**objective.numbers(), **check_kl(ref_log_probs, kl, log_probs)}
+    kl_numbers = check_kl(ref_log_probs, kl, log_probs, "log_probs")
     if weights is not None:
         weights = per_token("weights", weights, log_probs)
     check_entropy(log_probs, entropy, entropy_coef)
-    if log_ratio_clamp is not None:
-        check_range("log_ratio_clamp", log_ratio_clamp, 0, low_open=True)
-        numbers["log_ratio_clamp"] = float(log_ratio_clamp)
     tensors = Tensors(
         mask=mask,
         log_probs=log_probs,
@@ -137,15 +132,9 @@ def policy_loss(
         ),
     )
     check_same_device(**tensors._asdict())
-    tensors = with_selection(tensors, objective)
-    settings = Settings(
-        **numbers,
-        entropy_scale=-float(entropy_coef),
-        loss_agg_mode=float(AGG_MODES.index(loss_agg_mode)),
-        entropy_agg_mode=float(AGG_MODES.index(entropy_agg_mode)),
-    )
-    loss, losses, *_, stats = _losses(*_dense(tensors), list(settings))
-    return PolicyLoss(loss, policy_metrics(losses, stats, weights, tensors))
+    settings = policy_settings(objective, kl_numbers, log_ratio_clamp, entropy_coef, loss_agg_mode, entropy_agg_mode)
+    loss, losses, *_, stats = _losses(*_dense(with_selection(tensors, objective)), list(settings))
+    return PolicyLoss(loss, policy_metrics(losses, stats, weights is not None, kl is not None, entropy is not None))
 
 
 def value_loss(
@@ -225,18 +214,37 @@ def check_policy(log_probs, old_log_probs, advantages, response_mask):
 
 
 def per_token(name, x, like):
-    """[B, T] of a floating tensor [B, T], [B] or [B, 1], T as in `like`."""
+    """A floating tensor [B, T], [B] or [B, 1] as [B, T], the shape of `like`; of packed tokens [N], [N]."""
     check_dtype(name, x, FLOATS)
+    if like.dim() != 2:
+        check_shape(name, x, tuple(like.shape), "a number for each token")
+        return x
     if x.dim() == 1:
-        check_shape(name, x, like.shape[:1], "[B], one for each sequence; or [B, T]")
+        check_shape(name, x, tuple(like.shape[:1]), "[B], one for each sequence; or [B, T]")
         x = x.unsqueeze(1)
     if x.dim() != 2 or x.shape[0] != like.shape[0] or x.shape[1] not in (1, like.shape[1]):
-        wanted = f"[{like.shape[0]}, {like.shape[1]}] (like log_probs), or [{like.shape[0]}] or [{like.shape[0]}, 1]"
+        wanted = f"[B, T] = {list(like.shape)}, or [B] or [B, 1]"
         raise ValueError(f"{name} has shape {list(x.shape)}, expected {wanted}")
     return x.expand(like.shape)
 
 
-def check_kl(ref_log_probs, kl, like):
+def policy_settings(objective, kl_numbers, log_ratio_clamp, entropy_coef, loss_agg_mode, entropy_agg_mode) -> Settings:
+    """The numbers of a policy loss, the objective and the clamp checked."""
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective must be an Objective such as Clip(), got {objective!r}")
+    if log_ratio_clamp is not None:
+        check_range("log_ratio_clamp", log_ratio_clamp, 0, low_open=True)
+    return Settings(
+        **objective.numbers(),
+        **kl_numbers,
+        log_ratio_clamp=math.inf if log_ratio_clamp is None else float(log_ratio_clamp),
+        entropy_scale=-float(entropy_coef),
+        loss_agg_mode=float(AGG_MODES.index(loss_agg_mode)),
+        entropy_agg_mode=float(AGG_MODES.index(entropy_agg_mode)),
+    )
+
+
+def check_kl(ref_log_probs, kl, like, of):
     """The numbers of the KL term; raise where it and the reference do not come together."""
     if kl is None:
         if ref_log_probs is not None:
@@ -246,7 +254,7 @@ def check_kl(ref_log_probs, kl, like):
         raise ValueError(f"kl must be a KLTerm or None, got {kl!r}")
     if ref_log_probs is None:
         raise ValueError(f"ref_log_probs is None, but kl={kl!r} needs [B, T] log-probs of the reference")
-    check_like("ref_log_probs", ref_log_probs, like, "log_probs")
+    check_like("ref_log_probs", ref_log_probs, like, of)
     return kl.numbers()
 
 
@@ -283,17 +291,16 @@ def with_selection(tensors: Tensors, objective: Objective) -> Tensors:
     return tensors._replace(weights=tensors.weights if factor is None else factor, coefficients=coefficients)
 
 
-def policy_metrics(losses, stats, weights, tensors):
+def policy_metrics(losses, stats, weighted, with_kl, with_entropy):
     """The metrics of a policy loss as a dict; those of absent inputs are left out."""
-    names = list(_OF_POLICY)
     parts = dict(zip(("policy_loss", "kl_loss", "value_loss", "entropy_loss"), losses.unbind(), strict=True))
     found = dict(zip(STATS, stats.unbind(), strict=True))
-    shown = ["policy_loss"]
-    if tensors.ref_log_probs is not None:
+    names, shown = list(_OF_POLICY), ["policy_loss"]
+    if with_kl:
         names, shown = [*names, "ref_kl"], [*shown, "kl_loss"]
-    if tensors.entropy is not None:
+    if with_entropy:
         names, shown = [*names, "entropy"], [*shown, "entropy_loss"]
-    if weights is not None:
+    if weighted:
         names += ["effective_sample_size", "filtered_fraction"]
     return {**{name: parts[name] for name in shown}, **{name: found[name] for name in names}}
 
@@ -338,11 +345,7 @@ def policy_fwd(
     )  # fmt: skip
     backend = dispatch.pick("policy", values if log_probs is None else log_probs)
     losses, *grads, stats = backend.policy_fwd(tensors, s)
-    policy, kl, value, bonus = losses.unbind()
-    loss = policy.add(kl, alpha=s.kl_coef) if ref_log_probs is not None else policy.clone()
-    loss = loss.add(value, alpha=s.value_scale) if values is not None else loss
-    loss = loss.add(bonus, alpha=s.entropy_scale) if entropy is not None and s.entropy_scale else loss
-    return loss, losses, *grads, stats
+    return total_loss(losses, s), losses, *grads, stats
 
 
 @policy_fwd.register_fake

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import kl as kl_reference
 from . import logprobs as row_reference
+from . import policy as policy_reference
 from . import ppo as ppo_reference
 
 UPCAST_BLOCK = 4096  # head rows that are widened to fp32 at a time
@@ -314,6 +315,32 @@ def linear_ppo_fwd(
         normalizer, cliprange, cliprange_high, dual_clip, None, loss_agg_mode,
     )  # fmt: skip
     return losses[0] - entropy_coef * losses[2], losses[0].clone(), stats, *gradients
+
+
+def linear_policy_fwd(
+    hidden, weight, labels, rows, bias, temperatures, tensors, settings, temperature, softcap, chunk_size, fast, group,
+    vocab_start, need_hidden, need_weight, need_bias,
+):  # fmt: skip
+    """(loss, its parts [4], stats, d hidden, d weight, d bias) of the policy loss.
+
+    tensors: policy.Tensors without log_probs and entropy; they and labels are [B, T] or [M], rows and temperatures [M].
+    """
+    head, mask = Head(hidden, weight, bias, rows, temperatures, temperature, softcap), tensors.mask
+    path = head, labels.reshape(-1), mask.reshape(-1)
+
+    def walk(upstream, needs, with_entropy):
+        return _walk_with_gradients(*path, upstream, needs, chunk_size, group, vocab_start, with_entropy)
+
+    first = None
+    if settings.by_sequence:  # the ratio of a sequence is known only when all its tokens are
+        first = walk(None, (False, False, False), False)[0].view(mask.shape)
+    upstream = policy_reference.token_gradients(tensors, settings, head.dtype, first)
+    logprobs, entropy, gradients = walk(upstream, (need_hidden, need_weight, need_bias), True)
+    shape = mask.shape if mask.dim() == 2 else (1, -1)  # packed tokens are one row
+    tensors = tensors._replace(log_probs=logprobs, entropy=entropy)
+    found = {name: x.reshape(shape) for name, x in tensors._asdict().items() if x is not None and x.dim()}
+    losses, *_, stats = policy_reference.policy_fwd(tensors._replace(**found), settings)
+    return policy_reference.total_loss(losses, settings._replace(value_scale=0.0)), losses, stats, *gradients
 
 
 def merge_divergence(results, group):

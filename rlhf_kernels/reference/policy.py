@@ -266,6 +266,44 @@ def weights_of(tensors: Tensors, settings: Settings, dtype: torch.dtype) -> tupl
     return tuple(aggregation_weights(tensors.mask, *pair, dtype) for pair in zip(modes, normalizers, strict=True))
 
 
+def total_loss(losses: Tensor, settings: Settings) -> Tensor:
+    """The loss of its parts [4]: policy + kl_coef kl + value_scale value + entropy_scale entropy."""
+    total, *others = losses.unbind()
+    scales = settings.kl_coef, settings.value_scale, settings.entropy_scale
+    for part, scale in zip(others, scales, strict=True):
+        if scale:
+            total = total.add(part, alpha=scale)
+    return total if total._base is None else total.clone()
+
+
+def token_gradients(tensors: Tensors, settings: Settings, dtype: torch.dtype, log_probs: Tensor | None = None):
+    """f(part, log_prob, entropy) -> (d loss / d log_prob, d loss / d entropy or None) of a slice of the flat tokens.
+
+    `tensors` are without log_probs and entropy; log_probs [B, T] is needed where the settings are `by_sequence`.
+    """
+    t, s, mask = tensors, settings, tensors.mask
+    weight, entropy_weight = weights_of(t, s, dtype)
+    old, advantage, ref, factor, coefficients = (
+        kept(x, mask, dtype) for x in (t.old_log_probs, t.advantages, t.ref_log_probs, t.weights, t.coefficients)
+    )
+    sequence = ()
+    if s.by_sequence:
+        held = (torch.where(mask, log_probs, 0) - old).clamp(-s.log_ratio_clamp, s.log_ratio_clamp)
+        sequence = [x.expand(mask.shape).reshape(-1) for x in sequence_numbers(held, advantage, mask, s)]
+    of_policy = weight if factor is None else weight * factor
+    flat = (old, advantage, ref, coefficients, weight, of_policy, entropy_weight)
+    flat = [None if x is None else x.reshape(-1) for x in flat]
+
+    def gradients(part, log_prob, entropy):
+        o, a, r, k, w, of_term, bonus = (None if x is None else x[part] for x in flat)
+        slope = of_term * policy_term(log_prob, o, a, [x[part] for x in sequence], k, s).slope
+        if r is not None:
+            slope = slope + s.kl_coef * w * kl_term(log_prob, r, o, s)[1]
+        return slope, s.entropy_scale * bonus if s.entropy_scale else None
+
+    return gradients
+
+
 def policy_fwd(tensors: Tensors, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses [4], the three gradients, and the statistics, in one pass over the tokens."""
     t, s, mask = tensors, settings, tensors.mask

@@ -334,6 +334,7 @@ operators = Operators(_Kernels)
 linear_logprobs_fwd = operators.linear_logprobs_fwd
 linear_logprobs_bwd = operators.linear_logprobs_bwd
 linear_cross_entropy_fwd = operators.linear_cross_entropy_fwd
+linear_policy_fwd = operators.linear_policy_fwd
 linear_ppo_fwd = operators.linear_ppo_fwd
 linear_kl_fwd = operators.linear_kl_fwd
 linear_kl_bwd = operators.linear_kl_bwd
