@@ -1,8 +1,7 @@
 // The vector maths that the ops share, element by element, for tests/kernels/test_math.py to hold against float64. No op calls
 // this.
 #include "bradley_terry.h"
-#include "kl.h"
-#include "preference.h"
+#include "policy.h"
 
 namespace rk {
 namespace RK_ISA {
@@ -65,6 +64,7 @@ RK_EACH(exp_nonpositive_f32);
 RK_EACH(expm1_nonpositive_f32);
 RK_EACH(kl_k3);
 RK_EACH(kl_k3_slope);
+RK_EACH(log1m_exp_f32);
 RK_EACH(log1p_f32);
 RK_EACH(log1p_polynomial);
 RK_EACH(log1p_unit_f32);

@@ -73,7 +73,7 @@ struct PolicyPart {
 
     inline Lanes visit(Lanes log_prob, Lanes old, Lanes advantage, Ints keep, Lanes weight) {
         const Lanes log_ratio = keep ? log_prob - old : Lanes{};
-        const PolicyTerm<Lanes> term = policy_term(log_ratio, keep ? advantage : Lanes{}, range);
+        const PolicyTerm<Lanes> term = clip_term(exp_f32(log_ratio), keep ? advantage : Lanes{}, range);
         const Lanes ratio = keep ? term.ratio : Lanes{};
         const Lanes off = keep ? term.ratio - pilot : Lanes{};
         loss += weight * term.loss;
@@ -81,7 +81,7 @@ struct PolicyPart {
         gap += off;
         square += off * off;
         peak = ratio > peak ? ratio : peak;
-        tally(clipped, term.clipped);
+        tally(clipped, term.low | term.high);
         tally(bounded, term.bounded);
         return weight * term.slope;
     }

@@ -188,12 +188,12 @@ __global__ void __launch_bounds__(THREADS, 2) ppo_fwd_kernel(const Job j) {
             const bool keep = kept[n] >> k & 1;
             const int at = n * ITEMS + k;
             const float w = weights[k], log_ratio = keep ? x[n][0][k] - x[n][1][k] : 0.0f;
-            const PolicyTerm<float> policy = policy_term(log_ratio, keep ? x[n][2][k] : 0.0f, j.ratio_range);
+            const PolicyTerm<float> policy = clip_term(exp_f32(log_ratio), keep ? x[n][2][k] : 0.0f, j.ratio_range);
             ratio[at] = policy.ratio;
             grads[0][k] = keep ? w * policy.slope : 0.0f;
             sums[POLICY_LOSS] += w * policy.loss;
             sums[KL] += log_ratio * log_ratio;
-            sums[CLIPPED] += policy.clipped ? 1.0f : 0.0f;
+            sums[CLIPPED] += policy.low | policy.high ? 1.0f : 0.0f;
             sums[BOUNDED] += policy.bounded ? 1.0f : 0.0f;
             sums[TOKENS] += keep ? 1.0f : 0.0f;
             spread.x[0] += keep ? policy.ratio : 0.0f;

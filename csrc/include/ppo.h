@@ -1,4 +1,4 @@
-// Arithmetic of the PPO loss: the clipped policy and value loss of one token, and running sums for means and variances.
+// Arithmetic of the clipped policy and value loss of one token.
 #pragma once
 #include "rk.h"
 
@@ -6,42 +6,44 @@ namespace rk {
 namespace RK_ISA {
 
 template <class T>
+using Truth = typename Bits<T>::type;  // what a comparison gives
+
+template <class T>
 struct RatioRange {  // 1 - cliprange, 1 + cliprange_high, and dual_clip or inf
     T low, high, dual;
 };
 
+// A token's part of a policy loss. The flags say why its gradient, or its weight, is held.
 template <class T>
 struct PolicyTerm {
     T ratio;
     T loss;
-    T slope;                         // d loss / d log_prob
-    typename Bits<T>::type clipped;  // the clip stops the gradient
-    typename Bits<T>::type bounded;  // dual_clip stops it
+    T slope;  // d loss / d log_prob
+    Truth<T> low, high, bounded;
 };
 
 // -A r', r' = r held in the limits that the sign of A sets: A > 0 at most high, A < 0 at least low and at most dual.
 // A = 0 takes the largest float as its limit, so that an overflowing r gives 0 and not NaN. A NaN stays NaN.
 template <class T>
-RK_HD PolicyTerm<T> policy_term(T log_ratio, T advantage, RatioRange<T> range) {
+RK_HD PolicyTerm<T> clip_term(T ratio, T advantage, RatioRange<T> range) {
     const T zero = {};
     const auto gain = advantage > zero;
     const auto harm = advantage < zero;
     const T lower = harm ? range.low : zero;
     const T upper = gain ? range.high : harm ? range.dual : splat<T>(3.40282347e38f);
-    const T ratio = exp_f32(log_ratio);
     const auto below = ratio < lower;
     const auto above = ratio > upper;
     const T used = below ? lower : above ? upper : ratio;
     const T slope = below ? zero : above ? zero : -advantage * ratio;
-    return {ratio, -advantage * used, slope, below | (above & gain), above & harm};
+    return {ratio, -advantage * used, slope, below, above & gain, above & harm};
 }
 
 template <class T>
 struct ValueTerm {
-    T error;                      // V - R
-    T square;                     // twice the loss
-    T slope;                      // d loss / dV
-    typename Bits<T>::type held;  // the clipped value is further off: the value function may not move
+    T error;        // V - R
+    T square;       // twice the loss
+    T slope;        // d loss / dV
+    Truth<T> held;  // the clipped value is further off: the value function may not move
 };
 
 // max((V - R)^2, (V' - R)^2), V' = V held within `range` around V_old.

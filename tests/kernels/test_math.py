@@ -26,6 +26,11 @@ def k3(d):
     )
 
 
+def log1m_exp(x):
+    """log(1 - exp(x)) in float64, by whichever of the two forms does not cancel."""
+    return torch.where(x > -0.5, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
 # function: (exact, where its bound holds, [(low, high, the one value it has there)])
 FUNCTIONS = {
     "exp_f32": (torch.exp, -104, 88.7, [(-INF, -104, 0.0), (88.73, INF, INF)]),
@@ -34,6 +39,7 @@ FUNCTIONS = {
     "expm1_nonpositive_f32": (torch.expm1, -INF, 0, []),
     "kl_k3": (k3, -88.7, INF, [(-INF, -88.8, INF)]),
     "kl_k3_slope": (lambda d: -torch.expm1(-d), -88.7, INF, [(20, INF, 1.0), (-INF, -88.8, -INF)]),
+    "log1m_exp_f32": (log1m_exp, -104, 0, [(-INF, -104.1, 0.0), (0, INF, -INF)]),
     "log1p_f32": (torch.log1p, 0, 2**24 - 1, []),
     "log1p_polynomial": (torch.log1p, 0, 1, []),
     "log1p_unit_f32": (torch.log1p, 0, 1, []),
