@@ -6,6 +6,7 @@ from .bradley_terry import RankingLoss, bradley_terry_loss, plackett_luce_loss
 from .cross_entropy import cross_entropy_from_logits, linear_cross_entropy
 from .dispatch import backend, backends
 from .group_advantages import group_advantages
+from .importance import Gate, ImportanceWeights, high_entropy_mask, importance_weights, off_policy_mask
 from .kl import approx_kl, kl_from_logits
 from .linear import linear_logprobs
 from .linear_divergences import linear_kl
@@ -45,6 +46,8 @@ __all__ = [
     "SAPO",
     "Clip",
     "ClipCov",
+    "Gate",
+    "ImportanceWeights",
     "KLCov",
     "KLTerm",
     "ModelHead",
@@ -68,6 +71,8 @@ __all__ = [
     "find_head",
     "gae",
     "group_advantages",
+    "high_entropy_mask",
+    "importance_weights",
     "kl_from_logits",
     "linear_cross_entropy",
     "linear_kl",
@@ -78,6 +83,7 @@ __all__ = [
     "logprobs_and_entropy_from_logits",
     "logprobs_from_logits",
     "masked_whiten",
+    "off_policy_mask",
     "pack_responses",
     "plackett_luce_loss",
     "policy_loss",

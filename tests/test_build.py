@@ -28,6 +28,7 @@ BESIDE = {  # public files that are no op's own
     "aggregation",
     "dispatch",
     "group_advantages",
+    "importance",
     "model_head",
     "objectives",
 }

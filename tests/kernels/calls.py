@@ -107,6 +107,16 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "group_advantages flat": Call(
             COMPOSED, lambda x: [rk.group_advantages(x, cu_groups, estimator="rloo")], [randn(8)], False
         ),
+        "importance_weights": Call(
+            COMPOSED,
+            lambda p: numbers_of(rk.importance_weights(p, old, mask, high=2.0, gates=rk.Gate("tv", high=0.5))),
+            [randn(3, 5)],
+            False,
+        ),
+        "off_policy_mask": Call(
+            COMPOSED, lambda p: [rk.off_policy_mask(p, old, other, mask, threshold=0.1)], [randn(3, 5)], False
+        ),
+        "high_entropy_mask": Call(COMPOSED, lambda x: [rk.high_entropy_mask(x, mask, 0.8)], [randn(3, 5)], False),
         "aggregate_loss": Call(
             COMPOSED, lambda x: [rk.aggregate_loss(x, mask, loss_agg_mode="seq-mean-token-mean")], [randn(3, 5)]
         ),
