@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from . import dispatch
@@ -10,7 +12,9 @@ from ._checks import check_dtype, check_in, check_range, check_same_device, chec
 from .logprobs import check_logits
 
 DIRECTIONS = ("reverse", "forward")
-ESTIMATORS = ("k1", "k2", "k3")
+ESTIMATORS = ("k1", "k2", "k3", "abs")
+GRADIENTS = ("plain", "straight_through")
+_UNBOUNDED = [-math.inf, math.inf]
 
 
 def _wider(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
@@ -75,38 +79,69 @@ _exact = register(kl_fwd, _kl_backward, _kl_setup, keeps_inputs=True, logits=0, 
 
 
 @torch.library.custom_op("rlhf_kernels::approx_kl_fwd", mutates_args=())
-def approx_kl_fwd(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str) -> torch.Tensor:
-    return _backend(log_probs, ref_log_probs).approx_kl_fwd(log_probs, ref_log_probs, estimator)
+def approx_kl_fwd(
+    log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str, straight_through: bool, bounds: list[float]
+) -> torch.Tensor:
+    """bounds: of log_probs - ref_log_probs, then of the estimate."""
+    return _bounded(_backend(log_probs, ref_log_probs), log_probs, ref_log_probs, estimator, bounds)[0]
+
+
+def _bounded(backend, log_probs, ref_log_probs, estimator, bounds):
+    """(the estimate, where no bound holds, the log-ratio); the latter two None where nothing asks for them."""
+    of_input, of_output = bounds[:2], bounds[2:]
+    value = gap = inside = None
+    if of_input != _UNBOUNDED or estimator == "abs":
+        gap = backend.approx_kl_fwd(log_probs, ref_log_probs, "k1")
+        inside = (gap >= of_input[0]) & (gap <= of_input[1])
+        value = gap.clamp(*of_input)
+        if estimator == "abs":
+            value = value.abs_()
+        elif estimator != "k1":
+            value = backend.approx_kl_fwd(value, torch.zeros_like(value), estimator)
+    else:
+        value = backend.approx_kl_fwd(log_probs, ref_log_probs, estimator)
+    if of_output != _UNBOUNDED:
+        within = (value >= of_output[0]) & (value <= of_output[1])
+        inside = within if inside is None else inside & within
+        value = value.clamp(*of_output)
+    return value, inside, gap
 
 
 @approx_kl_fwd.register_fake
-def _(log_probs, ref_log_probs, estimator):
+def _(log_probs, ref_log_probs, estimator, straight_through, bounds):
     return log_probs.new_empty(log_probs.shape, dtype=_wider(log_probs, ref_log_probs))
 
 
 @torch.library.custom_op("rlhf_kernels::approx_kl_bwd", mutates_args=())
 def approx_kl_bwd(
-    grad: torch.Tensor, log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str, need_log_probs: bool,
-    need_ref: bool,
+    grad: torch.Tensor, log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str, straight_through: bool,
+    bounds: list[float], need_log_probs: bool, need_ref: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     backend = _backend(log_probs, ref_log_probs)
+    if straight_through:
+        estimator = "k2"
+    elif estimator == "abs" or bounds != 2 * _UNBOUNDED:
+        _, inside, gap = _bounded(backend, log_probs, ref_log_probs, estimator, bounds)
+        if estimator == "abs":
+            estimator, grad = "k1", grad * gap.sign()
+        grad = torch.where(inside, grad, 0)
     return backend.approx_kl_bwd(grad, log_probs, ref_log_probs, estimator, need_log_probs, need_ref)
 
 
 @approx_kl_bwd.register_fake
-def _(grad, log_probs, ref_log_probs, estimator, need_log_probs, need_ref):
+def _(grad, log_probs, ref_log_probs, estimator, straight_through, bounds, need_log_probs, need_ref):
     return _gradients_like(log_probs, ref_log_probs, need_log_probs, need_ref)
 
 
 def _approx_setup(ctx, inputs, output):
-    log_probs, ref_log_probs, ctx.estimator = inputs
+    log_probs, ref_log_probs, *ctx.options = inputs
     ctx.save_for_backward(log_probs, ref_log_probs)
 
 
 def _approx_backward(ctx, grad):
     need = ctx.needs_input_grad[:2]
-    grads = approx_kl_bwd(grad, *ctx.saved_tensors, ctx.estimator, *need)
-    return *(g if wanted else None for g, wanted in zip(grads, need)), None
+    grads = approx_kl_bwd(grad, *ctx.saved_tensors, *ctx.options, *need)
+    return *(g if wanted else None for g, wanted in zip(grads, need)), None, None, None
 
 
 _estimate = register(approx_kl_fwd, _approx_backward, _approx_setup, keeps_inputs=True, log_probs=0, ref_log_probs=1)
@@ -151,31 +186,66 @@ def kl_from_logits(
     return _exact(logits, ref_logits, float(temperature), direction == "reverse")[0]
 
 
-def approx_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, *, estimator: str = "k1") -> torch.Tensor:
+def approx_kl(
+    log_probs: torch.Tensor,
+    ref_log_probs: torch.Tensor,
+    *,
+    estimator: str = "k1",
+    gradient: str = "plain",
+    clamp_input: float | tuple[float, float] | None = None,
+    clamp_output: float | tuple[float, float] | None = None,
+) -> torch.Tensor:
     """Estimate of KL(policy || reference) at each sampled token, from its two log-probs.
 
-    With d = log_probs - ref_log_probs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. Averaged over tokens sampled from
-    the policy, k1 and k3 are unbiased; k1 of a single token may be negative, k2 and k3 never are. As a reward use k1:
-    the estimators are unbiased as values, their gradients are not gradients of the KL.
+    With d = log_probs - ref_log_probs: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, abs = |d|. Averaged over tokens
+    sampled from the policy, k1 and k3 are unbiased; k1 of a single token may be negative, k2 and k3 never are. As a
+    reward use k1: the estimators are unbiased as values, their gradients are not gradients of the KL, but k2's is in
+    the mean, on samples of the policy as it is. "straight_through" takes that one whatever the value.
 
     Args:
         log_probs: any shape, fp32, bf16, fp16 or fp64, the policy's, in nats.
         ref_log_probs: the same shape, the reference's, in nats.
-        estimator: "k1", the default, "k2" or "k3".
+        estimator: "k1", the default, "k2", "k3" or "abs".
+        gradient: "plain", the default, of the estimate; or "straight_through", d times that of log_probs: verl's "+",
+            OpenRLHF's unbiased_gradient without old log-probs.
+        clamp_input: d is held within +- this number, or within (low, high), before the estimate; None, the default,
+            for no bound. verl's "low_var_kl": 20. OpenRLHF's k3: (-10, inf).
+        clamp_output: the estimate likewise, default None. verl's "low_var_kl", and all of OpenRLHF's: 10.
     Returns:
-        The shape of log_probs, fp32 (fp64 if either input is), in nats. Differentiable in both inputs. Entries that
-        are equal, also both -inf, give 0. k3 grows as exp(-d) and is not clamped.
+        The shape of log_probs, fp32 (fp64 if either input is), in nats. Differentiable in both inputs; where a clamp
+        holds, the plain gradient is 0, at any gap. Entries that are equal, also both -inf, give 0. Unclamped, k3 grows
+        as exp(-d). Where the upstream gradient is 0, so is the gradient, whatever the entries.
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; unknown estimator.
-    Cost: reads two values and writes one an entry; the backward reads three and writes two; no host sync.
+        ValueError: shapes, dtypes or devices do not fit; unknown estimator or gradient; a clamp that is neither a
+            number > 0 nor (low, high) with low < high.
+    Cost: reads two values and writes one an entry; the backward reads three and writes two; no host sync. "abs" and
+        each clamp take some elementwise ops more in either direction.
     Example:
         >>> import torch
         >>> approx_kl(torch.tensor([-0.15, -0.30]), torch.tensor([-0.20, -0.45]))
         tensor([0.0500, 0.1500])
+        >>> approx_kl(torch.tensor([-100.0]), torch.tensor([0.0]), estimator="k3", clamp_input=20, clamp_output=10)
+        tensor([10.])
     """
     check_dtype("log_probs", log_probs)
     check_dtype("ref_log_probs", ref_log_probs)
     check_shape("ref_log_probs", ref_log_probs, tuple(log_probs.shape), "the shape of log_probs")
     check_same_device(log_probs=log_probs, ref_log_probs=ref_log_probs)
     check_in("estimator", estimator, ESTIMATORS)
-    return _estimate(log_probs, ref_log_probs, estimator)
+    check_in("gradient", gradient, GRADIENTS)
+    bounds = [*_bounds("clamp_input", clamp_input), *_bounds("clamp_output", clamp_output)]
+    return _estimate(log_probs, ref_log_probs, estimator, gradient == "straight_through", bounds)
+
+
+def _bounds(name, clamp):
+    """(low, high) of a clamp: a number, both, or none."""
+    if clamp is None:
+        return _UNBOUNDED
+    if not isinstance(clamp, tuple):
+        check_range(name, clamp, 0, low_open=True)
+        return [-float(clamp), float(clamp)]
+    for bound in clamp:
+        check_range(name, bound)
+    if len(clamp) != 2 or not clamp[0] < clamp[1]:
+        raise ValueError(f"{name} is {clamp!r}, expected a number > 0 or (low, high) with low < high")
+    return [float(bound) for bound in clamp]

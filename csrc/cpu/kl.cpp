@@ -239,7 +239,7 @@ void estimate_slopes(void* context, int64_t begin, int64_t end) {
     each_block(j, begin, end, [&](int64_t row, int64_t column, int64_t count, float* d) {
         float upstream[BLOCK];
         const Block g = stage<PLAIN>(j.grad + row * j.grad_stride + column, count, Scale{}, upstream);
-        for (int64_t i = 0; i < count; i += W) store(d + i, load(g.x + i) * kl_estimate_slope<Estimator>(load(d + i)));
+        for (int64_t i = 0; i < count; i += W) store(d + i, kl_estimate_grad<Estimator>(load(g.x + i), load(d + i)));
         if (j.grad_p.data) j.grad_p.write(row, column, d, count);
         if (!j.grad_q.data) return;
         for (int64_t i = 0; i < count; i += W) store(d + i, -load(d + i));

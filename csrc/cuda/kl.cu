@@ -252,10 +252,10 @@ __device__ __forceinline__ float estimate(int64_t estimator, float d) {
                                 : kl_estimate<KL_K3>(d);
 }
 
-__device__ __forceinline__ float slope(int64_t estimator, float d) {
-    return estimator == KL_K1   ? kl_estimate_slope<KL_K1>(d)
-           : estimator == KL_K2 ? kl_estimate_slope<KL_K2>(d)
-                                : kl_estimate_slope<KL_K3>(d);
+__device__ __forceinline__ float gradient(int64_t estimator, float upstream, float d) {
+    return estimator == KL_K1   ? kl_estimate_grad<KL_K1>(upstream, d)
+           : estimator == KL_K2 ? kl_estimate_grad<KL_K2>(upstream, d)
+                                : kl_estimate_grad<KL_K3>(upstream, d);
 }
 
 struct Pair {
@@ -277,7 +277,8 @@ __global__ void __launch_bounds__(THREADS)
     approx_kl_bwd_kernel(Pair j, const float* grad, int64_t grad_stride, void* grad_p, void* grad_q) {
     const int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= j.count) return;
-    const float g = grad[i / j.columns * grad_stride + i % j.columns] * slope(j.estimator, j.log_ratio_at(i));
+    const float upstream = grad[i / j.columns * grad_stride + i % j.columns];
+    const float g = gradient(j.estimator, upstream, j.log_ratio_at(i));
     if (grad_p) put_entry(grad_p, j.dtype_p, i, g);
     if (grad_q) put_entry(grad_q, j.dtype_q, i, -g);
 }

@@ -66,6 +66,12 @@ RK_HD T kl_estimate_slope(T d) {
     return kl_k3_slope(d);
 }
 
+// The slope times an upstream gradient; nothing, where that is 0, of slopes that are not finite.
+template <int Estimator, class T>
+RK_HD T kl_estimate_grad(T upstream, T d) {
+    return upstream == T{} ? T{} : upstream * kl_estimate_slope<Estimator>(d);
+}
+
 // 2^x for x <= 0.5, within 1.25 ulp on [-125.5, 0.5]; 0 below, NaN stays NaN. Cheaper than an exp: no product is needed
 // to find the integer part, nor to take it off.
 template <class T>

@@ -123,7 +123,12 @@ def log_ratio(log_probs, ref_log_probs):
 def approx_kl(log_probs, ref_log_probs, estimator):
     """The definition of the estimators, elementwise; autograd of finite entries is exact."""
     d = log_probs.to(accumulator_dtype(log_probs, ref_log_probs)) - ref_log_probs
-    return {"k1": lambda: d, "k2": lambda: 0.5 * d * d, "k3": lambda: torch.exp(-d) - 1.0 + d}[estimator]()
+    return {
+        "k1": lambda: d,
+        "k2": lambda: 0.5 * d * d,
+        "k3": lambda: torch.exp(-d) - 1.0 + d,
+        "abs": lambda: d.abs(),
+    }[estimator]()
 
 
 def approx_kl_fwd(log_probs, ref_log_probs, estimator):
@@ -137,10 +142,10 @@ def approx_kl_fwd(log_probs, ref_log_probs, estimator):
 
 
 def approx_kl_bwd(grad, log_probs, ref_log_probs, estimator, need_log_probs, need_ref):
-    """(d/dlog_probs, d/dref_log_probs), each in its input's dtype; of shape [0] where not needed."""
+    """(d/dlog_probs, d/dref_log_probs), each in its input's dtype; of shape [0] where not needed. 0 where grad is."""
     d = log_ratio(log_probs, ref_log_probs)
     slope = {"k1": lambda: torch.ones_like(d), "k2": lambda: d, "k3": lambda: -torch.expm1(-d)}[estimator]()
-    out = grad.contiguous() * slope
+    out = torch.where(grad == 0, 0, grad.contiguous() * slope)
     return (
         out.to(log_probs.dtype) if need_log_probs else log_probs.new_empty(0),
         (-out).to(ref_log_probs.dtype) if need_ref else ref_log_probs.new_empty(0),

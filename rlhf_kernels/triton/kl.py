@@ -257,9 +257,9 @@ def approx_kl_bwd_kernel(
     d = log_ratio(p, stride_p, q, stride_q, index, columns, inside, DENSE)
     slope = tl.load(grad + place(index, columns, stride, DENSE), mask=inside, other=0.0)
     if ESTIMATOR == 2:
-        slope = slope * d
+        slope = tl.where(slope == 0.0, 0.0, slope * d)
     elif ESTIMATOR == 3:
-        slope = slope * k3_slope(d)
+        slope = tl.where(slope == 0.0, 0.0, slope * k3_slope(d))
     if NEED_P:
         tl.store(out_p + index, slope.to(out_p.dtype.element_ty), mask=inside)
     if NEED_Q:

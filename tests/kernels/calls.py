@@ -218,10 +218,15 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             ),
             [old + 0.1 * randn(3, 5), randn(3, 5).abs()],
         )  # fmt: skip
-    for estimator in ("k1", "k2", "k3"):
+    for estimator in ("k1", "k2", "k3", "abs"):
         calls[f"approx_kl {estimator}"] = Call(
             "kl", lambda p, q, e=estimator: [rk.approx_kl(p, q, estimator=e)], [randn(3, 5), randn(3, 5)]
         )
+    calls["approx_kl clamped"] = Call(
+        "kl",
+        lambda p, q: [rk.approx_kl(p, q, estimator="k3", gradient="straight_through", clamp_input=2, clamp_output=1)],
+        [randn(3, 5), randn(3, 5)],
+    )
     for loss_type in LOSS_TYPES:
         options = {"loss_type": loss_type}
         if loss_type in ("orpo", "simpo"):
