@@ -118,7 +118,6 @@ def linear(op) -> None:
         op.linear_logprobs_fwd(*head, *scale, True, False, *no_group)
         for upstream in ((flat, None), (flat, flat)):
             op.linear_logprobs_bwd(*upstream, *head, *(flat,) * 4, *scale, *no_group, *needs)
-        op.linear_cross_entropy_fwd(*head, *scale, *no_group, *needs)
         op.linear_ppo_fwd(
             hidden, weight, labels, None, bias, heat, flat, flat, mask, None, *scale[:2], 0.2, 0.2, None, 0.1,
             "token-mean", *no_group, *needs,
@@ -143,6 +142,21 @@ def advantages(op) -> None:
             op.whiten_fwd(x, keep, op.whiten_stats_fwd(x, keep), False)
 
 
+def cross_entropy(op) -> None:
+    count, columns, terms = 4096, 256, ((0.0, 0.0, False), (0.1, 0.0, False), (0.1, 1e-4, False), (0.0, 0.0, True))
+    flat, labels, execution = new(count), new(count, dtype=I64), (0, False, None, 0, True, True, False)
+    for vocab, dtype, temperature, softcap in (
+        (151936, BF16, 1.0, None), (151936, BF16, 0.7, 30.0), (50257, torch.float16, 1.0, None),
+        (50257, F32, 1.0, None),
+    ):  # fmt: skip
+        hidden, weight = new(count, columns, dtype=dtype), new(vocab, columns, dtype=dtype)
+        logits, scale = new(64, vocab, dtype=dtype), (temperature, softcap, -100)
+        for term in terms:
+            op.linear_cross_entropy_fwd(hidden, weight, labels, *(None,) * 4, *scale, *term, *execution)
+            op.cross_entropy_fwd(logits, labels[:64], None, *scale, *term)
+            op.cross_entropy_bwd(flat[:64], logits, labels[:64], None, *(flat[:64],) * 4, *scale, *term)
+
+
 def ppo(op) -> None:
     x, mask, number, limits = new(512, 1024), new(512, 1024, dtype=BOOL), new(1)[0], (0.2, 0.2, None, 0.2)
     for mode in op.AGG_MODES:
@@ -159,6 +173,7 @@ def ppo(op) -> None:
 # op -> calls of its Triton functions at usual sizes, which between them launch every specialisation
 CALLS: dict[str, Callable] = {
     "logprobs": logprobs, "bradley_terry": bradley_terry, "preference": preference, "kl": kl, "linear": linear,
+    "cross_entropy": cross_entropy,
     "advantages": advantages, "ppo": ppo,
 }  # fmt: skip
 

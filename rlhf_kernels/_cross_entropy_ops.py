@@ -1,13 +1,19 @@
-"""The opaque operators behind cross_entropy_from_logits; the contract is reference/cross_entropy.py."""
+"""The opaque operators behind cross_entropy.py; the contract is reference/cross_entropy.py.
+
+Those from hidden states take what _linear_ops.py describes.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from . import _linear_ops as linear
 from . import dispatch
 from ._autograd import register
 from .logprobs import _row_dtype, check_labels
+from .reference.cross_entropy import Settings, token_upstream
+from .reference.linear import spread_slopes
 
 
 @torch.library.custom_op("rlhf_kernels::cross_entropy_fwd", mutates_args=())
@@ -61,3 +67,113 @@ def _backward(ctx, grad, *_):
 
 
 cross_entropy = register(cross_entropy_fwd, _backward, _setup_context, keeps_inputs=True, logits=0)
+
+
+@torch.library.custom_op("rlhf_kernels::linear_cross_entropy_fwd", mutates_args=())
+def linear_cross_entropy_fwd(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
+    temperatures: Tensor | None, weights: Tensor | None, temperature: float, softcap: float | None, ignore_index: int,
+    label_smoothing: float, z_loss: float, dft: bool, chunk_size: int, fast: bool, group_name: str, vocab_start: int,
+    need_hidden: bool, need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    linear.check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name)
+    with linear.backend_of(hidden, "cross_entropy") as backend:
+        return backend.linear_cross_entropy_fwd(
+            hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index,
+            label_smoothing, z_loss, dft, chunk_size, fast, linear.group_of(group_name), vocab_start, need_hidden,
+            need_weight, need_bias,
+        )  # fmt: skip
+
+
+@linear_cross_entropy_fwd.register_fake
+def _(hidden, weight, labels, rows, bias, *rest):
+    loss = hidden.new_empty((), dtype=_row_dtype(hidden))
+    return loss, *linear.fake_gradients(hidden, weight, bias, rest[-3:], saved=True)
+
+
+linear_cross_entropy = register(
+    linear_cross_entropy_fwd, linear.fused_backward, linear.fused_setup, **linear.DIFFERENTIABLE
+)
+
+
+@torch.library.custom_op("rlhf_kernels::linear_cross_entropy_each_fwd", mutates_args=())
+def linear_cross_entropy_each_fwd(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
+    temperatures: Tensor | None, weights: Tensor | None, temperature: float, softcap: float | None, ignore_index: int,
+    label_smoothing: float, z_loss: float, dft: bool, with_slopes: bool, chunk_size: int, fast: bool, group_name: str,
+    vocab_start: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    linear.check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name)
+    with linear.backend_of(hidden, "cross_entropy") as backend:
+        return backend.linear_cross_entropy_each_fwd(
+            hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index,
+            label_smoothing, z_loss, dft, with_slopes, chunk_size, fast, linear.group_of(group_name), vocab_start,
+        )  # fmt: skip
+
+
+@linear_cross_entropy_each_fwd.register_fake
+def _(
+    hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index, label_smoothing,
+    z_loss, dft, with_slopes, *rest,
+):  # fmt: skip
+    def new(wanted, *shape):
+        return hidden.new_empty(shape if wanted else 0, dtype=_row_dtype(hidden))
+
+    count, saved = labels.shape[0], not with_slopes
+    statistics = (new(saved, count), new(saved, count), new(saved, count), new(saved and label_smoothing, count))
+    return new(True, count), *statistics, new(with_slopes, count, hidden.shape[1])
+
+
+@torch.library.custom_op("rlhf_kernels::linear_cross_entropy_each_bwd", mutates_args=())
+def linear_cross_entropy_each_bwd(
+    grad: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
+    temperatures: Tensor | None, weights: Tensor | None, logprobs: Tensor, row_max: Tensor, log_sum: Tensor,
+    counts: Tensor, temperature: float, softcap: float | None, ignore_index: int, label_smoothing: float,
+    z_loss: float, dft: bool, chunk_size: int, fast: bool, group_name: str, vocab_start: int, need_hidden: bool,
+    need_weight: bool, need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    settings, weights = Settings(label_smoothing, z_loss, dft), None if weights is None else weights.to(logprobs.dtype)
+    upstream = token_upstream(settings, logprobs, row_max, log_sum, counts if label_smoothing else None, weights)
+    upstream = upstream.times(grad)
+    with linear.backend_of(hidden) as backend:
+        return backend.linear_logprobs_bwd(
+            upstream.log_prob, None, hidden, weight, labels, rows, bias, temperatures, logprobs, None, row_max,
+            log_sum, temperature, softcap, ignore_index, chunk_size, fast, linear.group_of(group_name), vocab_start,
+            need_hidden, need_weight, need_bias, upstream.log_sum_exp, upstream.each,
+        )  # fmt: skip
+
+
+@linear_cross_entropy_each_bwd.register_fake
+def _(grad, hidden, weight, labels, rows, bias, *rest):
+    return linear.fake_gradients(hidden, weight, bias, rest[-3:])
+
+
+def _each_setup(ctx, inputs, output):
+    tensors, options, (ctx.with_slopes, *execution) = inputs[:7], inputs[7:13], inputs[13:]
+    ctx.options = (*options, *execution)
+    hidden, _, labels, rows = tensors[:4]
+    if ctx.with_slopes:
+        ctx.save_for_backward(output[5], labels != options[2], rows)
+        ctx.hidden = hidden.shape, hidden.dtype
+    else:
+        ctx.save_for_backward(*tensors, *output[1:5])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _each_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 18
+    if ctx.with_slopes:
+        return spread_slopes(grad, *ctx.saved_tensors, *ctx.hidden), *(None,) * 17
+    need_hidden, need_weight, _, _, need_bias = ctx.needs_input_grad[:5]
+    d_hidden, d_weight, d_bias = linear_cross_entropy_each_bwd(
+        grad, *ctx.saved_tensors, *ctx.options, need_hidden, need_weight, need_bias
+    )
+    grads = (d_hidden if need_hidden else None, d_weight if need_weight else None)
+    return *grads, None, None, d_bias if need_bias else None, *(None,) * 13
+
+
+linear_cross_entropy_each = register(
+    linear_cross_entropy_each_fwd, _each_backward, _each_setup, **linear.DIFFERENTIABLE
+)

@@ -10,19 +10,21 @@ import torch
 
 from . import dispatch
 from ._linear_walk import Divergence, Walk, kl_bwd, kl_fwd, logprobs_bwd, logprobs_fwd, with_gradients
+from .reference.cross_entropy import Settings, TokenLoss
 from .reference.linear import Head, _ones
+from .reference.logprobs import Upstream
 from .reference.policy import token_gradients, total_loss
 from .reference.ppo import aggregation_weights, ppo_token_loss
 
 
 def ppo_upstream(mask, loss_agg_mode, normalizer, old_log_probs, advantages, clipping, entropy_coef):
-    """token_gradients of the PPO policy loss: (d loss / d log-prob, d loss / d entropy or None) of some tokens."""
+    """token_gradients of the PPO policy loss: `Upstream` of some tokens."""
     weights = aggregation_weights(mask, loss_agg_mode, normalizer, torch.float32).reshape(-1)
     old, advantage = (torch.where(mask, x.to(torch.float32), 0.0).reshape(-1) for x in (old_log_probs, advantages))
 
-    def token_gradients(part, logprob, entropy):
-        _, slope = ppo_token_loss(logprob, old[part], advantage[part], **clipping)
-        return weights[part] * slope, -entropy_coef * weights[part] if entropy_coef else None
+    def token_gradients(part, rows):
+        _, slope = ppo_token_loss(rows.log_prob, old[part], advantage[part], **clipping)
+        return Upstream(weights[part] * slope, -entropy_coef * weights[part] if entropy_coef else None)
 
     return token_gradients
 
@@ -56,34 +58,49 @@ class Operators:
             needs = (True, False, False)
             logprobs, _, found = with_gradients(path, _ones, needs, chunk_size, group, False, apart=True)
             return logprobs, *empty, found[0]
-        logprobs, entropy, row_max, log_sum = logprobs_fwd(path, with_entropy, chunk_size, group)
+        logprobs, entropy, row_max, log_sum, *_ = logprobs_fwd(path, with_entropy, chunk_size, group)
         return logprobs, empty[0] if entropy is None else entropy, row_max, log_sum, empty[1]
 
     def linear_logprobs_bwd(
         self, grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy,
         row_max, log_sum, temperature, softcap, ignore_index, chunk_size, fast, group, vocab_start, need_hidden,
-        need_weight, need_bias,
+        need_weight, need_bias, grad_log_sum_exp=None, grad_each=None,
     ):  # fmt: skip
         head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
         path = self.walk(head, labels, labels != ignore_index, fast, vocab_start)
-        upstream = (grad_logprobs, grad_entropy)
+        upstream = Upstream(grad_logprobs, grad_entropy, grad_log_sum_exp, grad_each)
         results = (logprobs, entropy if grad_entropy is not None else None, row_max, log_sum)
         needs = (need_hidden, need_weight, need_bias)
         return logprobs_bwd(path, upstream, results, needs, chunk_size, group, _dtypes(hidden, weight, bias))
 
     def linear_cross_entropy_fwd(
-        self, hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, fast,
-        group, vocab_start, need_hidden, need_weight, need_bias,
+        self, hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index,
+        label_smoothing, z_loss, dft, chunk_size, fast, group, vocab_start, need_hidden, need_weight, need_bias,
     ):  # fmt: skip
         head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
-        path = self.walk(head, labels, labels != ignore_index, fast, vocab_start)
+        kept = labels != ignore_index
+        path, settings = self.walk(head, labels, kept, fast, vocab_start), Settings(label_smoothing, z_loss, dft)
+        loss = TokenLoss.start(settings, weights, kept, torch.float32)
+        needs, with_sums = (need_hidden, need_weight, need_bias), bool(label_smoothing)
+        _, _, gradients = with_gradients(path, loss, needs, chunk_size, group, False, with_sums=with_sums)
+        return loss.losses.sum(), *gradients
 
-        def token_gradients(part, logprob, entropy):
-            return torch.full_like(logprob, -1.0), None
-
-        needs = (need_hidden, need_weight, need_bias)
-        logprobs, _, gradients = with_gradients(path, token_gradients, needs, chunk_size, group, False)
-        return 0.0 - logprobs.sum(), *gradients
+    def linear_cross_entropy_each_fwd(
+        self, hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index,
+        label_smoothing, z_loss, dft, with_slopes, chunk_size, fast, group, vocab_start,
+    ):  # fmt: skip
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        kept, with_sums = labels != ignore_index, bool(label_smoothing)
+        path, settings = self.walk(head, labels, kept, fast, vocab_start), Settings(label_smoothing, z_loss, dft)
+        loss = TokenLoss.start(settings, weights, kept, torch.float32)
+        empty = [hidden.new_zeros(0, dtype=torch.float32) for _ in range(4)]
+        if with_slopes:
+            needs = (True, False, False)
+            _, _, found = with_gradients(path, loss, needs, chunk_size, group, False, apart=True, with_sums=with_sums)
+            return loss.losses, *empty, found[0]
+        rows = logprobs_fwd(path, False, chunk_size, group, with_sums)
+        loss(slice(0, head.count), rows)
+        return loss.losses, rows.log_prob, rows.max, rows.log_sum, rows.count if with_sums else empty[0], empty[1]
 
     def linear_ppo_fwd(
         self, hidden, weight, labels, rows, bias, temperatures, old_log_probs, advantages, mask, normalizer,

@@ -22,10 +22,10 @@ from .reference.policy import STATS as POLICY_STATS
 from .reference.policy import Settings, Tensors
 from .reference.ppo import STATS
 
-_DIFFERENTIABLE = {"hidden_states": 0, "weight": 1, "bias": 4}  # where log-probs, cross-entropy and PPO have them
+DIFFERENTIABLE = {"hidden_states": 0, "weight": 1, "bias": 4}  # where log-probs, cross-entropy and PPO have them
 
 
-def _group(group_name: str):
+def group_of(group_name: str):
     if not group_name:
         return None
     from torch.distributed.distributed_c10d import _resolve_process_group
@@ -34,10 +34,10 @@ def _group(group_name: str):
 
 
 @contextlib.contextmanager
-def _backend(hidden: Tensor):
+def backend_of(hidden: Tensor, op: str = "linear"):
     """The backend, outside autocast: its products must not be rounded behind its back."""
     with torch.autocast(hidden.device.type, enabled=False):
-        yield dispatch.pick("linear", hidden)
+        yield dispatch.pick(op, hidden)
 
 
 def _check_rows(rows, hidden):
@@ -45,14 +45,14 @@ def _check_rows(rows, hidden):
         raise ValueError(f"rows holds values outside [0, {hidden.shape[0]}), the rows of hidden_states")
 
 
-def _check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name, mask=None):
+def check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name, mask=None):
     """The checks that read values: labels, rows and temperatures."""
     if not reads_values(labels):
         return
     vocab = weight.shape[0]
     if group_name:
         total = torch.tensor(vocab, dtype=torch.int64, device=labels.device)
-        torch.distributed.all_reduce(total, group=_group(group_name))
+        torch.distributed.all_reduce(total, group=group_of(group_name))
         vocab = int(total)
     check_labels(labels if mask is None else torch.where(mask, labels, ignore_index), vocab, ignore_index)
     _check_rows(rows, hidden)
@@ -64,7 +64,7 @@ def _row_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _fake_gradients(hidden, weight, bias, needs, saved=False):
+def fake_gradients(hidden, weight, bias, needs, saved=False):
     """What a backend returns for d hidden, d weight and d bias; `saved` as made in a forward, where fp16 stays wide."""
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     dtypes = [_row_dtype(hidden) if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -79,11 +79,11 @@ def linear_logprobs_fwd(
     temperatures: Tensor | None, temperature: float, softcap: float | None, ignore_index: int, with_entropy: bool,
     with_slopes: bool, chunk_size: int, fast: bool, group_name: str, vocab_start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name)
-    with _backend(hidden) as backend:
+    check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name)
+    with backend_of(hidden) as backend:
         return backend.linear_logprobs_fwd(
             hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy,
-            with_slopes, chunk_size, fast, _group(group_name), vocab_start,
+            with_slopes, chunk_size, fast, group_of(group_name), vocab_start,
         )  # fmt: skip
 
 
@@ -107,17 +107,17 @@ def linear_logprobs_bwd(
     row_max: Tensor, log_sum: Tensor, temperature: float, softcap: float | None, ignore_index: int, chunk_size: int,
     fast: bool, group_name: str, vocab_start: int, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    with _backend(hidden) as backend:
+    with backend_of(hidden) as backend:
         return backend.linear_logprobs_bwd(
             grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy, row_max,
-            log_sum, temperature, softcap, ignore_index, chunk_size, fast, _group(group_name), vocab_start,
+            log_sum, temperature, softcap, ignore_index, chunk_size, fast, group_of(group_name), vocab_start,
             need_hidden, need_weight, need_bias,
         )  # fmt: skip
 
 
 @linear_logprobs_bwd.register_fake
 def _(grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, *rest):
-    return _fake_gradients(hidden, weight, bias, rest[-3:])
+    return fake_gradients(hidden, weight, bias, rest[-3:])
 
 
 def _logprobs_setup(ctx, inputs, output):
@@ -148,27 +148,7 @@ def _logprobs_backward(ctx, grad_logprobs, grad_entropy, *_):
     return *grads, None, None, d_bias if need_bias else None, *(None,) * 10
 
 
-logprobs = register(linear_logprobs_fwd, _logprobs_backward, _logprobs_setup, **_DIFFERENTIABLE)
-
-
-@torch.library.custom_op("rlhf_kernels::linear_cross_entropy_fwd", mutates_args=())
-def linear_cross_entropy_fwd(
-    hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
-    temperatures: Tensor | None, temperature: float, softcap: float | None, ignore_index: int, chunk_size: int,
-    fast: bool, group_name: str, vocab_start: int, need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name)
-    with _backend(hidden) as backend:
-        return backend.linear_cross_entropy_fwd(
-            hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, fast,
-            _group(group_name), vocab_start, need_hidden, need_weight, need_bias,
-        )  # fmt: skip
-
-
-@linear_cross_entropy_fwd.register_fake
-def _(hidden, weight, labels, rows, bias, *rest):
-    loss = hidden.new_empty((), dtype=_row_dtype(hidden))
-    return loss, *_fake_gradients(hidden, weight, bias, rest[-3:], saved=True)
+logprobs = register(linear_logprobs_fwd, _logprobs_backward, _logprobs_setup, **DIFFERENTIABLE)
 
 
 @torch.library.custom_op("rlhf_kernels::linear_ppo_fwd", mutates_args=())
@@ -179,12 +159,12 @@ def linear_ppo_fwd(
     entropy_coef: float, loss_agg_mode: str, chunk_size: int, fast: bool, group_name: str, vocab_start: int,
     need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_values(hidden, weight, labels, rows, temperatures, 0, group_name, mask)
-    with _backend(hidden) as backend:
+    check_values(hidden, weight, labels, rows, temperatures, 0, group_name, mask)
+    with backend_of(hidden) as backend:
         return backend.linear_ppo_fwd(
             hidden, weight, labels, rows, bias, temperatures, old_log_probs, advantages, mask, normalizer, temperature,
             softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, fast,
-            _group(group_name), vocab_start, need_hidden, need_weight, need_bias,
+            group_of(group_name), vocab_start, need_hidden, need_weight, need_bias,
         )  # fmt: skip
 
 
@@ -193,7 +173,7 @@ def _(hidden, weight, labels, rows, bias, *rest):
     def new(shape):
         return hidden.new_empty(shape, dtype=_row_dtype(hidden))
 
-    return new(()), new(()), new(len(STATS)), *_fake_gradients(hidden, weight, bias, rest[-3:], saved=True)
+    return new(()), new(()), new(len(STATS)), *fake_gradients(hidden, weight, bias, rest[-3:], saved=True)
 
 
 @torch.library.custom_op("rlhf_kernels::linear_policy_fwd", mutates_args=())
@@ -205,15 +185,15 @@ def linear_policy_fwd(
     vocab_start: int, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, its parts [4], stats, d hidden, d weight, d bias."""
-    _check_values(hidden, weight, labels, rows, temperatures, 0, group_name, mask)
+    check_values(hidden, weight, labels, rows, temperatures, 0, group_name, mask)
     tensors = Tensors(
         mask, None, old_log_probs, advantages, ref_log_probs, weights, coefficients, normalizer=normalizer,
         entropy_normalizer=entropy_normalizer,
     )  # fmt: skip
-    with _backend(hidden) as backend:
+    with backend_of(hidden) as backend:
         return backend.linear_policy_fwd(
             hidden, weight, labels, rows, bias, temperatures, tensors, Settings(*settings), temperature, softcap,
-            chunk_size, fast, _group(group_name), vocab_start, need_hidden, need_weight, need_bias,
+            chunk_size, fast, group_of(group_name), vocab_start, need_hidden, need_weight, need_bias,
         )  # fmt: skip
 
 
@@ -222,11 +202,11 @@ def _(hidden, weight, labels, rows, bias, *rest):
     def new(shape):
         return hidden.new_empty(shape, dtype=_row_dtype(hidden))
 
-    gradients = _fake_gradients(hidden, weight, bias, rest[-3:], saved=True)
+    gradients = fake_gradients(hidden, weight, bias, rest[-3:], saved=True)
     return new(()), new(4), new(len(POLICY_STATS)), *gradients
 
 
-def _fused_setup(ctx, inputs, output):
+def fused_setup(ctx, inputs, output):
     """The loss is output 0, its gradients are the last three; everything but the loss is for reading only."""
     ctx.save_for_backward(*output[-3:])
     ctx.mark_non_differentiable(*output[1:])
@@ -235,7 +215,7 @@ def _fused_setup(ctx, inputs, output):
     ctx.count = len(inputs)
 
 
-def _fused_backward(ctx, grad, *_):
+def fused_backward(ctx, grad, *_):
     grads = [None] * ctx.count
     if grad is not None:
         for i, dtype, saved in zip((0, 1, 4), ctx.dtypes, ctx.saved_tensors):
@@ -244,9 +224,8 @@ def _fused_backward(ctx, grad, *_):
     return tuple(grads)
 
 
-cross_entropy = register(linear_cross_entropy_fwd, _fused_backward, _fused_setup, **_DIFFERENTIABLE)
-policy_loss = register(linear_policy_fwd, _fused_backward, _fused_setup, **_DIFFERENTIABLE)
-ppo_loss = register(linear_ppo_fwd, _fused_backward, _fused_setup, **_DIFFERENTIABLE)
+policy_loss = register(linear_policy_fwd, fused_backward, fused_setup, **DIFFERENTIABLE)
+ppo_loss = register(linear_ppo_fwd, fused_backward, fused_setup, **DIFFERENTIABLE)
 
 
 @torch.library.custom_op("rlhf_kernels::linear_kl_fwd", mutates_args=())
@@ -256,10 +235,10 @@ def linear_kl_fwd(
     chunk_size: int, fast: bool, group_name: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check_rows(rows, hidden)
-    with _backend(hidden) as backend:
+    with backend_of(hidden) as backend:
         return backend.linear_kl_fwd(
             hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse, with_slopes,
-            chunk_size, fast, _group(group_name),
+            chunk_size, fast, group_of(group_name),
         )  # fmt: skip
 
 
@@ -276,16 +255,16 @@ def linear_kl_bwd(
     bias: Tensor | None, ref_bias: Tensor | None, temperature: float, softcap: float | None, reverse: bool,
     chunk_size: int, fast: bool, group_name: str, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    with _backend(hidden) as backend:
+    with backend_of(hidden) as backend:
         return backend.linear_kl_bwd(
             grad, hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap, reverse,
-            chunk_size, fast, _group(group_name), need_hidden, need_weight, need_bias,
+            chunk_size, fast, group_of(group_name), need_hidden, need_weight, need_bias,
         )  # fmt: skip
 
 
 @linear_kl_bwd.register_fake
 def _(grad, hidden, weight, ref_hidden, ref_weight, rows, bias, *rest):
-    return _fake_gradients(hidden, weight, bias, rest[-3:])
+    return fake_gradients(hidden, weight, bias, rest[-3:])
 
 
 def _kl_setup(ctx, inputs, output):

@@ -5,6 +5,8 @@ A matrix product fills a workspace [n, v], n tokens and v columns of the vocabul
     kernels.fold(chunk, state)                   adds it to the rows' running (max, sum, weighted sum, label's logit)
     kernels.gradient(chunk, upstream, results)   turns it into d/dlogits
 
+    kernels.row_sums(chunk, total, count)        adds its entries that are not -inf, after fold, and their number
+
 and, for the KL between two heads, kernels.divergence and kernels.divergence_gradient of two chunks. Sizes of chunks and
 the matrix products are the backend's too: class Kernels.
 
@@ -24,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .reference.linear import Head, _saved_dtype, merge_divergence
-from .reference.logprobs import finish_statistics
+from .reference.linear import Head, Rows, _saved_dtype, gaps, merge_divergence
+from .reference.logprobs import Upstream, finish_statistics
 
 NARROW = 4096  # columns of a chunk when all its columns are not needed at once
 TOKENS = 2048  # tokens of such a chunk
@@ -77,14 +79,16 @@ class State:
         return State(self.max[part], self.sum[part], weighted, self.label_logit[part], self.here[part])
 
     def results(self, kept, astray, group):
-        """(log-prob, entropy, max, log sum) fp32 over the columns of all ranks; 0 where not kept, NaN where astray."""
+        """`Rows` fp32 without sums; 0 where not kept, NaN where the label or row is nowhere."""
         row_max, total, weighted, label_logit, here = self._merged(group)
         found = finish_statistics(row_max.double(), total, weighted, label_logit.double())
         logprob, entropy, log_sum = found
         lost = kept & (~here | astray)
-        return tuple(
-            None if x is None else torch.where(kept, x, 0.0).masked_fill(lost, float("nan")).float()
-            for x in (logprob, entropy, row_max, log_sum)
+        return Rows(
+            *(
+                None if x is None else torch.where(kept, x, 0.0).masked_fill(lost, float("nan")).float()
+                for x in (logprob, entropy, row_max, log_sum)
+            )
         )
 
     def _merged(self, group):
@@ -270,15 +274,29 @@ class Gradients:
         return tuple(g.to(dtype) for g, dtype in zip((self.hidden, self.weight, self.bias), dtypes))
 
 
-def logprobs_fwd(walk: Walk, with_entropy, chunk_size, group):
-    """(log-probs, entropy or None, row maximum, log of the row's sum), each [M]; ranks merge once, for all tokens."""
-    head, kernels = walk.head, walk.kernels
-    state = State.start(head.count, with_entropy, head.hidden.device)
+def logprobs_fwd(walk: Walk, with_entropy, chunk_size, group, with_sums=False):
+    """`Rows`, each [M]; ranks merge once, for all tokens."""
+    head, kernels, device = walk.head, walk.kernels, walk.head.hidden.device
+    state, sums = State.start(head.count, with_entropy, device), _sums(head.count, with_sums, device)
     for part in walk.parts(chunk_size or kernels.tokens(head.count)):
         h = walk.inputs(part)
         for columns in walk.columns(kernels.columns(head.vocab)):
-            kernels.fold(walk.chunk(part, h, columns), state.rows(part))
-    return state.results(walk.kept, head.astray(slice(0, head.count)), group)
+            chunk = walk.chunk(part, h, columns)
+            kernels.fold(chunk, state.rows(part))
+            if with_sums:
+                kernels.row_sums(chunk, *sums[:, part])
+    return _results(state, sums, walk.kept, head.astray(slice(0, head.count)), group)
+
+
+def _sums(count, wanted, device):
+    """Totals and numbers of entries of rows, for `Kernels.row_sums`; or None."""
+    return torch.zeros(2, count, dtype=torch.float64, device=device) if wanted else None
+
+
+def _results(state, sums, kept, astray, group):
+    """`Rows`, with what comes from the sums if there are any."""
+    rows = state.results(kept, astray, group)
+    return rows if sums is None else Rows(*rows[:4], *gaps(rows.max, *sums, group))
 
 
 def logprobs_bwd(walk: Walk, upstream, results, needs, chunk_size, group, dtypes):
@@ -287,33 +305,37 @@ def logprobs_bwd(walk: Walk, upstream, results, needs, chunk_size, group, dtypes
     for part in walk.parts(chunk_size or kernels.tokens(head.count)):
         h = walk.inputs(part)
         dh = gradients.hidden_part(part, h)
-        here = [[None if x is None else x[part] for x in tensors] for tensors in (upstream, results)]
+        some = Upstream(*(None if g is None else g[part] for g in upstream))
+        rows = Rows(*(None if x is None else x[part] for x in results))
         for columns in walk.columns(kernels.columns(head.vocab)):
-            dlogits, unit = kernels.gradient(walk.chunk(part, h, columns), *here)
+            dlogits, unit = kernels.gradient(walk.chunk(part, h, columns), some, rows)
             gradients.add(dlogits, unit, columns, h, dh, part.start == 0)
         gradients.finish_part(part, dh)
     return gradients.finish(dtypes, group)
 
 
-def with_gradients(walk: Walk, token_gradients, needs, chunk_size, group, with_entropy, apart=False):
-    """One pass: log-probs and entropy [M], and gradients for token_gradients(part, log-prob, entropy) upstream."""
+def with_gradients(walk: Walk, token_gradients, needs, chunk_size, group, with_entropy, apart=False, with_sums=False):
+    """One pass: log-probs and entropy [M], and the gradients of token_gradients(part, `Rows`), an `Upstream`."""
     head, kernels, gradients = walk.head, walk.kernels, Gradients(walk, *needs, apart)
     logprobs, entropy = (torch.zeros(head.count, dtype=torch.float32, device=head.hidden.device) for _ in range(2))
     for part in walk.parts(chunk_size or kernels.wide_tokens(head.count, head.vocab, group)):
         h = walk.inputs(part)
         chunk = walk.chunk(part, h, slice(0, head.vocab))
-        state = State.start(h.shape[0], with_entropy, h.device)
+        count, device = h.shape[0], h.device
+        state, sums = State.start(count, with_entropy, device), _sums(count, with_sums, device)
         kernels.fold(chunk, state)
-        results = state.results(walk.kept[part], head.astray(part), group)
-        logprobs[part] = results[0]
+        if with_sums:
+            kernels.row_sums(chunk, *sums)
+        rows = _results(state, sums, walk.kept[part], head.astray(part), group)
+        logprobs[part] = rows.log_prob
         if with_entropy:
-            entropy[part] = results[1]
+            entropy[part] = rows.entropy
+        upstream = token_gradients(part, rows)
         if any(needs):
             chunk.has_bias_in = True
             dh = gradients.hidden_part(part, h)
-            upstream = token_gradients(part, *results[:2])
             for columns in walk.columns(kernels.gradient_columns(head.vocab)):
-                dlogits, unit = kernels.gradient(chunk.part(columns), upstream, results)
+                dlogits, unit = kernels.gradient(chunk.part(columns), upstream, rows)
                 gradients.add(dlogits, unit, columns, h, dh, part.start == 0)
             gradients.finish_part(part, dh)
     dtypes = [head.dtype if apart else _saved_dtype(x, head) for x in (head.hidden, head.weight, head.bias)]

@@ -58,19 +58,23 @@ approx_kl_bwd(f32 grad[rows * columns] by grad_stride, grad_stride, dtype_p p[ro
     stride_p, dtype_q q[rows * columns] by stride_q, dtype_q, stride_q, rows, columns, estimator,
     dtype_p? grad_p[rows * columns], dtype_q? grad_q[rows * columns])
 
+row_sums(dtype logits[N * V] by stride, dtype, stride, N, V, f32? temperatures[N], temperature, softcap, bool kept[N],
+    f64 total[N], f64 count[N])
+
 linear_fold_f32(f32 logits[n * columns] by stride, stride, n, columns, first, f32? bias[columns], f32? temperatures[n],
     temperature, softcap, i64 labels[n], bool kept[n], f32 max[n], f64 sum[n], f64? weighted[n], f32 label_logit[n],
     bool here[n])
 linear_gradient_f32(f32 logits[n * columns] by stride, stride, n, columns, first, f32? bias[columns], has_bias_in,
     f32? temperatures[n], temperature, softcap, i64 labels[n], bool kept[n], f32? grad_logprobs[n],
-    f32? grad_entropy[n], f32 logprobs[n], f32? entropy[n], f32 max[n], f32 log_sum[n])
+    f32? grad_entropy[n], f32? grad_log_sum_exp[n], f32? grad_each[n], f32 logprobs[n], f32? entropy[n], f32 max[n],
+    f32 log_sum[n])
 
 logprobs_fwd(dtype logits[N * V] by stride, dtype, stride, i64? labels[N], N, V, temperature, softcap, ignore_index,
     f32 logprobs[0 if labels is None else N], f32? entropy[N], f32 row_max[N], f32 log_sum[N])
-logprobs_bwd(f32? grad_logprobs[N], f32? grad_entropy[N], dtype logits[N * V] by stride, dtype, stride, i64? labels[N],
-    f32 logprobs[0 if labels is None else N], f32 entropy[N if grad_entropy is not None else entropy.numel()],
-    f32 row_max[N], f32 log_sum[N], N, V, temperature, softcap, ignore_index, dtype out[N * V] by out_stride,
-    out_stride)
+logprobs_bwd(f32? grad_logprobs[N], f32? grad_entropy[N], f32? grad_log_sum_exp[N], f32? grad_each[N],
+    dtype logits[N * V] by stride, dtype, stride, i64? labels[N], f32 logprobs[0 if labels is None else N],
+    f32 entropy[N if grad_entropy is not None else entropy.numel()], f32 row_max[N], f32 log_sum[N], N, V, temperature,
+    softcap, ignore_index, dtype out[N * V] by out_stride, out_stride)
 
 ppo_fwd_f32(f32 log_probs[B * T], f32 old_log_probs[B * T], f32 advantages[B * T], bool mask[B * T], f32? values[B * T],
     f32? old_values[B * T], f32? returns[B * T], f32? entropy[B * T], f32? normalizer[1], B, T, cliprange,

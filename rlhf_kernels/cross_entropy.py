@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _cross_entropy_ops
-from . import _linear_ops as ops
+from . import _cross_entropy_ops as ops
 from ._autograd import needs_grad
 from ._checks import check_dtype, check_in, check_index, check_range, check_same_device, check_shape
-from ._linear_checks import check_execution, check_head, check_labels, check_scale
-from .linear import linear_logprobs
+from ._linear_checks import check_execution, check_head, check_labels, check_scale, wants_slopes
 from .logprobs import _check_options, check_logits
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -38,8 +36,8 @@ def _mean(total, labels, ignore_index, num_items_in_batch):
     return total / num_items_in_batch
 
 
-def _check_terms(labels, weights, ignore_index, label_smoothing, z_loss, loss_type):
-    """(labels that are ignored where the weight is 0, weights [N] or None, label_smoothing, z_loss, dft)."""
+def _check_terms(labels, shape, weights, ignore_index, label_smoothing, z_loss, loss_type):
+    """(labels [N], ignored where the weight is 0, weights [N] or None, label_smoothing, z_loss, dft)."""
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     check_range("z_loss", z_loss, 0.0, float("inf"), high_open=True)
     check_in("loss_type", loss_type, LOSS_TYPES)
@@ -47,10 +45,10 @@ def _check_terms(labels, weights, ignore_index, label_smoothing, z_loss, loss_ty
         raise ValueError(f"label_smoothing must be 0 with loss_type='dft', got {label_smoothing!r}")
     if weights is not None:
         check_dtype("weights", weights)
-        check_shape("weights", weights, tuple(labels.shape), "the shape of labels")
+        check_shape("weights", weights, shape, "the shape of labels")
         check_same_device(labels=labels, weights=weights)
         weights = weights.detach().reshape(-1)
-        labels = torch.where(weights.view(labels.shape) == 0, ignore_index, labels)
+        labels = torch.where(weights == 0, ignore_index, labels)
     return labels, weights, float(label_smoothing), float(z_loss), loss_type == "dft"
 
 
@@ -113,11 +111,11 @@ def cross_entropy_from_logits(
     labels = check_index("labels", labels)
     check_shape("labels", labels, tuple(logits.shape[:-1]), "the shape of logits without its last dimension")
     check_same_device(logits=logits, labels=labels)
-    kept, *terms = _check_terms(labels, weights, ignore_index, label_smoothing, z_loss, loss_type)
-    losses = _cross_entropy_ops.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), kept.reshape(-1), terms[0], *_check_options(temperature, softcap),
-        ignore_index, *terms[1:],
-    )[0]  # fmt: skip
+    flat_labels, weights, *terms = _check_terms(
+        labels.reshape(-1), tuple(labels.shape), weights, ignore_index, label_smoothing, z_loss, loss_type
+    )
+    options = (*_check_options(temperature, softcap), ignore_index, *terms)
+    losses = ops.cross_entropy(logits.reshape(-1, logits.shape[-1]), flat_labels, weights, *options)[0]
     if reduction == "none":
         return losses.view(labels.shape)
     total = losses.sum()
@@ -134,6 +132,10 @@ def linear_cross_entropy(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    weights: Tensor | None = None,
+    loss_type: str = "nll",
     reduction: str = "mean",
     num_items_in_batch: int | float | Tensor | None = None,
     chunk_size: int | None = None,
@@ -143,7 +145,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy -log p(label) from hidden states and the LM head, with the gradients made in the forward.
 
-    The sum over counting labels of -log p as in `linear_logprobs`, divided by their number or by num_items_in_batch.
+    The sum over counting labels of -log p as in `linear_logprobs`, divided by their number or by num_items_in_batch;
+    with label_smoothing, z_loss, weights or loss_type "dft" what `cross_entropy_from_logits` makes of it.
 
     Args:
         hidden_states: [N, H], or [..., H] without rows; fp32, bf16, fp16 or fp64.
@@ -154,9 +157,15 @@ def linear_cross_entropy(
         temperature: > 0, default 1.0; or a tensor in the shape of labels.
         softcap: > 0, or None for no cap, the default.
         ignore_index: label of rows that do not count, default -100.
+        label_smoothing: >= 0 and <= 1, share of the uniform distribution over the tokens that no bias bans in the
+            target, default 0.0.
+        z_loss: >= 0, weight of the squared log-sum-exp of the scaled logits, default 0.0.
+        weights: like labels, floating, of any sign, constants, default None; a label with weight 0 does not count.
+        loss_type: "nll", the default, or "dft": times p(label), as a constant; it takes no smoothing.
         reduction: "mean", the default, "sum", or "none" for one loss a label.
         num_items_in_batch: number or 0-d tensor that divides instead of this call's count of labels, so that the
-            gradients of micro-batches and ranks add up to those of the whole batch; only with reduction="mean".
+            gradients of micro-batches and ranks add up to those of the whole batch; only with reduction="mean". The
+            count is of all labels but ignore_index, whatever their weights.
         chunk_size: tokens handled at a time; default None: the backend chooses.
         precision: "exact", the default, or "fast", as in `linear_logprobs`.
         process_group: ranks that hold the vocabulary's columns, as in `linear_logprobs`, default None; chunk_size
@@ -166,9 +175,10 @@ def linear_cross_entropy(
         0-d, or the shape of labels with reduction="none", fp32 (fp64 for fp64), in nats. Differentiable in
         hidden_states, weight and bias. A batch without a counting label gives 0.
     Raises:
-        ValueError: as `linear_logprobs`; unknown reduction; num_items_in_batch not > 0 or without "mean".
-    Cost: 6NVH floating-point operations for forward and backward together (8NVH with "none"); gradients wait in the
-        inputs' dtypes (fp32 for fp16) until the backward multiplies them. No host sync on a GPU.
+        ValueError: as `linear_logprobs` and `cross_entropy_from_logits`.
+    Cost: 6NVH floating-point operations for forward and backward together, whatever the loss adds ("none": 8NVH, or,
+        where only hidden_states need a gradient, 4NVH); gradients wait in the inputs' dtypes (fp32 for fp16) until the
+        backward multiplies them. No host sync on a GPU.
     Example:
         >>> import torch
         >>> hidden, head = torch.zeros(2, 3, requires_grad=True), torch.eye(4, 3)
@@ -176,18 +186,18 @@ def linear_cross_entropy(
         tensor(1.3863, grad_fn=...)
     """
     _check_reduction(reduction, num_items_in_batch)
-    if reduction == "none":
-        return 0.0 - linear_logprobs(
-            hidden_states, weight, labels, rows=rows, bias=bias, temperature=temperature, softcap=softcap,
-            ignore_index=ignore_index, chunk_size=chunk_size, precision=precision, process_group=process_group,
-            vocab_start_index=vocab_start_index,
-        )  # fmt: skip
     hidden, weight, bias = check_head(hidden_states, weight, bias)
     flat_labels, rows = check_labels(labels, rows, hidden_states)
+    flat_labels, weights, *terms = _check_terms(
+        flat_labels, tuple(labels.shape), weights, ignore_index, label_smoothing, z_loss, loss_type
+    )
     temperatures, temperature, softcap = check_scale(temperature, softcap, labels)
     execution = check_execution(chunk_size, precision, process_group, vocab_start_index)
+    inputs = (hidden, weight, flat_labels, rows, bias, temperatures, weights)
+    options = (temperature, softcap, ignore_index, *terms)
+    if reduction == "none":
+        losses = ops.linear_cross_entropy_each(*inputs, *options, wants_slopes(hidden, weight, bias), *execution)[0]
+        return losses.view(labels.shape)
     needs = [needs_grad(x) for x in (hidden, weight, bias)]
-    loss = ops.cross_entropy(
-        hidden, weight, flat_labels, rows, bias, temperatures, temperature, softcap, ignore_index, *execution, *needs
-    )[0]
+    loss = ops.linear_cross_entropy(*inputs, *options, *execution, *needs)[0]
     return loss if reduction == "sum" else _mean(loss, labels, ignore_index, num_items_in_batch)

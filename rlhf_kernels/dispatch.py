@@ -27,7 +27,7 @@ _TRITON, _CUDA = ("triton", on_gpu), ("cuda", on_nvidia)
 
 TABLE: dict[str, list[tuple[str, Applies]]] = {
     "logprobs": [_CPU, _TRITON, _CUDA, _REFERENCE],
-    "cross_entropy": [_REFERENCE],
+    "cross_entropy": [_CPU, _TRITON, _REFERENCE],
     "linear": [_CPU, _TRITON, _REFERENCE],
     "kl": [_CPU, _TRITON, _CUDA, _REFERENCE],
     "advantages": [_CPU, _TRITON, _CUDA, _REFERENCE],

@@ -74,6 +74,19 @@ def losses(labels):
         loss = rk.linear_cross_entropy(t["hidden"], t["weight"], kept, bias=t["bias"], chunk_size=3, **group, **start)
         return (loss,)
 
+    def smoothed(t, group, start):
+        """What needs sums over all columns that are not banned: the mean, and one loss a label."""
+        kept, weights = torch.where(labels == 2, -100, labels), torch.linspace(-1.0, 2.0, 9)
+        options = {"bias": t["bias"], "label_smoothing": 0.2, "z_loss": 0.01, "softcap": 4.0, "chunk_size": 3}
+        each = rk.linear_cross_entropy(
+            t["hidden"], t["weight"], kept, **options, weights=weights, reduction="none", **group, **start
+        )
+        return each, rk.linear_cross_entropy(t["hidden"], t["weight"], kept, **options, **group, **start)
+
+    def frozen_smoothed(t, group, start):
+        heads, options = (t["hidden"], t["weight"].detach()), {"label_smoothing": 0.2, "reduction": "none"}
+        return (rk.linear_cross_entropy(*heads, labels, rows=rows, **options, **group, **start),)
+
     def tied(t, group, start):
         """The head's weight is the embedding too: each rank looks up its own tokens, the sum is everybody's."""
         ids = torch.tensor([0, 3, 11, 5, 7, 6, 8, 1, 2]) - start["vocab_start_index"]
@@ -111,7 +124,8 @@ def losses(labels):
         heads = (t["hidden"], t["weight"].detach(), t["ref_hidden"], t["ref_weight"])
         return (rk.linear_kl(*heads, rows=rows, **group),)
 
-    return logprobs, entropy_alone, frozen, cross_entropy, tied, ppo, kl, forward_kl, infinite_kl, frozen_kl
+    of_labels = (logprobs, entropy_alone, frozen, cross_entropy, smoothed, frozen_smoothed, tied, ppo)
+    return *of_labels, kl, forward_kl, infinite_kl, frozen_kl
 
 
 class SumOverRanks(torch.autograd.Function):

@@ -23,7 +23,7 @@ if X86:
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 SUPPORT = {"isa", "math"}  # run-time detection and threads; the vector maths for its test
-COMPOSED = {"linear"}  # its arithmetic is that of logprobs
+COMPOSED = {"cross_entropy", "linear"}  # their arithmetic is that of logprobs
 BESIDE = {  # public files that are no op's own
     "aggregation",
     "dispatch",

@@ -67,7 +67,8 @@ void fold_rows(void* context, int64_t begin, int64_t end) {
 struct Gradient {
     Chunk chunk;
     bool has_bias_in;  // the fold has added the bias to this very chunk
-    const float *grad_logprobs, *grad_entropy, *logprobs, *entropy, *max, *log_sum;
+    Upstreams upstream;
+    const float *logprobs, *entropy, *max, *log_sum;
 };
 
 void gradient_rows(void* context, int64_t begin, int64_t end) {
@@ -85,15 +86,14 @@ void gradient_rows(void* context, int64_t begin, int64_t end) {
         }
         if (!g.has_bias_in) g.chunk.add_bias(x);
         const Scale scale = g.chunk.scale(i);
-        const float from_logprob = g.grad_logprobs ? g.grad_logprobs[i] : 0.0f;
-        const float from_entropy = g.grad_entropy ? g.grad_entropy[i] : 0.0f;
-        const float entropy = g.grad_entropy ? g.entropy[i] : 0.0f;
-        const RowSlope slope = {from_logprob + from_entropy * entropy, from_entropy};
+        const RowUpstream upstream = g.upstream.row(i);
+        const float entropy = g.upstream.entropy ? g.entropy[i] : 0.0f;
+        const RowSlope slope = row_slope(upstream, entropy);
         const int64_t at = g.chunk.column(i);
         const float at_label = at >= 0 ? x[at] : 0.0f;
         gradient_entries(x, v, scale, row_gradient(g.max[i], g.log_sum[i], slope), false, x);
-        if (at < 0 || !g.grad_logprobs || at_label == -__builtin_inff()) continue;
-        x[at] = label_gradient(g.logprobs[i], entropy, from_logprob, from_entropy) * label_slope(at_label, scale);
+        if (at < 0 || !g.upstream.logprobs || at_label == -__builtin_inff()) continue;
+        x[at] = label_gradient(g.logprobs[i], entropy, upstream) * label_slope(at_label, scale);
     }
 }
 
@@ -113,10 +113,12 @@ void linear_fold_f32(float* logits, int64_t stride, int64_t n, int64_t columns, 
 void linear_gradient_f32(float* logits, int64_t stride, int64_t n, int64_t columns, int64_t first, const float* bias,
                          int64_t has_bias_in, const float* temperatures, double temperature, double softcap,
                          const int64_t* labels, const uint8_t* kept, const float* grad_logprobs,
-                         const float* grad_entropy, const float* logprobs, const float* entropy, const float* max,
-                         const float* log_sum, int64_t threads) {
+                         const float* grad_entropy, const float* grad_log_sum_exp, const float* grad_each,
+                         const float* logprobs, const float* entropy, const float* max, const float* log_sum,
+                         int64_t threads) {
     Gradient g = {{logits, stride, columns, first, bias, temperatures, temperature, softcap, labels, kept},
-                  has_bias_in != 0, grad_logprobs, grad_entropy, logprobs, entropy, max, log_sum};
+                  has_bias_in != 0, {grad_logprobs, grad_entropy, grad_log_sum_exp, grad_each}, logprobs, entropy, max,
+                  log_sum};
     parallel_for(n, rows_per_piece(columns), threads, gradient_rows, &g);
 }
 

@@ -47,7 +47,7 @@ void forward_rows(void* context, int64_t begin, int64_t end) {
 }
 
 struct Backward {
-    const float *grad_logprobs, *grad_entropy;  // null: no gradient from it
+    Upstreams upstream;
     const void* logits;
     const int64_t* labels;
     const float *logprobs, *entropy, *max, *log_sum;
@@ -65,14 +65,13 @@ void backward_row(const Backward& b, int64_t n) {
     const int64_t label = b.labels ? b.labels[n] : 0;
     if (b.labels && label == b.ignore_index) return fill_row(out, b.V, 0.0f);
     if (b.labels && (label < 0 || label >= b.V)) return fill_row(out, b.V, __builtin_nanf(""));
-    const float g = b.grad_logprobs ? b.grad_logprobs[n] : 0.0f;
-    const float h = b.grad_entropy ? b.grad_entropy[n] : 0.0f;
-    const float entropy = b.grad_entropy ? b.entropy[n] : 0.0f;
+    const RowUpstream upstream = b.upstream.row(n);
+    const float entropy = b.upstream.entropy ? b.entropy[n] : 0.0f;
     const float at_label = b.labels ? entry(x + label) : 0.0f;  // before the row is written over
-    const RowGradient row = row_gradient(b.max[n], b.log_sum[n], RowSlope{g + h * entropy, h});
+    const RowGradient row = row_gradient(b.max[n], b.log_sum[n], row_slope(upstream, entropy));
     gradient_entries(x, b.V, b.scale, row, b.streaming, out);
-    if (!b.grad_logprobs || at_label == -__builtin_inff()) return;
-    const float gradient = label_gradient(b.logprobs[n], entropy, g, h) * label_slope(at_label, b.scale);
+    if (!b.upstream.logprobs || at_label == -__builtin_inff()) return;
+    const float gradient = label_gradient(b.logprobs[n], entropy, upstream) * label_slope(at_label, b.scale);
     store_some(out + label, splat<Lanes>(gradient), 1);
 }
 
@@ -95,13 +94,15 @@ void logprobs_fwd(const void* logits, int64_t dtype, int64_t stride, const int64
 }
 
 // `out` may be the logits themselves.
-void logprobs_bwd(const float* grad_logprobs, const float* grad_entropy, const void* logits, int64_t dtype,
-                  int64_t stride, const int64_t* labels, const float* logprobs, const float* entropy,
-                  const float* row_max, const float* log_sum, int64_t N, int64_t V, double temperature, double softcap,
-                  int64_t ignore_index, void* out, int64_t out_stride, int64_t threads) {
+void logprobs_bwd(const float* grad_logprobs, const float* grad_entropy, const float* grad_log_sum_exp,
+                  const float* grad_each, const void* logits, int64_t dtype, int64_t stride, const int64_t* labels,
+                  const float* logprobs, const float* entropy, const float* row_max, const float* log_sum, int64_t N,
+                  int64_t V, double temperature, double softcap, int64_t ignore_index, void* out, int64_t out_stride,
+                  int64_t threads) {
     const bool streaming = out != logits && N * V * (dtype == F32 ? 4 : 2) > CACHED;
-    Backward b = {grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, stride, V,
-                  ignore_index, make_scale(temperature, softcap), out, out_stride, streaming};
+    Backward b = {{grad_logprobs, grad_entropy, grad_log_sum_exp, grad_each}, logits, labels, logprobs, entropy,
+                  row_max, log_sum, stride, V, ignore_index, make_scale(temperature, softcap), out, out_stride,
+                  streaming};
     const auto rows = dtype == F32 ? backward_rows<float> : dtype == BF16 ? backward_rows<Bf16> : backward_rows<Half>;
     parallel_for(N, rows_per_piece(V), threads, rows, &b);
 }

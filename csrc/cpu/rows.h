@@ -156,6 +156,16 @@ inline void write(S* to, Lanes lanes, bool streaming) {
         store(to, lanes);
 }
 
+// Upstream gradients of rows; null: none from it.
+struct Upstreams {
+    const float *logprobs, *entropy, *log_sum_exp, *each;
+
+    RowUpstream row(int64_t n) const {
+        return {logprobs ? logprobs[n] : 0.0f, entropy ? entropy[n] : 0.0f, log_sum_exp ? log_sum_exp[n] : 0.0f,
+                each ? each[n] : 0.0f};
+    }
+};
+
 // What a row's gradient needs: its maximum, log of its sum and upstream gradients.
 struct RowGradient {
     float shift, log_sum;
@@ -167,47 +177,53 @@ inline RowGradient row_gradient(float max, float log_sum, RowSlope slope) {
 }
 
 // d/dx of a vector of entries from their z; 0 where x is -inf.
-template <Transform F>
+template <Transform F, bool Each>
 inline Lanes slope_of(Lanes z, Scale s, RowGradient row) {
-    const Lanes d = entry_gradient(z + row.shift - row.log_sum, row.slope);
+    const Lanes d = entry_gradient<Each>(z + row.shift - row.log_sum, row.slope);
     if (F == CAPPED) return d * cap_slope(z, s.inverse_softcap / s.scale, s.scale);
     return F == SCALED ? d * s.scale : d;
 }
 
 // d/dx of up to BLOCK entries, written to `out`, which may be x itself.
-template <Transform F, class S>
+template <Transform F, bool Each, class S>
 inline void gradient_block(const S* x, int64_t count, Scale s, RowGradient row, bool streaming, S* out) {
     float buffer[F == PLAIN ? 1 : BLOCK];
     if (F != PLAIN) stage<F>(x, count, s, buffer);
     int64_t i = 0;
     for (; i + W <= count; i += W)
-        write(out + i, slope_of<F>(F == PLAIN ? load(x + i) : load(buffer + i), s, row), streaming);
+        write(out + i, slope_of<F, Each>(F == PLAIN ? load(x + i) : load(buffer + i), s, row), streaming);
     if (i < count) {
         const Lanes z = F == PLAIN ? load_some(x + i, count - i, 0.0f) : load(buffer + i);
-        store_some(out + i, slope_of<F>(z, s, row), count - i);
+        store_some(out + i, slope_of<F, Each>(z, s, row), count - i);
     }
 }
 
-template <Transform F, class S>
+template <Transform F, bool Each, class S>
 inline void gradient_stretch(const S* x, int64_t count, Scale s, RowGradient row, bool streaming, S* out) {
     int64_t i = 0;
     if (streaming) {  // up to the first aligned vector
         const int64_t off = (int64_t)((uintptr_t)out / sizeof(S)) % W;
         i = off == 0 ? 0 : W - off;
         i = i < count ? i : count;
-        gradient_block<F>(x, i, s, row, false, out);
+        gradient_block<F, Each>(x, i, s, row, false, out);
     }
     for (; i < count; i += BLOCK)
-        gradient_block<F>(x + i, count - i < BLOCK ? count - i : BLOCK, s, row, streaming, out + i);
+        gradient_block<F, Each>(x + i, count - i < BLOCK ? count - i : BLOCK, s, row, streaming, out + i);
+}
+
+template <bool Each, class S>
+inline void gradient_entries(const S* x, int64_t count, Scale s, RowGradient row, bool streaming, S* out) {
+    const Transform f = transform_of(s);
+    if (f == CAPPED) return gradient_stretch<CAPPED, Each>(x, count, s, row, streaming, out);
+    if (f == SCALED) return gradient_stretch<SCALED, Each>(x, count, s, row, streaming, out);
+    gradient_stretch<PLAIN, Each>(x, count, s, row, streaming, out);
 }
 
 // d/dx of `count` entries, written to `out`, which may be x itself.
 template <class S>
 inline void gradient_entries(const S* x, int64_t count, Scale s, RowGradient row, bool streaming, S* out) {
-    const Transform f = transform_of(s);
-    if (f == CAPPED) return gradient_stretch<CAPPED>(x, count, s, row, streaming, out);
-    if (f == SCALED) return gradient_stretch<SCALED>(x, count, s, row, streaming, out);
-    gradient_stretch<PLAIN>(x, count, s, row, streaming, out);
+    if (row.slope.each != 0.0f) return gradient_entries<true>(x, count, s, row, streaming, out);
+    gradient_entries<false>(x, count, s, row, streaming, out);
 }
 
 // The label's gradient carries this of it to its logit x.

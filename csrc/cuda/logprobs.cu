@@ -168,7 +168,8 @@ struct Backward {
 // What the entries of a row have in common.
 struct RowGradient {
     int64_t label;  // -1: no entry is the label's, or it has no gradient of its own
-    float shift, log_sum, logprob, entropy, g, h;
+    float shift, log_sum, logprob, entropy;
+    RowUpstream upstream;
     RowSlope slope;
 };
 
@@ -179,17 +180,16 @@ __device__ __forceinline__ RowGradient row_gradient(const Backward& b, int64_t r
     r.shift = -start_of(max);
     r.log_sum = b.log_sum[row];
     r.logprob = r.label < 0 ? 0.0f : b.logprobs[row];
-    r.g = b.grad_logprobs ? b.grad_logprobs[row] : 0.0f;
-    r.h = b.grad_entropy ? b.grad_entropy[row] : 0.0f;
+    r.upstream = {b.grad_logprobs ? b.grad_logprobs[row] : 0.0f, b.grad_entropy ? b.grad_entropy[row] : 0.0f, 0.0f, 0.0f};
     r.entropy = b.grad_entropy ? b.entropy[row] : 0.0f;
-    r.slope = {r.g + r.h * r.entropy, r.h};
+    r.slope = row_slope(r.upstream, r.entropy);
     return r;
 }
 
 template <Transform F>
 __device__ __forceinline__ float slope_of(float x, const RowGradient& r, Scale s) {
     const float z = transform(F, x, s);
-    const float d = entry_gradient(z + r.shift - r.log_sum, r.slope);
+    const float d = entry_gradient<false>(z + r.shift - r.log_sum, r.slope);
     if (F == CAPPED) return d * cap_slope(z, s.inverse_softcap / s.scale, s.scale);
     return F == SCALED ? d * s.scale : d;
 }
@@ -198,7 +198,7 @@ __device__ __forceinline__ float slope_of(float x, const RowGradient& r, Scale s
 template <Transform F>
 __device__ __forceinline__ float label_slope_of(float x, const RowGradient& r, Scale s) {
     const float slope = F == CAPPED ? cap(x, s.inverse_softcap, s.softcap, s.scale).slope : s.scale;
-    return label_gradient(r.logprob, r.entropy, r.g, r.h) * slope;
+    return label_gradient(r.logprob, r.entropy, r.upstream) * slope;
 }
 
 template <Transform F, class S>

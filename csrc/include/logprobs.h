@@ -61,23 +61,34 @@ RK_HD T cap_slope(T z, float inverse, float scale) {
     return z == splat<T>(-__builtin_inff()) ? T{} : (1.0f - t * t) * scale;
 }
 
-// How a row's upstream gradients g (log-prob) and h (entropy) reach an entry with log-prob l and probability p:
-// -p (g + h (l + entropy)) = -p (base + h l).
-struct RowSlope {
-    float base, entropy_grad;
+// What a loss sends to a row's results: its log-prob, entropy and log sum exp(z), and to every entry that is not -inf.
+struct RowUpstream {
+    float log_prob, entropy, log_sum_exp, each;
 };
 
-template <class T>
-RK_HD T entry_gradient(T log_p, RowSlope s) {
-    const T finite = log_p < splat<T>(EXP_FLOOR) ? splat<T>(EXP_FLOOR) : log_p;  // p = 0 there, and 0 * inf is NaN
-    return -exp_nonpositive_f32(log_p) * (s.base + s.entropy_grad * finite);
+// How these, g, h and s, reach an entry with log-prob l and probability p: -p (g - s + h (l + entropy)) = -p (base + h l).
+struct RowSlope {
+    float base, entropy_grad, each;
+};
+
+RK_HD RowSlope row_slope(RowUpstream u, float entropy) {
+    return {u.log_prob - u.log_sum_exp + u.entropy * entropy, u.entropy, u.each};
 }
 
-// The label's entry: g (1 - p) - h p (l + entropy), where 1 - p does not cancel.
-RK_HD float label_gradient(float logprob, float entropy, float g, float h) {
+// Each: whether s.each is not 0.
+template <bool Each, class T>
+RK_HD T entry_gradient(T log_p, RowSlope s) {
+    const T finite = log_p < splat<T>(EXP_FLOOR) ? splat<T>(EXP_FLOOR) : log_p;  // p = 0 there, and 0 * inf is NaN
+    const T d = -exp_nonpositive_f32(log_p) * (s.base + s.entropy_grad * finite);
+    return Each ? d + (log_p == splat<T>(-__builtin_inff()) ? T{} : splat<T>(s.each)) : d;
+}
+
+// The label's entry: g (1 - p) - h p (l + entropy) + s p + each, where 1 - p does not cancel.
+RK_HD float label_gradient(float logprob, float entropy, RowUpstream u) {
     const double p = __builtin_exp((double)logprob);
-    const double through_entropy = p == 0.0 ? 0.0 : (double)h * p * ((double)logprob + (double)entropy);
-    return (float)(-(double)g * __builtin_expm1((double)logprob) - through_entropy);
+    const double through_entropy = p == 0.0 ? 0.0 : (double)u.entropy * p * ((double)logprob + (double)entropy);
+    const double through_sum = (double)u.log_sum_exp * p + (double)u.each;
+    return (float)(-(double)u.log_prob * __builtin_expm1((double)logprob) - through_entropy + through_sum);
 }
 
 }  // namespace RK_ISA

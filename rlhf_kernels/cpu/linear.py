@@ -8,6 +8,7 @@ from .. import _linear_walk as walk
 from .._linear_backend import Operators
 from .._native import fresh, run
 from . import kl as cpu_kl
+from .logprobs import add_row_sums
 
 
 class _Kernels(walk.Kernels):
@@ -30,12 +31,16 @@ class _Kernels(walk.Kernels):
         )  # fmt: skip
 
     @staticmethod
-    def gradient(chunk, upstream, results):
+    def row_sums(chunk, total, count):
+        add_row_sums(chunk.logits, chunk.temperatures, chunk.temperature, chunk.softcap, chunk.kept, total, count)
+
+    @staticmethod
+    def gradient(chunk, upstream, rows):
         upstream = [None if g is None else g.to(torch.float32).contiguous() for g in upstream]
         run(
             "linear_gradient_f32", chunk.logits, chunk.logits.stride(0), *chunk.logits.shape, chunk.first, chunk.bias,
             chunk.has_bias_in, chunk.temperatures, chunk.temperature, chunk.softcap or 0.0, chunk.labels, chunk.kept,
-            *upstream, *results,
+            *upstream, *rows[:4],
         )  # fmt: skip
         return chunk.logits, None
 
@@ -71,8 +76,8 @@ class _FastKernels(_Kernels):
         return walk.Kernels.blocks(weight, columns, torch.bfloat16)
 
     @staticmethod
-    def gradient(chunk, upstream, results):
-        dlogits, unit = _Kernels.gradient(chunk, upstream, results)
+    def gradient(chunk, upstream, rows):
+        dlogits, unit = _Kernels.gradient(chunk, upstream, rows)
         return dlogits.to(torch.bfloat16), unit
 
     @staticmethod
@@ -94,7 +99,6 @@ def _kernels(hidden, weight, fast):
 operators = Operators(_kernels)
 linear_logprobs_fwd = operators.linear_logprobs_fwd
 linear_logprobs_bwd = operators.linear_logprobs_bwd
-linear_cross_entropy_fwd = operators.linear_cross_entropy_fwd
 linear_policy_fwd = operators.linear_policy_fwd
 linear_ppo_fwd = operators.linear_ppo_fwd
 linear_kl_fwd = operators.linear_kl_fwd

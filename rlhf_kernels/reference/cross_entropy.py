@@ -14,20 +14,13 @@ and no gradient, whatever their logits hold; a row of nothing but -inf gives +in
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from .logprobs import (
-    _blocks,
-    accumulator_dtype,
-    finish_statistics,
-    label_state,
-    logprobs_and_entropy,
-    partial_statistics,
-    row_gradient,
-    scale_logits,
-)
+from . import linear, logprobs
+from .logprobs import Upstream, gap_below, logits_sums, logprobs_and_entropy, scale_logits
 
 CASES = ("small", "batched", "banned", "ignored", "capped", "wide", "one_entry", "empty")
 
@@ -40,30 +33,9 @@ class Settings(NamedTuple):
     dft: bool = False
 
 
-class Slopes(NamedTuple):
-    """d loss / d log-prob, d loss / d S, and what every entry that is not banned gets as it is; each [n] or None."""
-
-    log_prob: torch.Tensor
-    log_sum_exp: torch.Tensor | None
-    each: torch.Tensor | None
-
-
-def row_sums(z):
-    """(sum of the entries that are not -inf, their number) of rows z [n, V], each [n] fp64; they add up over parts."""
-    banned = z == -math.inf
-    return torch.where(banned, 0.0, z).sum(-1, dtype=torch.float64), (~banned).sum(-1).double()
-
-
-def gap_below(row_max, total, count):
-    """How far the mean total / count lies below the row's maximum; 0 for a row of nothing but -inf."""
-    dead = row_max == -math.inf
-    gap = torch.where(dead, 0.0, row_max).double() - total / count.clamp(min=1.0)
-    return torch.where(dead, 0.0, gap).to(row_max.dtype)
-
-
 def token_loss(settings, logprob, row_max, log_sum, gap, weights):
     """Loss [n] of each row from its statistics; gap and weights may be None."""
-    nll = -logprob
+    nll = 0.0 - logprob
     if settings.dft:
         nll = torch.where(logprob == -math.inf, 0.0, torch.exp(logprob) * nll)
     if settings.label_smoothing:
@@ -73,34 +45,23 @@ def token_loss(settings, logprob, row_max, log_sum, gap, weights):
     return loss if weights is None else weights * loss
 
 
-def token_slopes(settings, logprob, row_max, log_sum, count, weights):
-    """`Slopes` of each row's loss; count may be None where nothing is smoothed."""
+def token_upstream(settings, logprob, row_max, log_sum, count, weights):
+    """`Upstream` of each row's loss; count may be None where nothing is smoothed."""
     share = settings.label_smoothing
     factor = torch.ones_like(logprob) if weights is None else weights
     slope = -(1.0 - share) * factor
-    slope = slope * torch.exp(logprob) if settings.dft else slope
     through_sum = each = None
+    if settings.dft:
+        slope = slope * torch.exp(logprob)
     if share or settings.z_loss:
         through_sum = factor * (share + 2.0 * settings.z_loss * _log_sum_exp(row_max, log_sum))
     if share:
         each = -share * factor / count.clamp(min=1.0).to(factor.dtype)
-    return Slopes(slope, through_sum, each)
+    return Upstream(slope, None, through_sum, each)
 
 
 def _log_sum_exp(row_max, log_sum):
     return torch.where(row_max == -math.inf, 0.0, row_max + log_sum)
-
-
-def extra_gradient(z, slope, row_max, log_sum, through_sum, each):
-    """d/dlogits of rows z [n, V] through S and through the mean of the entries."""
-    banned = z == -math.inf
-    d = torch.zeros_like(z)
-    if through_sum is not None:
-        log_p = torch.where(banned, 0.0, (z - row_max.unsqueeze(-1)) - log_sum.unsqueeze(-1))
-        d = through_sum.unsqueeze(-1) * torch.exp(log_p)
-    if each is not None:
-        d = d + each.unsqueeze(-1)
-    return torch.where(banned, 0.0, d * slope)
 
 
 def cross_entropy(
@@ -125,61 +86,110 @@ def cross_entropy(
     return torch.where(kept, loss if weights is None else weights.detach() * loss, 0.0)
 
 
-def _rows(logits, labels, temperature, softcap, ignore_index):
-    """(rows of the block, z, dz/dlogits, kept, outside, safe labels), block by block."""
-    for start, stop in _blocks(*logits.shape):
-        part = slice(start, stop)
-        state = label_state(labels[part], logits.shape[-1], ignore_index)
-        yield part, *scale_logits(logits[part], temperature, softcap), *state
+class FromLogits:
+    """The functions of a backend, from its log-probs: their forward, backward, and `logits_sums`."""
 
+    def __init__(self, logprobs_fwd, logprobs_bwd, logits_sums):
+        self.logprobs_fwd, self.logprobs_bwd, self.logits_sums = logprobs_fwd, logprobs_bwd, logits_sums
 
-def cross_entropy_fwd(logits, labels, weights, temperature, softcap, ignore_index, label_smoothing, z_loss, dft):
-    """(loss, log-prob, row maximum, log of the row's sum, number of entries that are not banned), each [N].
+    def cross_entropy_fwd(
+        self, logits, labels, weights, temperature, softcap, ignore_index, label_smoothing, z_loss, dft
+    ):
+        """(loss, log-prob, row maximum, log of the row's sum, number of entries that are not -inf), each [N].
 
-    The last is [0] where nothing is smoothed.
-    """
-    settings, dtype = Settings(label_smoothing, z_loss, dft), accumulator_dtype(logits)
-    new = logits.new_zeros
-    out = [new(logits.shape[0], dtype=dtype) for _ in range(4)]
-    counts = new(logits.shape[0] if label_smoothing else 0, dtype=dtype)
-    for part, z, _, kept, outside, safe in _rows(logits, labels, temperature, softcap, ignore_index):
-        row_max, total, _ = partial_statistics(z, False)
-        label_logit = z.gather(-1, safe.unsqueeze(-1)).squeeze(-1)
-        logprob, _, log_sum = finish_statistics(row_max, total, None, label_logit)
-        gap = None
+        The last is [0] where nothing is smoothed.
+        """
+        options = (temperature, softcap, ignore_index)
+        logprob, _, row_max, log_sum = self.logprobs_fwd(logits, labels, *options, False)
+        gap, counts = None, logprob.new_zeros(0)
         if label_smoothing:
-            sums, count = row_sums(z)
-            counts[part], gap = count, gap_below(row_max, sums, count)
-        loss = token_loss(settings, logprob, row_max, log_sum, gap, _part(weights, part, dtype))
-        for target, value in zip(out, (loss, logprob, row_max, log_sum), strict=True):
-            target[part] = torch.where(kept, value, 0.0).masked_fill(outside, math.nan)
-    return *out, counts
+            total, counts = self.logits_sums(logits, labels, *options)
+            gap, counts = gap_below(row_max, total, counts), counts.to(logprob.dtype)
+        settings = Settings(label_smoothing, z_loss, dft)
+        loss = token_loss(settings, logprob, row_max, log_sum, gap, _like(weights, logprob))
+        return torch.where(labels != ignore_index, loss, 0.0), logprob, row_max, log_sum, counts
+
+    def cross_entropy_bwd(
+        self, grad, logits, labels, weights, logprob, row_max, log_sum, counts, temperature, softcap, ignore_index,
+        label_smoothing, z_loss, dft,
+    ):  # fmt: skip
+        """d/dlogits [N, V], in the dtype of the logits."""
+        settings, counts = Settings(label_smoothing, z_loss, dft), counts if label_smoothing else None
+        upstream = token_upstream(settings, logprob, row_max, log_sum, counts, _like(weights, logprob)).times(grad)
+        nothing = logprob.new_zeros(0)
+        return self.logprobs_bwd(
+            upstream.log_prob, None, logits, labels, logprob, nothing, row_max, log_sum, temperature, softcap,
+            ignore_index, grad_log_sum_exp=upstream.log_sum_exp, grad_each=upstream.each,
+        )  # fmt: skip
 
 
-def cross_entropy_bwd(
-    grad, logits, labels, weights, logprobs, row_max, log_sum, counts, temperature, softcap, ignore_index,
-    label_smoothing, z_loss, dft,
+@dataclass
+class TokenLoss:
+    """The loss of each label of a walk over rows, and its `Upstream`: `token_gradients` of reference/linear.py."""
+
+    settings: Settings
+    weights: torch.Tensor | None  # [M]
+    kept: torch.Tensor  # [M]
+    losses: torch.Tensor  # [M], filled
+
+    @classmethod
+    def start(cls, settings, weights, kept, dtype):
+        losses = torch.zeros(kept.shape[0], dtype=dtype, device=kept.device)
+        return cls(settings, None if weights is None else weights.to(dtype), kept, losses)
+
+    def __call__(self, part, rows):
+        weights = None if self.weights is None else self.weights[part]
+        loss = token_loss(self.settings, rows.log_prob, rows.max, rows.log_sum, rows.gap, weights)
+        self.losses[part] = torch.where(self.kept[part], loss, 0.0)
+        return token_upstream(self.settings, rows.log_prob, rows.max, rows.log_sum, rows.count, weights)
+
+
+def linear_cross_entropy_fwd(
+    hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index, label_smoothing,
+    z_loss, dft, chunk_size, fast, group, vocab_start, need_hidden, need_weight, need_bias,
 ):  # fmt: skip
-    """d/dlogits [N, V], in the dtype of the logits."""
-    settings, dtype = Settings(label_smoothing, z_loss, dft), accumulator_dtype(logits)
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for part, z, slope, kept, outside, safe in _rows(logits, labels, temperature, softcap, ignore_index):
-        rows = [x[part] for x in (logprobs, row_max, log_sum)]
-        count = counts[part] if label_smoothing else None
-        slopes = scaled_slopes(grad[part], token_slopes(settings, *rows, count, _part(weights, part, dtype)))
-        d = row_gradient(z, slope, safe, slopes.log_prob, None, rows[0], None, *rows[1:])
-        d = d + extra_gradient(z, slope, *rows[1:], *slopes[1:])
-        out[part] = torch.where(kept.unsqueeze(-1), d, 0.0).masked_fill(outside.unsqueeze(-1), math.nan).to(out.dtype)
-    return out
+    """(sum of the losses of the labels that count, and its d hidden, d weight, d bias)."""
+    head = linear.Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+    settings, kept = Settings(label_smoothing, z_loss, dft), labels != ignore_index
+    loss = TokenLoss.start(settings, weights, kept, head.dtype)
+    _, _, gradients = linear.walk_with_gradients(
+        head, labels, kept, loss, (need_hidden, need_weight, need_bias), chunk_size, group, vocab_start, False,
+        with_sums=bool(label_smoothing),
+    )  # fmt: skip
+    return loss.losses.sum(), *gradients
 
 
-def scaled_slopes(grad, slopes):
-    """Slopes of grad [n] times the loss."""
-    return Slopes(*(None if x is None else grad * x for x in slopes))
+def linear_cross_entropy_each_fwd(
+    hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index, label_smoothing,
+    z_loss, dft, with_slopes, chunk_size, fast, group, vocab_start,
+):  # fmt: skip
+    """(losses, log-probs, row maximum, log of the row's sum, numbers of entries, each [M], and slopes [M, H]).
+
+    With slopes no backward needs the statistics: they are [0]. The numbers are [0] where nothing is smoothed.
+    """
+    head = linear.Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+    settings, kept, with_sums = Settings(label_smoothing, z_loss, dft), labels != ignore_index, bool(label_smoothing)
+    loss = TokenLoss.start(settings, weights, kept, head.dtype)
+    nothing = [hidden.new_zeros(0, dtype=head.dtype) for _ in range(4)]
+    if with_slopes:
+        _, _, gradients = linear.walk_with_gradients(
+            head, labels, kept, loss, (True, False, False), chunk_size, group, vocab_start, False, apart=True,
+            with_sums=with_sums,
+        )  # fmt: skip
+        return loss.losses, *nothing, gradients[0]
+    found = linear.rows_of(head, labels, kept, chunk_size, group, vocab_start, with_sums=with_sums)
+    loss(slice(0, head.count), found)
+    counts = found.count if with_sums else nothing[0]
+    return loss.losses, found.log_prob, found.max, found.log_sum, counts, nothing[1]
 
 
-def _part(weights, part, dtype):
-    return None if weights is None else weights[part].to(dtype)
+def _like(weights, rows):
+    return None if weights is None else weights.to(rows.dtype)
+
+
+_functions = FromLogits(logprobs.logprobs_fwd, logprobs.logprobs_bwd, logits_sums)
+cross_entropy_fwd = _functions.cross_entropy_fwd
+cross_entropy_bwd = _functions.cross_entropy_bwd
 
 
 def example_inputs(case, *, dtype=torch.float32, device="cpu", seed=0):

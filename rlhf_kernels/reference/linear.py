@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from . import kl as kl_reference
 from . import logprobs as row_reference
 from . import policy as policy_reference
 from . import ppo as ppo_reference
+from .logprobs import Upstream
 
 UPCAST_BLOCK = 4096  # head rows that are widened to fp32 at a time
 CASES = ("small", "masked", "rows", "rich", "banned", "one_entry", "empty")
@@ -86,6 +88,17 @@ class Head:
             logits += self.bias.to(self.dtype)
         temperature = self.temperature if self.temperatures is None else self.temperatures[part]
         return row_reference.scale_logits(logits, temperature, self.softcap)
+
+
+class Rows(NamedTuple):
+    """Results of rows over the columns of all ranks, each [n]; of those not asked for, None."""
+
+    log_prob: Tensor
+    entropy: Tensor | None
+    max: Tensor
+    log_sum: Tensor
+    gap: Tensor | None = None  # from the maximum down to the mean of the entries that are not -inf
+    count: Tensor | None = None  # number of these entries
 
 
 class Gradients:
@@ -161,22 +174,35 @@ def _merge(statistics, group):
     return highest, *sums.unbind()
 
 
+def gaps(row_max, total, count, group):
+    """(gap, count) of `Rows` from the `row_sums` of each rank's columns."""
+    if group is not None:
+        sums = torch.stack([total, count])
+        dist.all_reduce(sums, group=group)
+        total, count = sums.unbind()
+    return row_reference.gap_below(row_max, total, count), count.to(row_max.dtype)
+
+
 def _row_results(statistics, kept, astray, with_entropy):
-    """(log-prob, entropy, max, log sum) of each row: 0 where not kept, NaN where the label or row is nowhere."""
+    """`Rows` without sums: 0 where not kept, NaN where the label or row is nowhere."""
     row_max, total, label_logit, here, weighted = statistics
     results = row_reference.finish_statistics(row_max, total, weighted if with_entropy else None, label_logit)
     logprob, entropy, log_sum = results
     outside = kept & ((here == 0) | astray)
-    return tuple(
-        None if x is None else torch.where(kept, x, 0.0).masked_fill(outside, math.nan)
-        for x in (logprob, entropy, row_max, log_sum)
+    return Rows(
+        *(
+            None if x is None else torch.where(kept, x, 0.0).masked_fill(outside, math.nan)
+            for x in (logprob, entropy, row_max, log_sum)
+        )
     )
 
 
-def _dlogits(z, slope, local, kept, grad_logprob, grad_entropy, results):
+def _dlogits(z, slope, local, kept, upstream, rows):
     """d/dlogits of one chunk; 0 in rows that are not kept, NaN where the log-prob is."""
-    logprob, entropy, row_max, log_sum = results
-    d = row_reference.row_gradient(z, slope, local, grad_logprob, grad_entropy, logprob, entropy, row_max, log_sum)
+    logprob, entropy, row_max, log_sum = rows[:4]
+    d = row_reference.row_gradient(z, slope, local, *upstream[:2], logprob, entropy, row_max, log_sum)
+    if upstream.log_sum_exp is not None or upstream.each is not None:
+        d = d + row_reference.through_sums(z, slope, row_max, log_sum, upstream.log_sum_exp, upstream.each)
     d = torch.where(kept.unsqueeze(-1), d, 0.0)
     return d.masked_fill_((kept & logprob.isnan()).unsqueeze(-1), math.nan)
 
@@ -186,9 +212,9 @@ def _saved_dtype(tensor, head):
     return head.dtype if tensor is None or tensor.dtype == torch.float16 else tensor.dtype
 
 
-def _ones(part, logprob, entropy):
+def _ones(part, rows):
     """Upstream of slopes: d log p itself."""
-    return torch.ones_like(logprob), None
+    return Upstream(torch.ones_like(rows.log_prob))
 
 
 def spread_slopes(grad, slopes, kept, rows, shape, dtype):
@@ -202,10 +228,11 @@ def spread_slopes(grad, slopes, kept, rows, shape, dtype):
     return out.index_put((rows,), grads, accumulate=True).to(dtype)  # sorts: the same bits on every run
 
 
-def _walk_with_gradients(
-    head, labels, kept, token_gradients, needs, chunk_size, group, vocab_start, with_entropy, apart=False
-):
-    """One pass: log-probs and entropy [M], and gradients for token_gradients(part, log-prob, entropy) upstream."""
+def walk_with_gradients(
+    head, labels, kept, token_gradients, needs, chunk_size, group, vocab_start, with_entropy, apart=False,
+    with_sums=False,
+):  # fmt: skip
+    """One pass: log-probs and entropy [M], and the gradients of token_gradients(part, `Rows`), an `Upstream`."""
     gradients = Gradients(head, *needs, apart)
     logprobs, entropy = (head.hidden.new_zeros(head.count, dtype=head.dtype) for _ in range(2))
     for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, head.hidden.device, group)):
@@ -213,13 +240,15 @@ def _walk_with_gradients(
         z, slope = head.scaled(h, part)
         local = _local_labels(labels[part], head, vocab_start)
         merged = _merge(_statistics(z, local, with_entropy), group)
-        results = _row_results(merged, kept[part], head.astray(part), with_entropy)
-        logprobs[part] = results[0]
+        rows = _row_results(merged, kept[part], head.astray(part), with_entropy)
+        if with_sums:
+            rows = Rows(*rows[:4], *gaps(rows.max, *row_reference.row_sums(z), group))
+        logprobs[part] = rows.log_prob
         if with_entropy:
-            entropy[part] = results[1]
+            entropy[part] = rows.entropy
+        upstream = token_gradients(part, rows)
         if any(needs):
-            upstream = token_gradients(part, *results[:2])
-            gradients.add(part, h, _dlogits(z, slope, local, kept[part], *upstream, results))
+            gradients.add(part, h, _dlogits(z, slope, local, kept[part], upstream, rows))
     dtypes = [head.dtype if apart else _saved_dtype(x, head) for x in (head.hidden, head.weight, head.bias)]
     return logprobs, entropy, gradients.finish(dtypes, group)
 
@@ -236,55 +265,51 @@ def linear_logprobs_fwd(
     kept = labels != ignore_index
     nothing = hidden.new_zeros(0, dtype=head.dtype)
     if with_slopes:
-        logprobs, _, (slopes, _, _) = _walk_with_gradients(
+        logprobs, _, (slopes, _, _) = walk_with_gradients(
             head, labels, kept, _ones, (True, False, False), chunk_size, group, vocab_start, False, apart=True
         )
         return logprobs, nothing, nothing.clone(), nothing.clone(), slopes
-    parts = _parts(head.count, chunk_size or default_chunk_size(head.vocab, hidden.device))
-    statistics = hidden.new_zeros(5, head.count, dtype=head.dtype)
-    for part in parts:
+    rows = rows_of(head, labels, kept, chunk_size, group, vocab_start, with_entropy)
+    return *(nothing if x is None else x for x in rows[:4]), nothing.clone()
+
+
+def rows_of(head, labels, kept, chunk_size, group, vocab_start, with_entropy=False, with_sums=False):
+    """`Rows` of all labels; ranks merge once."""
+    statistics = head.hidden.new_zeros(5, head.count, dtype=head.dtype)
+    sums = head.hidden.new_zeros(2, head.count, dtype=torch.float64)
+    for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, head.hidden.device)):
         z, _ = head.scaled(head.inputs(part, kept[part]), part)
         local = _local_labels(labels[part], head, vocab_start)
         statistics[:, part] = torch.stack(_statistics(z, local, with_entropy))
-    whole = slice(0, head.count)
-    results = _row_results(_merge(statistics.unbind(), group), kept, head.astray(whole), with_entropy)
-    return *(nothing if x is None else x for x in results), nothing.clone()
+        if with_sums:
+            sums[:, part] = torch.stack(row_reference.row_sums(z))
+    merged = _merge(statistics.unbind(), group)
+    rows = _row_results(merged, kept, head.astray(slice(0, head.count)), with_entropy)
+    return Rows(*rows[:4], *gaps(rows.max, *sums, group)) if with_sums else rows
 
 
 def linear_logprobs_bwd(
     grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy, row_max, log_sum,
     temperature, softcap, ignore_index, chunk_size, fast, group, vocab_start, need_hidden, need_weight, need_bias,
+    grad_log_sum_exp=None, grad_each=None,
 ):  # fmt: skip
-    """(d hidden, d weight, d bias), each in its input's dtype; of shape [0] where not needed."""
+    """(d hidden, d weight, d bias), each in its input's dtype; of shape [0] where not needed.
+
+    The last two as in `reference.logprobs.logprobs_bwd`.
+    """
     head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
     gradients = Gradients(head, need_hidden, need_weight, need_bias)
     kept = labels != ignore_index
     saved = (logprobs, entropy if grad_entropy is not None else None, row_max, log_sum)
+    grads = (grad_logprobs, grad_entropy, grad_log_sum_exp, grad_each)
     for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, hidden.device)):
         h = head.inputs(part, kept[part])
         z, slope = head.scaled(h, part)
         local = _local_labels(labels[part], head, vocab_start)
-        upstream = [None if g is None else g[part] for g in (grad_logprobs, grad_entropy)]
-        results = [None if x is None else x[part] for x in saved]
-        gradients.add(part, h, _dlogits(z, slope, local, kept[part], *upstream, results))
+        upstream = Upstream(*(None if g is None else g[part] for g in grads))
+        rows = Rows(*(None if x is None else x[part] for x in saved))
+        gradients.add(part, h, _dlogits(z, slope, local, kept[part], upstream, rows))
     return gradients.finish((hidden.dtype, weight.dtype, head.dtype if bias is None else bias.dtype), group)
-
-
-def linear_cross_entropy_fwd(
-    hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, fast, group,
-    vocab_start, need_hidden, need_weight, need_bias,
-):  # fmt: skip
-    """(sum of -log p over the labels that count, and its d hidden, d weight, d bias)."""
-    head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
-    needs = (need_hidden, need_weight, need_bias)
-
-    def token_gradients(part, logprob, entropy):
-        return torch.full_like(logprob, -1.0), None
-
-    logprobs, _, gradients = _walk_with_gradients(
-        head, labels, labels != ignore_index, token_gradients, needs, chunk_size, group, vocab_start, False
-    )
-    return 0.0 - logprobs.sum(), *gradients
 
 
 def linear_ppo_fwd(
@@ -303,11 +328,11 @@ def linear_ppo_fwd(
     old, advantage = (torch.where(mask, x.to(head.dtype), 0.0).reshape(-1) for x in (old_log_probs, advantages))
     clipping = {"cliprange": cliprange, "cliprange_high": cliprange_high, "dual_clip": dual_clip}
 
-    def token_gradients(part, logprob, entropy):
-        _, slope = ppo_reference.ppo_token_loss(logprob, old[part], advantage[part], **clipping)
-        return weights[part] * slope, -entropy_coef * weights[part] if entropy_coef else None
+    def token_gradients(part, rows):
+        _, slope = ppo_reference.ppo_token_loss(rows.log_prob, old[part], advantage[part], **clipping)
+        return Upstream(weights[part] * slope, -entropy_coef * weights[part] if entropy_coef else None)
 
-    logprobs, entropy, gradients = _walk_with_gradients(
+    logprobs, entropy, gradients = walk_with_gradients(
         head, labels.reshape(-1), kept, token_gradients, needs, chunk_size, group, vocab_start, True
     )
     losses, _, _, _, stats = ppo_reference.ppo_fwd(
@@ -327,15 +352,12 @@ def linear_policy_fwd(
     """
     head, mask = Head(hidden, weight, bias, rows, temperatures, temperature, softcap), tensors.mask
     path = head, labels.reshape(-1), mask.reshape(-1)
-
-    def walk(upstream, needs, with_entropy):
-        return _walk_with_gradients(*path, upstream, needs, chunk_size, group, vocab_start, with_entropy)
-
     first = None
     if settings.by_sequence:  # the ratio of a sequence is known only when all its tokens are
-        first = walk(None, (False, False, False), False)[0].view(mask.shape)
+        first = rows_of(*path, chunk_size, group, vocab_start).log_prob.view(mask.shape)
     upstream = policy_reference.token_gradients(tensors, settings, head.dtype, first)
-    logprobs, entropy, gradients = walk(upstream, (need_hidden, need_weight, need_bias), True)
+    needs = (need_hidden, need_weight, need_bias)
+    logprobs, entropy, gradients = walk_with_gradients(*path, upstream, needs, chunk_size, group, vocab_start, True)
     shape = mask.shape if mask.dim() == 2 else (1, -1)  # packed tokens are one row
     tensors = tensors._replace(log_probs=logprobs, entropy=entropy)
     found = {name: x.reshape(shape) for name, x in tensors._asdict().items() if x is not None and x.dim()}

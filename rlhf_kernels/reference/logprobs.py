@@ -5,6 +5,7 @@
     entropy = -sum_j p_j log p_j = log s - sum_j p_j (z_j - m)
 
     d log p_y / d z_j = [j = y] - p_j            d entropy / d z_j = -p_j (log p_j + entropy)
+    d log sum exp(z) / d z_j = p_j
 
 A logit of -inf has p = 0, adds nothing and gets no gradient. A row of nothing but -inf has log p = -inf, entropy 0
 and no gradient. Rows whose label is `ignore_index` give 0 and no gradient, whatever their logits hold. Rows whose
@@ -12,6 +13,7 @@ label is outside [0, V) give NaN.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -49,6 +51,18 @@ def partial_statistics(z, with_entropy):
         return row_max, e.sum(-1), None
     offset = torch.where(z == -math.inf, 0.0, z - shift)
     return row_max, e.sum(-1), (e * offset).sum(-1)
+
+
+def row_sums(z):
+    """(sum of the entries that are not -inf, their number) of rows z [..., V], fp64; they add up over a row's parts."""
+    banned = z == -math.inf
+    return torch.where(banned, 0.0, z).sum(-1, dtype=torch.float64), (~banned).sum(-1, dtype=torch.float64)
+
+
+def gap_below(row_max, total, count):
+    """How far the mean total / count of a row lies below its maximum; 0 for a row of nothing but -inf."""
+    gap = torch.where(row_max == -math.inf, 0.0, row_max).double() - total / count.clamp(min=1.0)
+    return torch.where(count == 0.0, 0.0, gap).to(row_max.dtype)
 
 
 def finish_statistics(row_max, total, weighted, label_logit):
@@ -115,6 +129,29 @@ def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entrop
     return tuple(out)
 
 
+class Upstream(NamedTuple):
+    """What a loss sends to a row's results: each [n], or None."""
+
+    log_prob: torch.Tensor | None
+    entropy: torch.Tensor | None = None
+    log_sum_exp: torch.Tensor | None = None
+    each: torch.Tensor | None = None  # d loss / d mean z, over the number of entries that are not -inf
+
+    def times(self, grad):
+        """What grad [n] times the loss sends."""
+        return Upstream(*(None if x is None else grad * x for x in self))
+
+
+def logits_sums(logits, labels, temperature, softcap, ignore_index):
+    """`row_sums` of z of logits [N, V]; (0, 0) where the label is ignored."""
+    out = logits.new_zeros(2, logits.shape[0], dtype=torch.float64)
+    for start, stop in _blocks(*logits.shape):
+        z, _ = scale_logits(logits[start:stop], temperature, softcap)
+        sums = torch.stack(row_sums(z))
+        out[:, start:stop] = torch.where(labels[start:stop] != ignore_index, sums, 0.0)
+    return out.unbind()
+
+
 def row_gradient(z, slope, safe, grad_logprob, grad_entropy, logprob, entropy, row_max, log_sum):
     """d/dlogits of grad_logprob * log p_label + grad_entropy * entropy for rows z [n, V].
 
@@ -138,11 +175,26 @@ def row_gradient(z, slope, safe, grad_logprob, grad_entropy, logprob, entropy, r
     return torch.where(banned, 0.0, dz * slope)
 
 
+def through_sums(z, slope, row_max, log_sum, grad_log_sum_exp, grad_each):
+    """d/dlogits of rows z [n, V] through log sum exp(z), and what every entry gets that is not -inf; [n] or None."""
+    banned = z == -math.inf
+    d = torch.zeros_like(z)
+    if grad_log_sum_exp is not None:
+        log_p = torch.where(banned, 0.0, (z - row_max.unsqueeze(-1)) - log_sum.unsqueeze(-1))
+        d = grad_log_sum_exp.unsqueeze(-1) * torch.exp(log_p)
+    if grad_each is not None:
+        d = d + grad_each.unsqueeze(-1)
+    return torch.where(banned, 0.0, d * slope)
+
+
 def logprobs_bwd(
     grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, temperature, softcap,
-    ignore_index, inplace=False,
+    ignore_index, inplace=False, grad_log_sum_exp=None, grad_each=None,
 ):  # fmt: skip
-    """d/dlogits, in the dtype of the logits; written over the logits if `inplace`."""
+    """d/dlogits, in the dtype of the logits; written over the logits if `inplace`.
+
+    The last two are what reaches the row through log sum exp(z), and what every entry gets that is not -inf.
+    """
     vocab = logits.shape[-1]
     rows = logits.reshape(-1, vocab)
     out = rows if inplace else torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -157,6 +209,9 @@ def logprobs_bwd(
             kept, outside, safe = label_state(flat(labels, start, stop), vocab, ignore_index)
         per_row = (grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum)
         dx = row_gradient(z, slope, safe, *(flat(tensor, start, stop) for tensor in per_row))
+        if grad_log_sum_exp is not None or grad_each is not None:
+            sums = (row_max, log_sum, grad_log_sum_exp, grad_each)
+            dx = dx + through_sums(z, slope, *(flat(tensor, start, stop) for tensor in sums))
         if labels is not None:
             dx = torch.where(kept.unsqueeze(-1), dx, 0.0).masked_fill(outside.unsqueeze(-1), math.nan)
         out[start:stop] = dx.to(out.dtype)

@@ -41,6 +41,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .logprobs import Upstream
 from .ppo import AGG_MODES, _value_terms, accumulator_dtype, aggregation_weights, ppo_bwd
 
 TERMS = ("clip", "sequence", "cispo", "sapo", "gmpo", "dppo_tv", "dppo_kl", "plain", "dro", "kl_cov")
@@ -277,7 +278,7 @@ def total_loss(losses: Tensor, settings: Settings) -> Tensor:
 
 
 def token_gradients(tensors: Tensors, settings: Settings, dtype: torch.dtype, log_probs: Tensor | None = None):
-    """f(part, log_prob, entropy) -> (d loss / d log_prob, d loss / d entropy or None) of a slice of the flat tokens.
+    """f(part, `Rows` of reference/linear.py) -> `Upstream` of a slice of the flat tokens.
 
     `tensors` are without log_probs and entropy; log_probs [B, T] is needed where the settings are `by_sequence`.
     """
@@ -294,12 +295,12 @@ def token_gradients(tensors: Tensors, settings: Settings, dtype: torch.dtype, lo
     flat = (old, advantage, ref, coefficients, weight, of_policy, entropy_weight)
     flat = [None if x is None else x.reshape(-1) for x in flat]
 
-    def gradients(part, log_prob, entropy):
+    def gradients(part, rows):
         o, a, r, k, w, of_term, bonus = (None if x is None else x[part] for x in flat)
-        slope = of_term * policy_term(log_prob, o, a, [x[part] for x in sequence], k, s).slope
+        slope = of_term * policy_term(rows.log_prob, o, a, [x[part] for x in sequence], k, s).slope
         if r is not None:
-            slope = slope + s.kl_coef * w * kl_term(log_prob, r, o, s)[1]
-        return slope, s.entropy_scale * bonus if s.entropy_scale else None
+            slope = slope + s.kl_coef * w * kl_term(rows.log_prob, r, o, s)[1]
+        return Upstream(slope, s.entropy_scale * bonus if s.entropy_scale else None)
 
     return gradients
 

@@ -24,6 +24,7 @@ from .._linear_backend import Operators
 from . import _launch, kl
 from ._launch import pieces, power_of_two, warps
 from ._math import NEG_INF, add_block, exp_f32, expm1_f32, scaled, scaled_slope, tanh_f32
+from ._row_sums import add_row_sums
 
 TOKENS = 4096
 COLUMNS = 16384
@@ -124,9 +125,9 @@ def merge_kernel(
 
 @triton.jit
 def gradient_kernel(
-    logits, stride, bias, temperatures, scale, softcap, labels, first, kept, grad_logprob, grad_entropy, unit, logprob,
-    entropy, row_max, log_sum, columns, blocks, out, out_stride, SCALED: tl.constexpr, CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits, stride, bias, temperatures, scale, softcap, labels, first, kept, grad_logprob, grad_entropy,
+    grad_log_sum_exp, grad_each, unit, logprob, entropy, row_max, log_sum, columns, blocks, out, out_stride,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d/dlogits over unit of one block of a row; 0 if the row is not kept, NaN if its log-prob is."""
     program = tl.program_id(0).to(tl.int64)
@@ -149,6 +150,8 @@ def gradient_kernel(
             upstream += tl.load(grad_logprob + row) * share
         if grad_entropy is not None:
             upstream += tl.load(grad_entropy + row) * share * (log_p + tl.load(entropy + row))
+        if grad_log_sum_exp is not None:
+            upstream -= tl.load(grad_log_sum_exp + row) * share
         dz = -exp_f32(log_p) * upstream
         if grad_logprob is not None:
             at_label = -tl.load(grad_logprob + row) * share * expm1_f32(label_log_p)
@@ -156,7 +159,11 @@ def gradient_kernel(
                 p = exp_f32(label_log_p)
                 through = tl.load(grad_entropy + row) * share * p
                 at_label -= through * (tl.where(p == 0.0, 0.0, label_log_p) + tl.load(entropy + row))
+            if grad_log_sum_exp is not None:
+                at_label += tl.load(grad_log_sum_exp + row) * share * exp_f32(label_log_p)
             dz = tl.where(lanes + first == tl.load(labels + row), at_label, dz)
+        if grad_each is not None:
+            dz += tl.load(grad_each + row) * share
         dx = tl.where(banned, 0.0, dz * scaled_slope(x, scale, softcap, CAPPED))
         dx = tl.where(label_log_p == label_log_p, dx, float("nan"))
         tl.store(place, dx.to(out.dtype.element_ty), mask=inside)
@@ -259,12 +266,17 @@ class _Kernels(walk.Kernels):
             PARTS=power_of_two(parts), num_warps=1, **options,
         )  # fmt: skip
 
-    def gradient(self, chunk, upstream, results):
+    @staticmethod
+    def row_sums(chunk, total, count):
+        inputs, options = _scaled(chunk)
+        add_row_sums(*inputs, *chunk.logits.shape, chunk.kept, total, count, **options)
+
+    def gradient(self, chunk, upstream, found):
         rows, columns = chunk.logits.shape
         upstream = [None if g is None else g.to(torch.float32).contiguous() for g in upstream]
         unit = None
         if self.dtype == torch.float16:
-            sizes = [factor * g.abs() for factor, g in zip((1.0, 16.0), upstream) if g is not None]  # 16 > entropy
+            sizes = [f * g.abs() for f, g in zip((1.0, 16.0, 1.0, 1.0), upstream) if g is not None]  # 16 > entropy
             heat = chunk.temperature if chunk.temperatures is None else chunk.temperatures
             unit = fp16_unit(torch.where(chunk.kept, sum(sizes) / heat, 0.0))
         out = self._dlogits(chunk.logits)
@@ -272,7 +284,7 @@ class _Kernels(walk.Kernels):
         blocks = pieces(columns, block)
         inputs, options = _scaled(chunk)
         _launch.run(
-            gradient_kernel, rows * blocks, *inputs, chunk.labels, chunk.first, chunk.kept, *upstream, unit, *results,
+            gradient_kernel, rows * blocks, *inputs, chunk.labels, chunk.first, chunk.kept, *upstream, unit, *found[:4],
             columns, blocks, out, out.stride(0), BLOCK=block, num_warps=warps(block), **options,
         )  # fmt: skip
         return out, unit
@@ -333,7 +345,6 @@ def _scaled(chunk):
 operators = Operators(_Kernels)
 linear_logprobs_fwd = operators.linear_logprobs_fwd
 linear_logprobs_bwd = operators.linear_logprobs_bwd
-linear_cross_entropy_fwd = operators.linear_cross_entropy_fwd
 linear_policy_fwd = operators.linear_policy_fwd
 linear_ppo_fwd = operators.linear_ppo_fwd
 linear_kl_fwd = operators.linear_kl_fwd

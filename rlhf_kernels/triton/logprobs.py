@@ -92,9 +92,10 @@ def merge_kernel(
 
 @triton.jit
 def gradient_kernel(
-    logits, stride, labels, grad_logprob, grad_entropy, logprob, entropy, row_max, log_sum, vocab, blocks, scale,
-    softcap, ignore_index, out, out_stride, HAS_LABELS: tl.constexpr, HAS_LOGPROB: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, stride, labels, grad_logprob, grad_entropy, grad_log_sum_exp, grad_each, logprob, entropy, row_max,
+    log_sum, vocab, blocks, scale, softcap, ignore_index, out, out_stride, HAS_LABELS: tl.constexpr,
+    HAS_LOGPROB: tl.constexpr, HAS_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """-p (g + h (log p + entropy)) dz/dx of one block of a row; at the label g (1 - p) - h p (log p + entropy)."""
     program = tl.program_id(0).to(tl.int64)
@@ -117,6 +118,8 @@ def gradient_kernel(
             upstream += tl.load(grad_logprob + row)
         if HAS_ENTROPY:
             upstream += tl.load(grad_entropy + row) * (log_p + tl.load(entropy + row))
+        if grad_log_sum_exp is not None:
+            upstream -= tl.load(grad_log_sum_exp + row)
         dz = -exp_f32(log_p) * upstream
         if HAS_LABELS and HAS_LOGPROB:
             log_p_label = tl.load(logprob + row)
@@ -125,7 +128,11 @@ def gradient_kernel(
                 p = exp_f32(log_p_label)
                 surprise = tl.where(p == 0.0, 0.0, log_p_label) + tl.load(entropy + row)
                 at_label -= tl.load(grad_entropy + row) * p * surprise
+            if grad_log_sum_exp is not None:
+                at_label += tl.load(grad_log_sum_exp + row) * exp_f32(log_p_label)
             dz = tl.where(columns == label, at_label, dz)
+        if grad_each is not None:
+            dz += tl.load(grad_each + row)
         dx = tl.where(banned, 0.0, dz * scaled_slope(x, scale, softcap, CAPPED))
         if HAS_LABELS:
             dx = tl.where((label < 0) | (label >= vocab), float("nan"), dx)
@@ -164,14 +171,15 @@ def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entrop
 
 def logprobs_bwd(
     grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, temperature, softcap,
-    ignore_index, inplace=False,
+    ignore_index, inplace=False, grad_log_sum_exp=None, grad_each=None,
 ):  # fmt: skip
     rows = rows_of(logits)
     over = inplace and rows.data_ptr() == logits.data_ptr()
     out = rows if over else torch.empty_like(rows, memory_format=torch.contiguous_format)
     count, vocab = rows.shape
     labels = None if labels is None else labels.reshape(-1).contiguous()
-    upstream = [None if g is None else g.to(torch.float32).contiguous() for g in (grad_logprobs, grad_entropy)]
+    upstream = (grad_logprobs, grad_entropy, grad_log_sum_exp, grad_each)
+    upstream = [None if g is None else g.to(torch.float32).contiguous() for g in upstream]
     block = min(GRADIENT_BLOCK, power_of_two(vocab))
     blocks = pieces(vocab, block)
     _launch.run(

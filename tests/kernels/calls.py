@@ -176,12 +176,27 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             "linear", lambda h: [rk.linear_logprobs(h, head, labels, rows=counts % 4, bias=bias)], [randn(4, 4)]
         ),
         "linear_cross_entropy": Call(
-            "linear",
+            "cross_entropy",
             lambda h, w: [rk.linear_cross_entropy(h, w, labels, rows=counts % 4)],
             [randn(4, 4), randn(7, 4)],
         ),
+        "linear_cross_entropy with smoothing": Call(
+            "cross_entropy",
+            lambda h, w: [rk.linear_cross_entropy(h, w, labels, label_smoothing=0.1, z_loss=0.1, weights=ref[0])],
+            [randn(4, 4), randn(7, 4)],
+        ),
+        "linear_cross_entropy dft, each": Call(
+            "cross_entropy",
+            lambda h, w: [rk.linear_cross_entropy(h, w, labels, loss_type="dft", z_loss=0.1, reduction="none")],
+            [randn(4, 4), randn(7, 4)],
+        ),
+        "linear_cross_entropy of a frozen head, each": Call(
+            "cross_entropy",
+            lambda h: [rk.linear_cross_entropy(h, head, labels, bias=bias, label_smoothing=0.3, reduction="none")],
+            [randn(4, 4)],
+        ),
         "linear_cross_entropy fast": Call(
-            "linear",
+            "cross_entropy",
             lambda h: [rk.linear_cross_entropy(h, head, labels, precision="fast", num_items_in_batch=3)],
             [randn(4, 4)],
         ),
