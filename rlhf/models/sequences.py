@@ -8,11 +8,11 @@ from rlhf_kernels import (
     call_with_head,
     linear_cross_entropy,
     linear_logprobs,
-    linear_ppo_loss,
+    linear_policy_loss,
     logprobs_and_entropy_from_logits,
     pack_responses,
-    ppo_loss,
 )
+from rlhf_kernels import policy_loss as of_tokens
 
 from .forward import linear_head, model_inputs, token_scores
 
@@ -199,27 +199,30 @@ def response_log_probs(model, batch: Batch, *, temperature: float) -> tuple[torc
     return label_log_probs(model, batch.inputs, batch.labels, batch.rows, temperature=temperature, return_entropy=True)
 
 
-def policy_loss(model, batch: Batch, old_log_probs, advantages, *, temperature, **options):
-    """PPO's policy loss of the responses of a batch, with the gradients made in the forward.
+def policy_loss(model, batch: Batch, old_log_probs, advantages, *, temperature, entropy_coef=0.0, **options):
+    """The policy loss of the responses of a batch, with the gradients made in the forward.
 
     Args:
         old_log_probs, advantages: [S, T], what stands under the mask may be anything.
         temperature: > 0, the one that sampled.
-        options: cliprange, ..., num_items_in_batch, as in `rlhf_kernels.linear_ppo_loss`.
+        options: objective, kl, ..., num_items_in_batch, as in `rlhf_kernels.linear_policy_loss`.
     Returns:
-        `rlhf_kernels.ppo.PPOLoss` without a value loss; its `loss` is differentiable.
+        `rlhf_kernels.PolicyLoss`; its `loss` is differentiable.
     """
     mask = batch.response_mask
     if linear_head(model) is None:
         log_probs, entropy = (batch.unpack(x) for x in response_log_probs(model, batch, temperature=temperature))
-        return ppo_loss(log_probs, old_log_probs, advantages, mask, entropy=entropy, **options)
+        return of_tokens(
+            log_probs, old_log_probs, advantages, mask, entropy=entropy, entropy_coef=entropy_coef, **options
+        )
 
     found = []
 
     def of_hidden(hidden, head):
-        found.append(linear_ppo_loss(
+        found.append(linear_policy_loss(
             hidden.flatten(0, 1), head.weight, batch.unpack(batch.labels), old_log_probs, advantages, mask,
-            rows=batch.unpack(batch.rows), bias=head.bias, **head.options(temperature), **options,
+            rows=batch.unpack(batch.rows), bias=head.bias, entropy_coef=entropy_coef, **head.options(temperature),
+            **options,
         ))  # fmt: skip
         return found[0].loss
 

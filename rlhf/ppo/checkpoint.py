@@ -41,7 +41,8 @@ def save_checkpoint(trainer, directory: Path) -> None:
     ranks = gather_object([(rng_state(), begun and begun.averages.state())])
     with atomic_directory(directory, replace=True) if main else contextlib.nullcontext() as folder, models.quiet():
         _save_network(trainer.policy, folder)
-        _save_network(trainer.value, folder and folder / "value")
+        if trainer.value is not None:
+            _save_network(trainer.value, folder and folder / "value")
         averages = {"ema": trainer.ema and trainer.ema.weights, "within_budget": trainer.within_budget}
         for name, weights in averages.items():
             if weights is not None:

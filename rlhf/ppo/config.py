@@ -103,6 +103,21 @@ class PPOConfig:
     reward_clip_range: list[float] | None = option(
         None, "Clip the reward model's scores to these two numbers. None: no clipping.", ANY
     )
+    kl_in: Literal["reward", "loss"] = option(
+        "reward", "The KL to the SFT model is taken off the rewards (paper), or is a term of the loss (GRPO)."
+    )
+    kl_gradient: Literal["plain", "straight_through", "ratio", "straight_through_ratio"] = option(
+        "straight_through",
+        "Gradient of the KL in the loss, as rlhf_kernels.KLTerm says: plain (the estimate's), straight_through (k2's, "
+        "which is the reverse KL's), ratio (TRL) or straight_through_ratio (OpenRLHF).",
+    )
+    # advantages
+    advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline"] = option(
+        "gae",
+        "What a response is compared with: gae, a value network (paper); the other responses to its prompt (grpo, "
+        "dr_grpo, rloo, reinforce++-baseline) or of the batch (reinforce++), without a value network.",
+    )
+    advantage_eps: float = option(1e-6, "Added to the standard deviation of grpo.", at_least(0))
     whiten_rewards: bool = option(False, "Scale the per-token rewards to variance 1; their mean stays.")
     whiten_advantages: bool = option(True, "Advantages to mean 0 and variance 1 over an iteration's tokens.")
     gamma: float = option(1.0, "Discount. Paper: 1.", within(0, 1))
@@ -125,6 +140,14 @@ class PPOConfig:
     adam_epsilon: float = option(1e-8, "Adam's epsilon.", at_least(0))
     weight_decay: float = option(0.0, "AdamW's weight decay.", at_least(0))
     max_grad_norm: float | None = option(1.0, "Clips each network's gradient. 0, None: no clipping.", at_least(0))
+    objective: str = option(
+        "clip",
+        "What is maximised: clip, gspo, rloo, reinforce, gpg, cispo, sapo, gmpo, dppo, dro, clip_cov or kl_cov; its "
+        "parameters behind a colon: cispo:low=0.2,high=4.",
+    )
+    log_ratio_clamp: float | None = option(
+        None, "Bound on the log of a token's ratio. None: none. verl, OpenRLHF: 20.", above(0)
+    )
     cliprange: float = option(0.2, "The ratio is clipped to 1 - this and 1 + this. Paper: 0.2.", within(0, 1))
     cliprange_high: float | None = option(None, "Upper clip, where it differs from the lower.", at_least(0))
     dual_clip: float | None = option(None, "Bound on the loss of a token with negative advantage; > 1.", above(1))
@@ -199,6 +222,10 @@ class PPOConfig:
             raise ValueError(
                 f"bf16: got True with dtype {self.dtype}, want dtype float32: its weights are what is rounded"
             )
+        if (self.objective, self.advantage) != ("clip", "gae"):
+            from .objective import check_objective  # imports torch
+
+            check_objective(self)
         self.max_grad_norm = self.max_grad_norm or None  # 0 is no clipping, as in the other stages
         if self.ptx_coef and not self.ptx_dataset_name:
             raise ValueError(f"ptx_dataset_name: got none, wants pretraining text for ptx_coef {self.ptx_coef}")
@@ -242,6 +269,7 @@ PPOConfig.groups = _groups(
     models_and_data="sft_model_path",
     rollouts="total_episodes",
     rewards="reward_function",
+    advantages="advantage",
     loss_and_optimizer="num_ppo_epochs",
     LoRA="use_peft",
     health="on_health",

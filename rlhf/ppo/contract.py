@@ -94,7 +94,7 @@ def check_contract(trainer) -> dict[str, float]:
         check("engine_log_probs", apart["rollout/logprob_gap_mean"], gap_complaint(apart, limit), limit)
     _check_ids(trainer, rows, rollouts, check)
     from_reward = args.value_model_path is None and trainer.given.value_model is None
-    if trainer.reward_model is not None and from_reward:
+    if trainer.reward_model is not None and trainer.value is not None and from_reward:
         with torch.no_grad():
             scores, values = (response_scores(model, batch) for model in (trainer.reward_model, trainer.value))
         off = ((values - scores).abs() / scores.abs().clamp(min=1)).max()
@@ -137,7 +137,8 @@ def _packing_gap(trainer, rollouts, dtype) -> float:
     for width in (trainer.share_width, None):
         batch = join(prompts, responses, trainer.policy.device, share_width=width)
         log_probs, _ = response_log_probs(trainer.policy, batch, temperature=trainer.args.temperature)
-        found.append(torch.stack([log_probs, response_values(trainer.value, batch)]))
+        values = [] if trainer.value is None else [response_values(trainer.value, batch)]
+        found.append(torch.stack([log_probs, *values]))
     return gap(*found, dtype)
 
 

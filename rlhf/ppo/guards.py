@@ -172,7 +172,7 @@ def _folder(trainer):
 
 def refuse_bad_weights(trainer) -> None:
     """Raise a FloatingPointError if a weight that trains is NaN or infinite, before it is written anywhere."""
-    for name, network in (("policy", trainer.policy), ("value", trainer.value)):
+    for name, network in trainer.trained().items():
         trained = [local(weight.detach()) for weight in trained_weights(network).values()]
         bad = trainer._sum(torch.stack([(~weight.isfinite()).any() for weight in trained]).any().float())
         if bad.item():
@@ -185,7 +185,8 @@ def refuse_bad_weights(trainer) -> None:
 def finite_experience(experience, scores) -> dict:
     """The numbers of an experience that must be finite, what stands under the mask left out."""
     names = ("log_probs", "ref_log_probs", "values", "entropy", "advantages", "returns")
-    kept = {name: torch.where(experience.mask, getattr(experience, name), 0) for name in names}
+    found = {name: getattr(experience, name) for name in names}
+    kept = {name: torch.where(experience.mask, x, 0) for name, x in found.items() if x is not None}
     return {"scores": scores, **kept}
 
 

@@ -45,10 +45,11 @@ class Experience:
     mask: torch.Tensor
     log_probs: torch.Tensor
     ref_log_probs: torch.Tensor
-    values: torch.Tensor
     entropy: torch.Tensor
+    values: torch.Tensor | None = None  # None without a value network; so are the returns
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
+    weights: torch.Tensor | None = None  # importance weights of samples that come from another engine
     raw_scores: torch.Tensor | None = None  # [B], as the reward model or function gave them
     prompts: list[int] | None = None  # number of each response's prompt in the data
 

@@ -51,6 +51,8 @@ class Given:
                     "and give peft_config for new ones"
                 )
         args = dataclasses.replace(args, **changes)
+        if self.value_model is not None and args.advantage != "gae":
+            raise ValueError(f"value_model: got a model, want None with advantage {args.advantage}: it has no values")
         if self.ref_model is not None and self.ref_model is self.model:
             raise ValueError("ref_model: got the policy itself, wants another model, or None for a copy of the policy")
         if self.ref_model is not None and args.use_peft:
@@ -159,8 +161,10 @@ def _reference(args, given, options):
 
 
 def _value(run, options, whole):
-    """The value network: what was given, else started from the reward model, else from the policy."""
+    """The value network: what was given, else started from the reward model, else from the policy; None without one."""
     args, given = run.args, run.given  # 4
+    if args.advantage != "gae":  # 21
+        return None
     if given.value_model is not None:
         value = models.as_reward_model(given.value_model, "value_model")
         if whole is not None:
@@ -179,10 +183,12 @@ def _value(run, options, whole):
 
 def _put_adapters(run, resume: Path | None) -> None:
     run.policy = add_adapters(run.args, run.policy, "CAUSAL_LM", run.given.peft_config)
-    run.value = add_adapters(run.args, run.value, "SEQ_CLS")
+    if run.value is not None:
+        run.value = add_adapters(run.args, run.value, "SEQ_CLS")
     if resume is not None:
         load_adapters(run.policy, resume)
-        load_adapters(run.value, resume / "value")
+        if run.value is not None:
+            load_adapters(run.value, resume / "value")
     run.reference = AdaptersOff(run.policy)
 
 

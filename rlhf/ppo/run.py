@@ -52,11 +52,11 @@ class ActorCritic(torch.nn.Module):
         self.policy, self.value = policy, value
 
     def forward(self, batch=None, old_log_probs=None, advantages=None, *, texts=None, **options):
-        """Return (policy loss, values [S, T]) of the responses of `batch`; or the loss of `texts`."""
+        """Return (policy loss, values [S, T] or None) of the responses of `batch`; or the loss of `texts`."""
         if texts is not None:
             return text_loss(self.policy, texts, **options)
         policy = policy_loss(self.policy, batch, old_log_probs, advantages, **options)
-        return policy, batch.unpack(response_values(self.value, batch))
+        return policy, None if self.value is None else batch.unpack(response_values(self.value, batch))
 
 
 class PPORun:
@@ -98,7 +98,7 @@ class PPORun:
         set_seed(args.seed + self.rank)
         load_networks(self, resume)
         if self.accelerator.is_main_process:
-            for network in (self.policy, self.value):
+            for network in self.trained().values():
                 models.check_saving(network, self.tokenizer, self.output_dir)
         self.scorer = Scorer(self, self.reward_functions)
         self.iterations = self._count_iterations()
@@ -132,12 +132,11 @@ class PPORun:
 
     def _make_optimizer(self) -> None:
         args = self.args
+        value_rate = args.learning_rate if args.value_learning_rate is None else args.value_learning_rate
+        rates = {"policy": args.learning_rate, "value": value_rate}
         groups = [  # 4
-            {"params": [x for x in network.parameters() if x.requires_grad], "lr": rate}
-            for network, rate in (
-                (self.policy, args.learning_rate),
-                (self.value, args.learning_rate if args.value_learning_rate is None else args.value_learning_rate),
-            )
+            {"params": [x for x in network.parameters() if x.requires_grad], "lr": rates[name]}
+            for name, network in self.trained().items()
         ]
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = torch.optim.AdamW(
@@ -156,6 +155,11 @@ class PPORun:
             self.model, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         else:
             self.optimizer = self.accelerator.prepare(optimizer)  # 19
+
+    def trained(self) -> dict[str, torch.nn.Module]:
+        """The networks that train, by name: the policy, and the value network where there is one."""
+        networks = {"policy": self.policy, "value": self.value}
+        return {name: network for name, network in networks.items() if network is not None}
 
     def _open_logs(self) -> None:
         resumed = self.step if self.resumes else None
@@ -360,7 +364,8 @@ class PPORun:
         self._hand_on(self.policy, self.output_dir)
         if self.ema is not None:
             self.ema.swap(self.policy)
-        self._hand_on(self.value, self.output_dir / "value")
+        if self.value is not None:
+            self._hand_on(self.value, self.output_dir / "value")
         if self.accelerator.is_main_process:
             metrics = metrics or self.metrics_log.last()  # none of this process where only the end was left to do
             self._write_run({**metrics, "iterations": self.step, "episode": self.episode, "stopped": self.stopped})

@@ -43,6 +43,9 @@ Departures and details (each number stands again at its line, here or in run.py)
     whole on each, since they sample unequally long; each micro-batch adds its gradient to the slices.
 20. With `bf16` (or accelerate's mixed precision) every forward, of all networks and in sampling too, makes its products
     in bf16 of weights in fp32: the ratio of an unchanged policy stays 1, and small steps are not rounded away.
+21. With an advantage other than gae a response is compared with others, of its prompt or of the batch; there is no
+    value network, no value loss, and `whiten_advantages` has no meaning. The KL may be a term of the loss instead of
+    the rewards, and the objective any of `rlhf_kernels.policy_loss`.
 """
 
 import contextlib
@@ -52,8 +55,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from rlhf_kernels import gae, ppo_loss, rlhf_advantages
-from rlhf_kernels.advantages import masked_whiten
+from rlhf_kernels import gae, masked_whiten, rlhf_advantages, value_loss
 
 from .. import locks
 from ..interrupt import deferred
@@ -63,6 +65,7 @@ from ..rollouts.sampling import Rollouts, sample
 from .config import PPOConfig
 from .guards import finite_experience, prompts_kept, stop_if_not_finite
 from .iteration import Experience, Iteration
+from .objective import advantages_without_values, kl_term, objective_of
 from .run import PPORun
 from .sharding import trained_weights, whole_tensor
 from .state import in_run_precision, timed
@@ -192,28 +195,34 @@ class PPOTrainer(PPORun):
     @torch.no_grad()
     def evaluate(self, rollouts: Rollouts) -> Experience:
         """Compute log-probs under policy and reference, entropies and values of all response tokens."""
-        shape, device = (5, len(rollouts.response_ids), self.args.response_length), self.accelerator.device
+        kinds = 4 if self.value is None else 5
+        shape, device = (kinds, len(rollouts.response_ids), self.args.response_length), self.accelerator.device
         found = torch.zeros(shape, dtype=torch.float32, device=device)
         for chunk in self._all_chunks(rollouts):
             batch = self._join(rollouts, chunk)
             log_probs, entropy = response_log_probs(self.policy, batch, temperature=self.args.temperature)  # 1, 2
             ref_log_probs, _ = response_log_probs(self.reference, batch, temperature=self.args.temperature)
-            packed = (log_probs, ref_log_probs, response_values(self.value, batch), entropy, torch.ones_like(entropy))
+            packed = [torch.ones_like(entropy), log_probs, ref_log_probs, entropy]
+            packed += [] if self.value is None else [response_values(self.value, batch)]
             for kind, numbers in enumerate(packed):
                 found[kind, chunk] = batch.unpack(numbers).float()
-        return Experience(rollouts, found[4].bool(), *found[:4])
+        return Experience(rollouts, found[0].bool(), *found[1:])
 
     def estimate_advantages(self, experience: Experience, scores: torch.Tensor, averages: Averages) -> None:
         """Fill in advantages and returns, and note what the rewards were made of."""
         args, mask, steps = self.args, experience.mask, experience.rollouts.step_rewards
         again = args.whiten_rewards or steps is not None
+        values = torch.zeros_like(experience.log_probs) if self.value is None else experience.values
         result = rlhf_advantages(
-            scores, experience.log_probs, experience.ref_log_probs, experience.values, mask, kl_coef=self.kl.value,
+            scores, experience.log_probs, experience.ref_log_probs, values, mask, kl_coef=self.reward_kl_coef(),
             gamma=args.gamma, lam=args.lam, kl_estimator=args.kl_estimator,
             whiten=args.whiten_advantages and not again,
         )  # fmt: skip
         advantages, returns = result.advantages, result.returns
-        if again:
+        if self.value is None:  # 21
+            rewards = result.rewards if steps is None else result.rewards + steps
+            advantages, returns = advantages_without_values(args, rewards, mask, scores), None
+        elif again:
             rewards = result.rewards if steps is None else result.rewards + steps  # 14
             if args.whiten_rewards:
                 rewards = masked_whiten(rewards, mask, center=False)
@@ -224,17 +233,22 @@ class PPOTrainer(PPORun):
         totals = scores if steps is None else scores + steps.sum(-1)
         self._describe(experience, totals, result.kl.sum(-1), averages)
 
+    def reward_kl_coef(self) -> float:
+        """What multiplies the KL in the rewards."""
+        return self.kl.value if self.args.kl_in == "reward" else 0.0
+
     def _describe(self, experience: Experience, scores, kl_reward, averages: Averages) -> None:
         mask, episodes, ended = experience.mask, len(scores), sum(experience.rollouts.ended)
         kl = torch.where(mask, experience.log_probs - experience.ref_log_probs, 0).sum(-1)
-        unexplained = (experience.returns - experience.values)[mask].var(correction=0)
+        coef, explained = self.reward_kl_coef(), {}
+        if self.value is not None:
+            unexplained = (experience.returns - experience.values)[mask].var(correction=0)
+            explained["val/explained_variance"] = 1 - unexplained / experience.returns[mask].var(correction=0)
         averages.add({
             "objective/kl": kl.mean(), "objective/scores": scores.mean(),
             "objective/entropy": -torch.where(mask, experience.log_probs, 0).sum(-1).mean(),
-            "objective/non_score_reward": -self.kl.value * kl_reward.mean(),
-            "objective/rlhf_reward": (scores - self.kl.value * kl_reward).mean(),
-            "val/explained_variance": 1 - unexplained / experience.returns[mask].var(correction=0),
-            "val/num_eos_tokens": ended,
+            "objective/non_score_reward": -coef * kl_reward.mean(),
+            "objective/rlhf_reward": (scores - coef * kl_reward).mean(), **explained, "val/num_eos_tokens": ended,
             "completions/mean_length": mask.sum() / episodes, "completions/clipped_ratio": 1 - ended / episodes,
         }, episodes)  # fmt: skip
 
@@ -255,7 +269,7 @@ class PPOTrainer(PPORun):
         texts = self.next_texts(len(chosen))
         self.accumulate_gradients(experience, chosen, texts, averages)
         norms = {}
-        for name, network in (("policy", self.policy), ("value", self.value)):  # 4
+        for name, network in self.trained().items():  # 4
             limit = math.inf if self.args.max_grad_norm is None else self.args.max_grad_norm
             norm = self.accelerator.clip_grad_norm_(network.parameters(), limit)
             norms[f"grad_norm/{name}"] = whole_tensor(norm)  # 19
@@ -279,23 +293,29 @@ class PPOTrainer(PPORun):
         items = self._sum(tokens if args.loss_agg_mode == "token-mean" else torch.tensor(len(chosen)))  # 6
         items = None if args.loss_agg_mode == "token-sum" else items
         shares = {"loss_agg_mode": args.loss_agg_mode, "num_items_in_batch": items}
+        bonus = {"entropy_agg_mode": args.loss_agg_mode, "entropy_num_items_in_batch": items}
+        kl, objective = kl_term(args, self.kl.value), objective_of(args)  # 21
         chunks = self._chunks(experience.rollouts, chosen, size)
         for rows in chunks:
             batch = self._join(experience.rollouts, rows)
             with contextlib.nullcontext() if rows is chunks[-1] else self.accelerator.no_sync(self.model):
                 policy, values = self.model(
                     batch, experience.log_probs[rows], experience.advantages[rows], temperature=args.temperature,
-                    cliprange=args.cliprange, cliprange_high=args.cliprange_high, dual_clip=args.dual_clip,
-                    entropy_coef=args.entropy_coef, **shares,
+                    objective=objective, kl=kl, ref_log_probs=None if kl is None else experience.ref_log_probs[rows],
+                    weights=None if experience.weights is None else experience.weights[rows],
+                    log_ratio_clamp=args.log_ratio_clamp, entropy_coef=args.entropy_coef, **shares, **bonus,
                 )  # fmt: skip
-                value = value_loss(
-                    values, experience.values[rows], experience.returns[rows], batch.response_mask,
-                    cliprange_value=args.cliprange_value, **shares,
-                )  # fmt: skip
-                loss = policy.loss + args.vf_coef * value.value_loss
+                loss, found = policy.loss, dict(policy.metrics)
+                sums.add({_LOSSES[name]: found[name] for name in _LOSSES if name in found}, 1)
+                if values is not None:
+                    value = value_loss(
+                        values, experience.values[rows], experience.returns[rows], batch.response_mask,
+                        cliprange_value=args.cliprange_value, **shares,
+                    )  # fmt: skip
+                    loss, found = loss + args.vf_coef * value.loss, {**value.metrics, **found}
+                    sums.add({"loss/value_avg": value.loss.detach()}, 1)
                 self.accelerator.backward(loss * self.world)
-            sums.add({"loss/policy_avg": policy.policy_loss, "loss/value_avg": value.value_loss}, 1)
-            averages.add(_token_means({**value.metrics, **policy.metrics}), batch.response_mask.sum())
+            averages.add(_token_means(found), batch.response_mask.sum())
         averages.add({name: total * self.world for name, total in sums.totals().items()}, 1)
 
     def _counters(self, rollouts: Rollouts) -> dict[str, float]:
@@ -306,17 +326,16 @@ class PPOTrainer(PPORun):
         return {"episode": self.episode, **rates, **times}
 
 
-def value_loss(values, old_values, returns, mask, **options):
-    """The value part of `ppo_loss`, beside a policy that has not moved."""
-    still = torch.zeros_like(returns)
-    return ppo_loss(still, still, still, mask, values=values, old_values=old_values, returns=returns, **options)
+_LOSSES = {"policy_loss": "loss/policy_avg", "kl_loss": "loss/kl_avg"}
 
 
 def _token_means(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     names = {
         "approx_kl": "policy/approxkl_avg", "clip_fraction": "policy/clipfrac_avg", "entropy": "policy/entropy_avg",
         "ratio_mean": "val/ratio", "ratio_var": "val/ratio_var", "ratio_max": "val/ratio_max",
-        "value_clip_fraction": "val/clipfrac_avg",
+        "value_clip_fraction": "val/clipfrac_avg", "clip_fraction_low": "policy/clipfrac_low",
+        "clip_fraction_high": "policy/clipfrac_high", "approx_kl_k1": "policy/kl_k1", "approx_kl_k3": "policy/kl_k3",
+        "effective_sample_size": "rollout/effective_sample_size", "filtered_fraction": "rollout/filtered_fraction",
     }  # fmt: skip
     return {names[name]: value for name, value in metrics.items() if name in names}
 

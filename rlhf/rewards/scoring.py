@@ -312,7 +312,7 @@ def own_tokens(trainer) -> OwnTokens | None:
     context = models.context_length(trainer.reward_model) if args.long_prompts == "truncate" else None
     options = {"trust_remote_code": args.trust_remote_code}
     own = tokens_of_other(trainer.tokenizer, args.reward_model_path, context, **options)
-    if own is not None and args.value_model_path is None:
+    if own is not None and args.value_model_path is None and args.advantage == "gae":
         raise ValueError(
             "value_model_path: got none, and the value network cannot start from a reward model of another tokenizer; "
             f"give {args.sft_model_path} to start from the policy, with a new head, or a value network of its tokenizer"

@@ -1,11 +1,13 @@
 """policy_loss and value_loss: the seven questions, for every objective and KL term."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from rlhf_kernels import KLTerm, policy_loss, ppo_loss, value_loss
+from rlhf_kernels import KLTerm, Objective, dispatch, policy_loss, ppo_loss, value_loss
 from rlhf_kernels.objectives import CISPO, DPPO, DRO, GMPO, GPG, GSPO, RLOO, SAPO, Clip, ClipCov, KLCov, Reinforce
 from rlhf_kernels.reference import policy as reference
 
@@ -489,3 +491,21 @@ def test_parts_add_up(backend_name):
         bonus.append(entropy_grad)
     torch.testing.assert_close(torch.cat(grads), whole, rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.cat(bonus), entropies, rtol=1e-6, atol=0)
+
+
+def test_the_page_says_what_is_served():
+    """The table of docs/objectives.md against the dispatch table and what the tests here go through."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "objectives.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \| ([\w, ]+) \| ([\w, ]+) \|$", text, flags=re.MULTILINE)
+    served = [name for name, _ in dispatch.TABLE["policy"]]
+    order = ("reference", "cpu", "triton", "cuda")
+    here = ", ".join(name for name in order if name in served)
+    hidden = ", ".join(name for name in order if name in served and name in dict(dispatch.TABLE["linear"]))
+    tested = {type(objective).__name__ for objective in OBJECTIVES.values()} | {"ClipCov", "KLCov"}
+    assert {row[0] for row in rows} == tested == {kind.__name__ for kind in subclasses(Objective)}
+    assert {row[1:] for row in rows} == {(here, here, hidden)}
+
+
+def subclasses(kind):
+    found = kind.__subclasses__()
+    return found + [other for one in found for other in subclasses(one)]
