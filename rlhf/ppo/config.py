@@ -87,6 +87,13 @@ class PPOConfig:
         at_least(0),
     )
     rollout_gap_limit: float | None = option(0.1, "Stop there. None: never.", at_least(0))
+    rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = option(
+        "none",
+        "Importance weights for an engine's samples, from its log-probs: of each token or of the response; above the "
+        "bound they count as it (truncate) or as 0 (mask).",
+    )
+    rollout_correction_low: float | None = option(None, "Lower bound of the weights. None: none.", above(0))
+    rollout_correction_high: float | None = option(2.0, "Upper bound of the weights. None: none.", above(0))
     # rewards
     reward_function: str | None = option(None, "file.py:name, math_answer, regex, json_schema, unit_test; or several.")
     reward_weights: list[float] | None = option(
@@ -221,6 +228,11 @@ class PPOConfig:
         if self.bf16 and self.dtype != "float32":
             raise ValueError(
                 f"bf16: got True with dtype {self.dtype}, want dtype float32: its weights are what is rounded"
+            )
+        if self.rollout_correction != "none" and self.rollout_engine == "builtin":
+            raise ValueError(
+                f"rollout_correction: got {self.rollout_correction}, want none with rollout_engine builtin, whose "
+                "samples are the trainer's own"
             )
         if (self.objective, self.advantage) != ("clip", "gae"):
             from .objective import check_objective  # imports torch

@@ -7,6 +7,8 @@ import torch
 import rlhf_kernels as kernels
 from rlhf_kernels import KLTerm, gae, group_advantages, masked_whiten
 
+from ..rollouts.sampling import RolloutError
+
 OBJECTIVES = {
     "clip": kernels.Clip, "gspo": kernels.GSPO, "rloo": kernels.RLOO, "reinforce": kernels.Reinforce,
     "gpg": kernels.GPG, "cispo": kernels.CISPO, "sapo": kernels.SAPO, "gmpo": kernels.GMPO, "dppo": kernels.DPPO,
@@ -75,6 +77,31 @@ def check_objective(args) -> None:
 def kl_term(args, coef: float) -> KLTerm | None:
     """The KL inside the loss, with its coefficient as it is now; None where the KL is in the rewards."""
     return KLTerm(coef, args.kl_estimator, args.kl_gradient) if args.kl_in == "loss" else None
+
+
+def importance_weights(args, experience) -> tuple[torch.Tensor | None, dict]:
+    """(weights [B, T] of an engine's samples or None, metrics), from the log-probs that it gave.
+
+    Raises:
+        RolloutError: the engine gave none.
+    """
+    if args.rollout_correction == "none":
+        return None, {}
+    given = experience.rollouts.log_probs
+    if given is None:
+        engine = args.rollout_engine
+        raise RolloutError(
+            f"rollout_correction: got {args.rollout_correction}, but the engine {engine} gives no log-probs"
+        )
+    theirs = torch.zeros_like(experience.log_probs)
+    for row, values in enumerate(given):
+        theirs[row, : len(values)] = torch.tensor(values, dtype=theirs.dtype)
+    level, _, mode = args.rollout_correction.partition("_")
+    found = kernels.importance_weights(
+        experience.log_probs, theirs, experience.mask, level=level, mode=mode, low=args.rollout_correction_low,
+        high=args.rollout_correction_high,
+    )  # fmt: skip
+    return found.weights, {f"rollout/{name}": value for name, value in found.metrics.items()}
 
 
 def advantages_without_values(args, rewards, mask, scores) -> torch.Tensor:

@@ -34,7 +34,8 @@ Departures and details (each number stands again at its line, here or in run.py)
     tokens' rewards before the advantages are made; reward_clip_range does not touch them.
 15. A reward model with another tokenizer, where `reward_tokenizer` allows it, reads the decoded response, encoded as in
     its training. A response that was cut off gets no end token there either.
-16. Log-probs that a rollout engine gives are compared with those of 2, and go nowhere else.
+16. Log-probs that a rollout engine gives are compared with those of 2. Where `rollout_correction` asks for it, each
+    token's loss is weighted by the ratio of the two.
 17. With `use_peft` policy and value network are LoRA adapters on frozen weights (the value network's head trains in
     full), and the SFT model of the KL is the policy with its adapters off.
 18. No step is made from numbers that are not finite: the run stops and leaves the batch behind. Numbers that look
@@ -65,7 +66,7 @@ from ..rollouts.sampling import Rollouts, sample
 from .config import PPOConfig
 from .guards import finite_experience, prompts_kept, stop_if_not_finite
 from .iteration import Experience, Iteration
-from .objective import advantages_without_values, kl_term, objective_of
+from .objective import advantages_without_values, importance_weights, kl_term, objective_of
 from .run import PPORun
 from .sharding import trained_weights, whole_tensor
 from .state import in_run_precision, timed
@@ -159,6 +160,8 @@ class PPOTrainer(PPORun):
         self.estimate_advantages(experience, scores, averages)
         stop_if_not_finite(self, finite_experience(experience, scores), experience, averages)  # 18
         averages.add(self.compare_engine(experience), 1)  # 16
+        experience.weights, found = importance_weights(self.args, experience)
+        averages.add(found, 1)
         self.check_kl_budget(averages)  # 11
         begun = Iteration(experience, averages)
         self.save_inside(begun)
@@ -335,7 +338,6 @@ def _token_means(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "ratio_mean": "val/ratio", "ratio_var": "val/ratio_var", "ratio_max": "val/ratio_max",
         "value_clip_fraction": "val/clipfrac_avg", "clip_fraction_low": "policy/clipfrac_low",
         "clip_fraction_high": "policy/clipfrac_high", "approx_kl_k1": "policy/kl_k1", "approx_kl_k3": "policy/kl_k3",
-        "effective_sample_size": "rollout/effective_sample_size", "filtered_fraction": "rollout/filtered_fraction",
     }  # fmt: skip
     return {names[name]: value for name, value in metrics.items() if name in names}
 

@@ -71,7 +71,8 @@ class RolloutEngine(Protocol):
     run. Two things are its own choice:
 
     - `Completion.log_probs`: where it gives those of the sampled tokens, for all completions, they are compared with
-      the trainer's in each iteration (`rollout/logprob_gap_mean`, ...). The loss never uses them.
+      the trainer's in each iteration (`rollout/logprob_gap_mean`, ...); `--rollout_correction` weighs the loss by
+      them.
     - `engine.update_weights(policy)`: where it has this method, it is called before each rollout, on every process,
       with the policy as it is then: a model of transformers, or of PEFT around one. A server loads its weights there;
       of a policy that is sharded (FSDP2) from `named_parameters()`, since `state_dict()` gives slices.

@@ -9,8 +9,9 @@ from transformers import HfArgumentParser
 
 from rlhf.metrics import Averages
 from rlhf.ppo import PPOConfig
-from rlhf.ppo.objective import objective_of
+from rlhf.ppo.objective import importance_weights, objective_of
 from rlhf.reports.report import write_report
+from rlhf.rollouts.sampling import RolloutError
 from rlhf_kernels import CISPO, DPPO, GSPO, Clip, ClipCov
 from tests.tiny_ppo import ROOT, bananas, equal, experience_of, perturb, weights
 
@@ -164,6 +165,50 @@ def test_a_run_without_a_value_network(home):
     assert summary["iterations"] == 3
 
 
+@pytest.mark.parametrize("kind", ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"))
+def test_an_engines_samples_are_weighted(home, kind):
+    """The gradient is that of the loss times ratios of the trainer's and the engine's log-probs, held or filtered."""
+    options = {"rollout_correction": kind, "rollout_correction_low": 0.8, "rollout_correction_high": 1.2}
+    trainer = home.trainer(rollout_engine="generate", vf_coef=0.0, dtype="float64", cliprange=1.0, **options)
+    experience, _ = experience_of(trainer)
+    mask, generator = experience.mask, torch.Generator().manual_seed(3)
+    off = 0.2 * torch.randn(mask.shape, generator=generator, dtype=torch.float64)
+    theirs = experience.log_probs.double() - off
+    experience.rollouts.log_probs = [row[keep].tolist() for row, keep in zip(theirs, mask)]
+    experience.weights, metrics = importance_weights(trainer.args, experience)
+    wanted = torch.where(mask, off, 0).float()
+    wanted = (wanted.sum(-1, keepdim=True).expand_as(wanted) if kind.startswith("seq") else wanted).exp()
+    held = wanted.clamp(0.8, 1.2)
+    wanted = torch.where(wanted == held, wanted, 0) if kind.endswith("mask") else held
+    wanted = torch.where(mask, wanted, 0)
+    torch.testing.assert_close(experience.weights, wanted, rtol=1e-5, atol=1e-6)
+    assert 0 < metrics["rollout/effective_sample_size"] <= 1
+    now = log_probs_of(trainer, experience)
+    loss = -wanted.double() * experience.advantages.double() * torch.exp(now - now.detach())
+    loss = torch.where(mask, loss, 0).sum() / mask.sum()
+    found, _ = gradient(trainer, experience)
+    for exact, (name, grad) in zip(torch.autograd.grad(loss, list(trainer.policy.parameters())), found.items()):
+        torch.testing.assert_close(grad.double(), exact, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_corrected_run(home):
+    """transformers' generate gives log-probs; the weights reach the metrics and a checkpoint inside an iteration."""
+    options = {"rollout_engine": "generate", "rollout_correction": "token_truncate", "max_steps": 2}
+    trainer = home.trainer(reward_fn=bananas, save_steps=1, save_updates=1, num_mini_batches=2, **options)
+    trainer.train()
+    for row in home.rows():
+        assert row["rollout/effective_sample_size"] == pytest.approx(1.0, abs=1e-3)
+        assert row["rollout/weight_max"] == pytest.approx(1.0, abs=1e-2)
+
+
+def test_an_engine_without_log_probs_cannot_be_corrected(home):
+    trainer = home.trainer(rollout_engine="generate", rollout_correction="token_mask")
+    experience, _ = experience_of(trainer)
+    experience.rollouts.log_probs = None
+    with pytest.raises(RolloutError, match="rollout_correction: got token_mask, but the engine generate gives no"):
+        importance_weights(trainer.args, experience)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", (*GROUPS, "reinforce++"))
 def test_it_learns(home, kind):
@@ -192,6 +237,7 @@ def test_names_and_parameters():
         ({"objective": "clip:low=0.1"}, "objective: got 'low=0.1', want it in cliprange"),
         ({"objective": "sapo:positive=-1"}, "positive must be a number > 0"),
         ({"objective": "dro"}, "beta"),
+        ({"rollout_correction": "token_mask"}, "rollout_correction: got token_mask, want none with rollout_engine"),
         ({"advantage": "grpo"}, "num_responses: got 1, want at least 2 with advantage grpo"),
         (
             {"advantage": "rloo", "num_responses": 2, "value_model_path": "x"},
@@ -222,7 +268,7 @@ def recipes():
             yield pytest.param(flags, id=name.split(",")[0].split(" (")[0])
 
 
-@pytest.mark.parametrize("flags", recipes())
+@pytest.mark.parametrize("flags", list(recipes()))
 def test_every_recipe_is_taken(flags):
     """The flags of the page are options, and go together."""
     flags = flags.replace("--config instructgpt", "").split()
