@@ -88,9 +88,7 @@ class PPOConfig:
     )
     rollout_gap_limit: float | None = option(0.1, "Stop there. None: never.", at_least(0))
     rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = option(
-        "none",
-        "Importance weights for an engine's samples, from its log-probs: of each token or of the response; above the "
-        "bound they count as it (truncate) or as 0 (mask).",
+        "none", "Weights for an engine's samples: token_truncate, token_mask, sequence_truncate or sequence_mask."
     )
     rollout_correction_low: float | None = option(None, "Lower bound of the weights. None: none.", above(0))
     rollout_correction_high: float | None = option(2.0, "Upper bound of the weights. None: none.", above(0))
@@ -110,19 +108,14 @@ class PPOConfig:
     reward_clip_range: list[float] | None = option(
         None, "Clip the reward model's scores to these two numbers. None: no clipping.", ANY
     )
-    kl_in: Literal["reward", "loss"] = option(
-        "reward", "The KL to the SFT model is taken off the rewards (paper), or is a term of the loss (GRPO)."
-    )
+    kl_in: Literal["reward", "loss"] = option("reward", "The KL is part of the rewards (paper), or of the loss (GRPO).")
     kl_gradient: Literal["plain", "straight_through", "ratio", "straight_through_ratio"] = option(
         "straight_through",
-        "Gradient of the KL in the loss, as rlhf_kernels.KLTerm says: plain (the estimate's), straight_through (k2's, "
-        "which is the reverse KL's), ratio (TRL) or straight_through_ratio (OpenRLHF).",
+        "Of kl_in loss: plain, straight_through, ratio, straight_through_ratio (rlhf_kernels.KLTerm).",
     )
     # advantages
     advantage: Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++-baseline"] = option(
-        "gae",
-        "What a response is compared with: gae, a value network (paper); the other responses to its prompt (grpo, "
-        "dr_grpo, rloo, reinforce++-baseline) or of the batch (reinforce++), without a value network.",
+        "gae", "gae: a value network (paper). None: grpo, dr_grpo, rloo, reinforce++, reinforce++-baseline."
     )
     advantage_eps: float = option(1e-6, "Added to the standard deviation of grpo.", at_least(0))
     whiten_rewards: bool = option(False, "Scale the per-token rewards to variance 1; their mean stays.")
@@ -149,12 +142,10 @@ class PPOConfig:
     max_grad_norm: float | None = option(1.0, "Clips each network's gradient. 0, None: no clipping.", at_least(0))
     objective: str = option(
         "clip",
-        "What is maximised: clip, gspo, rloo, reinforce, gpg, cispo, sapo, gmpo, dppo, dro, clip_cov or kl_cov; its "
-        "parameters behind a colon: cispo:low=0.2,high=4.",
+        "clip, gspo, rloo, reinforce, gpg, cispo, sapo, gmpo, dppo, dro, clip_cov or kl_cov; with parameters: "
+        "cispo:low=0.2,high=4.",
     )
-    log_ratio_clamp: float | None = option(
-        None, "Bound on the log of a token's ratio. None: none. verl, OpenRLHF: 20.", above(0)
-    )
+    log_ratio_clamp: float | None = option(None, "Bound on the log of a token's ratio. None: none.", above(0))
     cliprange: float = option(0.2, "The ratio is clipped to 1 - this and 1 + this. Paper: 0.2.", within(0, 1))
     cliprange_high: float | None = option(None, "Upper clip, where it differs from the lower.", at_least(0))
     dual_clip: float | None = option(None, "Bound on the loss of a token with negative advantage; > 1.", above(1))
