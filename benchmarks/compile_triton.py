@@ -72,15 +72,30 @@ def bradley_terry(op) -> None:
 
 
 def preference(op) -> None:
-    lengths, numbers = new(512, dtype=I64), (0.1, 0.1, 0.5, 1.0, 1.0)
+    lengths, numbers = new(512, dtype=I64), (0.1, 0.1, 0.5)
+    terms = (
+        "sigmoid",
+        "ipo",
+        "hinge",
+        "exo_pair",
+        "discopop",
+        "nca_pair",
+        "bco_pair",
+        "sppo_hard",
+        "apo_zero",
+        "apo_down",
+    )
     for dtype in (F32, BF16, torch.float16):
         x = new(512, dtype=dtype)
         for of_tokens in (None, lengths):
-            for loss_type in ("sigmoid", "ipo", "hinge"):
-                op.preference_fwd(x, x, x, x, of_tokens, of_tokens, None, loss_type, *numbers)
-            op.preference_fwd(x, x, x, x, of_tokens, of_tokens, new(), "kto", *numbers)
-        for loss_type in ("orpo", "simpo"):
-            op.preference_fwd(x, x, None, None, lengths, lengths, None, loss_type, *numbers)
+            for term in terms if dtype == F32 else terms[:3]:  # the dtype changes one conversion
+                op.preference_fwd(x, x, x, x, of_tokens, of_tokens, None, term, *numbers, "reverse_kl", 1.0)
+            op.preference_fwd(x, x, x, x, of_tokens, of_tokens, new(), "kto", *numbers, "reverse_kl", 1.0)
+        op.preference_fwd(x, x, x, x, None, None, new(), "bco_pair", *numbers, "reverse_kl", 1.0)
+        for divergence in ("js_divergence", "alpha_divergence"):
+            op.preference_fwd(x, x, x, x, None, None, None, "sigmoid", *numbers, divergence, 0.5)
+        for term in ("orpo", "sigmoid"):
+            op.preference_fwd(x, x, None, None, lengths, lengths, None, term, *numbers, "reverse_kl", 1.0)
     op.preference_bwd(new(512), new(512), new(512))
     op.preference_bwd(new(1024), new(512), new(512))
 

@@ -32,7 +32,7 @@ from .objectives import (
 from .packing import PackedResponses, pack_responses, shared_prefix_attention
 from .policy import PolicyLoss, ValueLoss, policy_loss, value_loss
 from .ppo import PPOLoss, ppo_loss
-from .preference import preference_loss
+from .preference import preference_loss, unpaired_preference_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -91,5 +91,6 @@ __all__ = [
     "preference_loss",
     "rlhf_advantages",
     "shared_prefix_attention",
+    "unpaired_preference_loss",
     "value_loss",
 ]

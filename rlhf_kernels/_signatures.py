@@ -87,8 +87,8 @@ ppo_bwd_f32(f32? grad_loss[1], f32? grad_policy_loss[1], f32? grad_value_loss[1]
 
 preference_fwd_f32(f32 chosen[chosen_count], f32 rejected[rejected_count], f32? ref_chosen[chosen_count],
     f32? ref_rejected[rejected_count], i64? chosen_lengths[chosen_count], i64? rejected_lengths[rejected_count],
-    chosen_count, rejected_count, kind, f32? kl[1], beta, label_smoothing, target_margin, chosen_weight,
-    rejected_weight, f32 loss[chosen_count + (rejected_count if kind == 5 else 0)], f32 grad_chosen[chosen_count],
+    chosen_count, rejected_count, kind, f32? anchor[1], beta, a, b, divergence, alpha,
+    f32 loss[chosen_count + (rejected_count if kind == 4 else 0)], f32 grad_chosen[chosen_count],
     f32 grad_rejected[rejected_count], f32 chosen_rewards[chosen_count], f32 rejected_rewards[rejected_count])
 preference_bwd_f32(f32 for_chosen[chosen_count], f32 for_rejected[rejected_count], f32 grad_chosen[chosen_count],
     f32 grad_rejected[rejected_count], chosen_count, rejected_count, f32 out_chosen[chosen_count],

@@ -1,18 +1,17 @@
-"""Preference losses on the policy's own log-probs: DPO, IPO, hinge, ORPO, SimPO and KTO."""
+"""Preference losses on the policy's own log-probs: DPO and its family, of pairs and of single responses."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import dispatch
-from ._autograd import register
-from ._checks import FLOATS, check_dtype, check_in, check_range, check_same_device, check_shape
-from .reference.preference import LENGTH_NORMALIZED, LOSS_TYPES, REFERENCE_FREE, accumulator_dtype
+from ._checks import FLOATS, check_dtype, check_in, check_mask, check_range, check_same_device, check_shape
+from ._preference_ops import Sides, constant, differentiable, weighted_sum
+from .preferences import AOT, KTO, divergence_numbers, losses_of
+from .reference.preference import accumulator_dtype
 
 _LENGTH_DTYPES = (torch.int64, torch.int32)
 _REDUCTIONS = ("mean", "sum", "none")
-_SMOOTHED = ("sigmoid", "simpo")
 
 
 class PreferenceLoss(NamedTuple):
@@ -21,6 +20,14 @@ class PreferenceLoss(NamedTuple):
     loss: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+    metrics: dict[str, Tensor]
+
+
+class UnpairedPreferenceLoss(NamedTuple):
+    """The loss, the detached rewards that it implies, and a dict of detached scalars on the device."""
+
+    loss: Tensor
+    rewards: Tensor
     metrics: dict[str, Tensor]
 
 
@@ -33,12 +40,14 @@ def preference_loss(
     loss_type="sigmoid",
     beta=0.1,
     label_smoothing=0.0,
+    divergence="reverse_kl",
     chosen_lengths=None,
     rejected_lengths=None,
     target_margin=None,
     kl=None,
     desirable_weight=1.0,
     undesirable_weight=1.0,
+    weights=None,
     reduction="mean",
     num_items_in_batch=None,
 ):
@@ -50,84 +59,202 @@ def preference_loss(
     Meng et al. 2024, eq. (6); orpo: -l_c - beta log sigmoid(log odds_c - log odds_r), p = exp(l), Hong et al. 2024,
     eq. (6), the likelihood term averaged within each response; kto: desirable_weight sigmoid(-beta (c - z)) for each
     chosen and undesirable_weight sigmoid(-beta (z - r)) for each rejected, z = max(kl, 0), Ethayarajh et al. 2024.
+    robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down, discopop, sft, sigmoid_norm
+    and ipo_norm: `rlhf_kernels.preferences` has the formula, the parameters and the paper of each.
 
     Args:
         policy_chosen_logps: [N] fp32|bf16|fp16|fp64, summed +log p of each preferred response in nats; differentiated.
             The arithmetic is fp32 (fp64 for fp64). For "kto" [C], the desirable responses.
         policy_rejected_logps: [N], the same of the other response of each pair. For "kto" [R], the undesirable
             responses, which belong to no pair, so that R may differ from C, and either may be 0.
-        ref_chosen_logps: [N] ([C]) of the reference model, a constant; None for "orpo" and "simpo", which have none.
+        ref_chosen_logps: [N] ([C]) of the reference model, a constant; None if no loss has a reference: "orpo",
+            "simpo" and "sft".
         ref_rejected_logps: [N] ([R]), the same.
-        loss_type: "sigmoid", "ipo", "hinge", "orpo", "simpo" or "kto".
-        beta: > 0, dimensionless; the weight of the odds term for "orpo".
-        label_smoothing: in [0, 0.5), the share of pairs whose label is wrong (conservative DPO); "sigmoid" and "simpo".
-        chosen_lengths: [N] ([C]) int64|int32, tokens of each response, >= 1. Needed by "orpo" and "simpo"; given for
-            another type, log-probs per token take the place of sums.
+        loss_type: a name of those above, default "sigmoid"; a loss of `rlhf_kernels.preferences`; or a sequence of
+            names, losses and pairs (name or loss, weight), whose weighted sum is the loss.
+        beta: > 0, dimensionless, shared by all losses; the weight of the odds term for "orpo".
+        label_smoothing: in [0, 0.5), the share of pairs whose label is wrong (conservative DPO); goes to those named
+            losses that have it: sigmoid, sigmoid_norm, simpo, robust, aot, aot_unpaired, and exo_pair, which needs it.
+        divergence: "reverse_kl", the default, "forward_kl", "js_divergence", "alpha_divergence" or
+            `preferences.AlphaDivergence(alpha)`: c and r are f'(pi / ref) of this divergence, f-DPO, Wang et al. 2023.
+            Another than the default for sigmoid, hinge, ipo, robust, exo_pair, discopop (and sft beside them) only.
+        chosen_lengths: [N] ([C]) int64|int32, tokens of each response, >= 1. Needed by "orpo", "simpo", "sft",
+            "sigmoid_norm" and "ipo_norm"; given for another single name, log-probs per token take the place of sums.
+            Beside a loss of `preferences` or in a sequence only those take it that say so (length_normalized=True).
         rejected_lengths: [N] ([R]), the same.
         target_margin: >= 0, only for "simpo", the reward gap to reach; None = 0.5 there.
         kl: number or 0-d tensor, only for "kto", which needs it: the estimate of KL(policy || reference), for instance
             the mean log-ratio of mismatched prompts and responses; a constant.
         desirable_weight: > 0, "kto" only.
         undesirable_weight: > 0, "kto" only.
+        weights: [N] floating, default None: a constant factor of each pair's loss, as in WPO (Zhou et al. 2024, which
+            `wpo_weights` gives). They do not enter the count that "mean" divides by. Not for the sorted "aot" losses.
         reduction: "mean", "sum" or "none": [N], for "kto" [C + R], chosen first.
         num_items_in_batch: number or 0-d tensor, pairs (for "kto" responses) in the whole batch, over all
             micro-batches and processes; divides instead of this call's count. Only with reduction="mean".
     Returns:
         PreferenceLoss(loss, chosen_rewards, rejected_rewards, metrics): loss fp32 (fp64 for fp64), differentiable in
-        the policy's log-probs; rewards [N] = beta c, beta r (beta l for "orpo" and "simpo"). Metrics: rewards/chosen,
-        rewards/rejected, rewards/margins, logps/chosen, logps/rejected (means) and, except for "kto",
-        rewards/accuracies (equal rewards count half).
+        the policy's log-probs; rewards [N] = beta c, beta r (beta l without a reference), of several losses those of
+        the first that is not "sft". Metrics: rewards/chosen, rewards/rejected, rewards/margins, logps/chosen,
+        logps/rejected (means) and, except for "kto", rewards/accuracies (equal rewards count half).
     Raises:
         ValueError: shapes, dtypes or devices do not fit; an argument is missing for the loss type or has no meaning
-            for it; a number out of range; unknown loss_type or reduction.
+            for it; a number out of range; unknown loss_type, divergence or reduction.
     Cost:
-        One pass over N numbers, gradient in the forward; no host sync.
+        One pass over N numbers for each loss, gradient in the forward; the "aot" losses sort beside it. No host sync.
     Example:
         >>> import torch
         >>> policy, ref = torch.tensor([-10.0]), torch.tensor([-12.0])
         >>> round(preference_loss(policy, ref, ref, ref).loss.item(), 4)  # -log sigmoid(0.1 * 2)
         0.5981
     """
-    check_in("loss_type", loss_type, LOSS_TYPES)
-    _check_numbers(loss_type, beta, label_smoothing, target_margin, desirable_weight, undesirable_weight)
+    check_range("beta", beta, 0, low_open=True)
+    by_token = chosen_lengths is not None or rejected_lengths is not None
+    losses = losses_of(
+        loss_type, _fields(label_smoothing, target_margin, desirable_weight, undesirable_weight), by_token
+    )
     _check_reduction(reduction, num_items_in_batch)
+    _check_divergence(divergence, losses)
+    unpaired = isinstance(losses[0][0], KTO)
     chosen, rejected = policy_chosen_logps, policy_rejected_logps
     check_dtype("policy_chosen_logps", chosen, FLOATS)
     check_shape("policy_chosen_logps", chosen, (None,), "one summed log-prob for each response")
-    _check_other("policy_rejected_logps", rejected, chosen, None if loss_type == "kto" else chosen.shape[0], FLOATS)
-    _check_pairwise("ref", "logps", loss_type, ref_chosen_logps, ref_rejected_logps, chosen, rejected, FLOATS)
-    _check_pairwise("", "lengths", loss_type, chosen_lengths, rejected_lengths, chosen, rejected, _LENGTH_DTYPES)
-    tensors = (chosen, rejected, ref_chosen_logps, ref_rejected_logps)
-    lengths = (None if x is None else x.long().contiguous() for x in (chosen_lengths, rejected_lengths))
-    loss, _, _, chosen_rewards, rejected_rewards = _losses(
-        *(None if x is None else x.contiguous() for x in tensors),
-        *lengths,
-        _kl(kl, loss_type, chosen),
-        loss_type,
-        float(beta),
-        float(label_smoothing),
-        0.0 if loss_type != "simpo" else 0.5 if target_margin is None else float(target_margin),
-        float(desirable_weight),
-        float(undesirable_weight),
+    _check_other("policy_rejected_logps", rejected, chosen, None if unpaired else chosen.shape[0], FLOATS)
+    needs_ref = [loss.name for loss, _ in losses if loss.has_reference]
+    needs_lengths = [loss.name for loss, _ in losses if loss.by_token]
+    _check_pairwise(
+        "ref", "logps", loss_type, needs_ref, ref_chosen_logps, ref_rejected_logps, chosen, rejected, FLOATS
     )
-    chosen_rewards, rejected_rewards = chosen_rewards.detach(), rejected_rewards.detach()
-    metrics = _metrics(loss_type, chosen_rewards, rejected_rewards, chosen.detach(), rejected.detach())
+    _check_pairwise(
+        "", "lengths", loss_type, needs_lengths, chosen_lengths, rejected_lengths, chosen, rejected, _LENGTH_DTYPES
+    )
+    sides = Sides(
+        *(None if x is None else x.contiguous() for x in (chosen, rejected, ref_chosen_logps, ref_rejected_logps)),
+        *(None if x is None else x.long().contiguous() for x in (chosen_lengths, rejected_lengths)),
+        _kl(kl, unpaired, loss_type, chosen),
+        divergence_numbers(divergence),
+    )
+    loss, *rewards = weighted_sum(losses, sides, float(beta))
+    if weights is not None:
+        loss = loss * _weights(weights, losses, loss)
+    chosen_rewards, rejected_rewards = (x.detach() for x in rewards)
+    metrics = _metrics(unpaired, chosen_rewards, rejected_rewards, chosen.detach(), rejected.detach())
     return PreferenceLoss(_reduce(loss, reduction, num_items_in_batch), chosen_rewards, rejected_rewards, metrics)
 
 
-def _check_numbers(loss_type, beta, label_smoothing, target_margin, desirable_weight, undesirable_weight):
+def unpaired_preference_loss(
+    policy_logps,
+    labels,
+    ref_logps,
+    *,
+    loss_type="kto",
+    beta=0.1,
+    kl=None,
+    desirable_weight=1.0,
+    undesirable_weight=1.0,
+    lengths=None,
+    reduction="mean",
+    num_items_in_batch=None,
+):
+    """Loss of the policy on single responses that are desirable or not, in one batch in any order.
+
+    With c = log pi - log ref and z = max(kl, 0): kto: desirable_weight sigmoid(-beta (c - z)) or undesirable_weight
+    sigmoid(-beta (z - c)), Ethayarajh et al. 2024, eq. (7); apo_zero_unpaired: the same with z = 0, the unpaired form
+    of APO-zero, D'Oosterlinck et al. 2024, eq. (7). `preference_loss(loss_type="kto")` takes both sides apart.
+
+    Args:
+        policy_logps: [N] fp32|bf16|fp16|fp64, summed +log p of each response in nats; differentiated.
+        labels: [N] bool or integer, 1 = desirable.
+        ref_logps: [N] of the reference model, a constant.
+        loss_type: "kto", the default, or "apo_zero_unpaired".
+        beta: > 0, dimensionless, default 0.1.
+        kl: number or 0-d tensor, the estimate of KL(policy || reference), a constant; needed by "kto", and without
+            meaning for "apo_zero_unpaired".
+        desirable_weight: > 0, default 1.0.
+        undesirable_weight: > 0, default 1.0.
+        lengths: [N] int64|int32, tokens of each response, >= 1; None, the default: sums, not log-probs per token.
+        reduction: "mean", the default, "sum" or "none": [N].
+        num_items_in_batch: number or 0-d tensor, responses in the whole batch; divides instead of this call's count.
+            Only with reduction="mean".
+    Returns:
+        UnpairedPreferenceLoss(loss, rewards, metrics): loss fp32 (fp64 for fp64), differentiable in policy_logps;
+        rewards [N] = beta c, detached. Metrics: rewards/chosen, rewards/rejected, logps/chosen, logps/rejected, means
+        over the responses of a label, NaN where there is none, and rewards/margins.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; kl is missing or has no meaning; a number out of range;
+            unknown loss_type or reduction.
+    Cost:
+        About ten passes over N numbers, whatever the order of the labels. No host sync.
+    Example:
+        >>> import torch
+        >>> policy, ref = torch.tensor([-10.0, -9.0]), torch.tensor([-12.0, -8.0])
+        >>> labels = torch.tensor([True, False])
+        >>> unpaired_preference_loss(policy, labels, ref, kl=0.5, reduction="none").loss  # of 2 and -1 against 0.5
+        tensor([0.4626, 0.4626])
+    """
+    check_in("loss_type", loss_type, ("kto", "apo_zero_unpaired"))
     check_range("beta", beta, 0, low_open=True)
+    a, b = KTO(desirable_weight, undesirable_weight).numbers()
+    _check_reduction(reduction, num_items_in_batch)
+    check_dtype("policy_logps", policy_logps, FLOATS)
+    check_shape("policy_logps", policy_logps, (None,), "one summed log-prob for each response")
+    labels = check_mask("labels", labels, policy_logps.shape)
+    _check_like("ref_logps", ref_logps, policy_logps, FLOATS)
+    check_same_device(policy_logps=policy_logps, labels=labels, ref_logps=ref_logps)
+    if lengths is not None:
+        _check_like("lengths", lengths, policy_logps, _LENGTH_DTYPES)
+        check_same_device(policy_logps=policy_logps, lengths=lengths)
+    if loss_type == "kto":
+        held = _kl(kl, True, loss_type, policy_logps).clamp(min=0)
+    elif kl is not None:
+        raise ValueError("kl is an argument of loss_type='kto' only, got loss_type='apo_zero_unpaired'")
+    else:
+        held = torch.zeros((), dtype=accumulator_dtype(policy_logps.dtype), device=policy_logps.device)
+    ratio = policy_logps.to(held.dtype) - ref_logps.detach().to(held.dtype)
+    ratio = ratio if lengths is None else ratio / lengths.to(held.dtype)
+    signed = torch.where(labels, ratio - held, held - ratio)  # the larger, the better the policy knows the label
+    nothing = (None,) * 4
+    loss, *_ = differentiable(
+        signed, signed.detach()[:0], *nothing, torch.zeros_like(held), "kto", float(beta), 1.0, 1.0, "reverse_kl", 1.0
+    )
+    loss = loss * torch.where(labels, a, b).to(loss.dtype)
+    rewards = beta * ratio.detach()
+    metrics = _unpaired_metrics(labels, rewards, policy_logps.detach().to(held.dtype))
+    return UnpairedPreferenceLoss(_reduce(loss, reduction, num_items_in_batch), rewards, metrics)
+
+
+def _fields(label_smoothing, target_margin, desirable_weight, undesirable_weight):
+    """What a call gives to the losses that it names; None where it is the neutral value."""
     check_range("label_smoothing", label_smoothing, 0, 0.5, high_open=True)
-    if label_smoothing and loss_type not in _SMOOTHED:
-        raise ValueError(f"label_smoothing={label_smoothing!r} has no meaning for loss_type={loss_type!r}; use 0.0")
     if target_margin is not None:
         check_range("target_margin", target_margin, 0)
-        if loss_type != "simpo":
-            raise ValueError(f"target_margin is an argument of loss_type='simpo' only, got loss_type={loss_type!r}")
+    given = {"label_smoothing": label_smoothing or None, "target_margin": target_margin}
     for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
         check_range(name, weight, 0, low_open=True)
-        if weight != 1 and loss_type != "kto":
-            raise ValueError(f"{name} is an argument of loss_type='kto' only, got loss_type={loss_type!r}")
+        given[name] = None if weight == 1 else weight
+    return given
+
+
+def _check_divergence(divergence, losses):
+    kind, _ = divergence_numbers(divergence)
+    for loss, _ in losses:
+        if kind != "reverse_kl" and not loss.by_divergence:
+            raise ValueError(
+                f"divergence={divergence!r} has no meaning for {loss.name!r}, whose loss is not one of the gap of two "
+                "scores; use 'reverse_kl'"
+            )
+
+
+def _weights(weights, losses, loss):
+    for one, _ in losses:
+        if isinstance(one, AOT):
+            raise ValueError(
+                f"weights has no meaning for {one.name!r}, whose losses belong to sorted gaps, not to pairs"
+            )
+    check_dtype("weights", weights, FLOATS)
+    check_shape("weights", weights, loss.shape, "one for each pair")
+    check_same_device(policy_chosen_logps=loss, weights=weights)
+    return weights.detach().to(loss.dtype)
 
 
 def _check_reduction(reduction, num_items_in_batch):
@@ -148,25 +275,35 @@ def _check_other(name, x, chosen, size, dtypes):
     check_same_device(**{"policy_chosen_logps": chosen, name: x})
 
 
-def _check_pairwise(prefix, what, loss_type, for_chosen, for_rejected, chosen, rejected, dtypes):
-    """Reference log-probs or lengths: both or none, and as the loss type wants."""
+def _check_like(name, x, like, dtypes):
+    check_dtype(name, x, dtypes)
+    check_shape(name, x, like.shape, "one for each response")
+
+
+def _check_pairwise(prefix, what, loss_type, needed, for_chosen, for_rejected, chosen, rejected, dtypes):
+    """Reference log-probs or lengths: both or none, and as the losses that need them want."""
     names = [f"{prefix}_{side}_{what}".removeprefix("_") for side in ("chosen", "rejected")]
-    needed = loss_type in LENGTH_NORMALIZED if what == "lengths" else loss_type not in REFERENCE_FREE
     for name, x, like in zip(names, (for_chosen, for_rejected), (chosen, rejected), strict=True):
         if x is not None:
-            if prefix == "ref" and not needed:
-                raise ValueError(f"{name} is given, but loss_type={loss_type!r} has no reference model; leave it out")
-            check_dtype(name, x, dtypes)
-            check_shape(name, x, like.shape, "one for each response")
+            if not needed:
+                has = "has no reference model" if prefix == "ref" else "compares sums, not log-probs per token"
+                raise ValueError(f"{name} is given, but loss_type={loss_type!r} {has}; leave it out")
+            _check_like(name, x, like, dtypes)
             check_same_device(policy_chosen_logps=chosen, **{name: x})
         elif needed:
-            raise ValueError(f"{name} is None, but loss_type={loss_type!r} needs {list(like.shape)} {what}")
-    if (for_chosen is None) != (for_rejected is None):
-        raise ValueError(f"{names[0]} and {names[1]} go together, got only one of them")
+            if what == "lengths" and (for_chosen is None) != (for_rejected is None):
+                raise ValueError(f"{names[0]} and {names[1]} go together, got only one of them")
+            raise ValueError(
+                f"{name} is None, but loss_type={_named(loss_type, needed)!r} needs {list(like.shape)} {what}"
+            )
 
 
-def _kl(kl, loss_type, chosen):
-    if loss_type != "kto":
+def _named(loss_type, needed):
+    return loss_type if isinstance(loss_type, str) else needed[0]
+
+
+def _kl(kl, unpaired, loss_type, chosen):
+    if not unpaired:
         if kl is not None:
             raise ValueError(f"kl is an argument of loss_type='kto' only, got loss_type={loss_type!r}")
         return None
@@ -174,13 +311,12 @@ def _kl(kl, loss_type, chosen):
         raise ValueError(
             "kl is None, but loss_type='kto' needs an estimate of KL(policy || reference), a number or 0-d"
         )
-    dtype = accumulator_dtype(chosen.dtype)
-    if not isinstance(kl, Tensor):
+    if isinstance(kl, Tensor):
+        check_dtype("kl", kl, FLOATS)
+        check_shape("kl", kl, (), "a number or a 0-d tensor")
+    else:
         check_range("kl", kl)
-        return torch.full((), float(kl), dtype=dtype, device=chosen.device)
-    check_dtype("kl", kl, FLOATS)
-    check_shape("kl", kl, (), "a number or a 0-d tensor")
-    return kl.detach().to(chosen.device, dtype)
+    return constant(kl, chosen)
 
 
 def _reduce(loss, reduction, num_items_in_batch):
@@ -191,7 +327,7 @@ def _reduce(loss, reduction, num_items_in_batch):
     return loss.sum() / (max(loss.shape[0], 1) if num_items_in_batch is None else num_items_in_batch)
 
 
-def _metrics(loss_type, chosen_rewards, rejected_rewards, chosen, rejected):
+def _metrics(unpaired, chosen_rewards, rejected_rewards, chosen, rejected):
     dtype = chosen_rewards.dtype
     metrics = {
         "rewards/chosen": chosen_rewards.mean(),
@@ -200,77 +336,16 @@ def _metrics(loss_type, chosen_rewards, rejected_rewards, chosen, rejected):
         "logps/chosen": chosen.to(dtype).mean(),
         "logps/rejected": rejected.to(dtype).mean(),
     }
-    if loss_type != "kto":
+    if not unpaired:
         gap = chosen_rewards - rejected_rewards
         metrics["rewards/accuracies"] = ((gap > 0).to(dtype) + 0.5 * (gap == 0).to(dtype)).mean()
     return metrics
 
 
-@torch.library.custom_op("rlhf_kernels::preference_fwd", mutates_args=())
-def preference_fwd(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor | None,
-    ref_rejected: Tensor | None,
-    chosen_lengths: Tensor | None,
-    rejected_lengths: Tensor | None,
-    kl: Tensor | None,
-    loss_type: str,
-    beta: float,
-    label_smoothing: float,
-    target_margin: float,
-    chosen_weight: float,
-    rejected_weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Losses, gradients of chosen and rejected, rewards; the contract is in reference/preference.py."""
-    return dispatch.pick("preference", chosen).preference_fwd(
-        chosen,
-        rejected,
-        ref_chosen,
-        ref_rejected,
-        chosen_lengths,
-        rejected_lengths,
-        kl,
-        loss_type,
-        beta,
-        label_smoothing,
-        target_margin,
-        chosen_weight,
-        rejected_weight,
-    )
-
-
-@torch.library.custom_op("rlhf_kernels::preference_bwd", mutates_args=())
-def preference_bwd(grad_loss: Tensor, grad_chosen: Tensor, grad_rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """The saved gradients times the upstream gradient of each loss."""
-    return dispatch.pick("preference", grad_chosen).preference_bwd(grad_loss, grad_chosen, grad_rejected)
-
-
-@preference_fwd.register_fake
-def _(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, kl, loss_type, *numbers):
-    dtype = accumulator_dtype(chosen.dtype)
-    size = chosen.shape[0] + rejected.shape[0] if loss_type == "kto" else chosen.shape[0]
-    like = [x.new_empty(x.shape, dtype=dtype) for x in (chosen, rejected, chosen, rejected)]
-    return chosen.new_empty(size, dtype=dtype), *like
-
-
-@preference_bwd.register_fake
-def _(grad_loss, grad_chosen, grad_rejected):
-    return torch.empty_like(grad_chosen), torch.empty_like(grad_rejected)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(output[1], output[2])
-    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_loss, *_):
-    nothing = (None,) * 11
-    if grad_loss is None:
-        return None, None, *nothing
-    chosen, rejected = torch.ops.rlhf_kernels.preference_bwd(grad_loss.contiguous(), *ctx.saved_tensors)
-    return chosen.to(ctx.dtypes[0]), rejected.to(ctx.dtypes[1]), *nothing
-
-
-_losses = register(preference_fwd, _backward, _setup_context, policy_chosen_logps=0, policy_rejected_logps=1)
+def _unpaired_metrics(labels, rewards, log_probs):
+    found = {}
+    for side, kept in (("chosen", labels), ("rejected", ~labels)):
+        count = kept.sum()
+        found[f"rewards/{side}"] = torch.where(kept, rewards, 0).sum() / count
+        found[f"logps/{side}"] = torch.where(kept, log_probs, 0).sum() / count
+    return {**found, "rewards/margins": found["rewards/chosen"] - found["rewards/rejected"]}

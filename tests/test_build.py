@@ -31,6 +31,7 @@ BESIDE = {  # public files that are no op's own
     "importance",
     "model_head",
     "objectives",
+    "preferences",
 }
 LINEAR = {"linear_divergences", "linear_policy"}  # public functions of the op linear
 COMPILER = shutil.which("c++") or shutil.which("g++")

@@ -61,6 +61,7 @@ RK_REGISTER(f32_from_f16_each);
 RK_EACH(exp_f32);
 RK_EACH(exp2_nonpositive_f32);
 RK_EACH(exp_nonpositive_f32);
+RK_EACH(expm1_f32);
 RK_EACH(expm1_nonpositive_f32);
 RK_EACH(kl_k3);
 RK_EACH(kl_k3_slope);

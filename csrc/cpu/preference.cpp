@@ -30,11 +30,12 @@ struct Side {                      // one response of each pair
     float *grad, *rewards;
 
     Lanes length(int64_t i, int64_t count) const { return load_some(lengths + i, count, 1.0f); }
-    Lanes compared(int64_t i, int64_t count) const {
+    Lanes ratio(int64_t i, int64_t count) const {
         Lanes x = load_some(log_probs + i, count, 0.0f);
         if (ref) x -= load_some(ref + i, count, 0.0f);
-        return lengths ? x / length(i, count) : x;
+        return x;
     }
+    Lanes compared(Lanes x, int64_t i, int64_t count) const { return lengths ? x / length(i, count) : x; }
     void write(int64_t i, int64_t count, Lanes slope, Lanes reward) const {
         store_some(grad + i, lengths ? slope / length(i, count) : slope, count);
         store_some(rewards + i, reward, count);
@@ -44,6 +45,8 @@ struct Side {                      // one response of each pair
 struct Job {
     Side chosen, rejected;
     PreferenceNumbers numbers;
+    int64_t divergence;
+    float power;
     float* loss;
 };
 
@@ -52,11 +55,38 @@ void pairs(void* context, int64_t begin, int64_t end) {
     const Job& j = *(const Job*)context;
     for (int64_t i = begin; i < end; i += W) {
         const int64_t count = end - i < W ? end - i : W;
-        const Lanes chosen = j.chosen.compared(i, count), rejected = j.rejected.compared(i, count);
-        const PreferenceTerm<Lanes> term = preference_term<Kind>(chosen, rejected, j.numbers);
+        Score<Lanes> good = {j.chosen.ratio(i, count), {}}, bad = {j.rejected.ratio(i, count), {}};
+        if (j.divergence != REVERSE_KL) {
+            good = score_of(good.value, j.divergence, j.power);
+            bad = score_of(bad.value, j.divergence, j.power);
+        }
+        const Lanes chosen = j.chosen.compared(good.value, i, count), rejected = j.rejected.compared(bad.value, i, count);
+        PreferenceTerm<Lanes> term = preference_term<Kind>(chosen, rejected, j.numbers);
+        if (j.divergence != REVERSE_KL) {
+            term.slope_chosen *= good.slope;
+            term.slope_rejected *= bad.slope;
+        }
         store_some(j.loss + i, term.loss, count);
         j.chosen.write(i, count, term.slope_chosen, j.numbers.beta * chosen);
         j.rejected.write(i, count, term.slope_rejected, j.numbers.beta * rejected);
+    }
+}
+
+using Body = void (*)(void*, int64_t, int64_t);
+
+Body body_of(int64_t kind) {
+    switch (kind) {
+        case PREF_IPO: return pairs<PREF_IPO>;
+        case PREF_HINGE: return pairs<PREF_HINGE>;
+        case PREF_ORPO: return pairs<PREF_ORPO>;
+        case PREF_EXO_PAIR: return pairs<PREF_EXO_PAIR>;
+        case PREF_DISCOPOP: return pairs<PREF_DISCOPOP>;
+        case PREF_NCA_PAIR: return pairs<PREF_NCA_PAIR>;
+        case PREF_BCO_PAIR: return pairs<PREF_BCO_PAIR>;
+        case PREF_SPPO_HARD: return pairs<PREF_SPPO_HARD>;
+        case PREF_APO_ZERO: return pairs<PREF_APO_ZERO>;
+        case PREF_APO_DOWN: return pairs<PREF_APO_DOWN>;
+        default: return pairs<PREF_SIGMOID>;
     }
 }
 
@@ -70,7 +100,7 @@ void kto(void* context, int64_t begin, int64_t end) {
     const KtoJob& j = *(const KtoJob*)context;
     for (int64_t i = begin; i < end; i += W) {
         const int64_t count = end - i < W ? end - i : W;
-        const Lanes x = j.side.compared(i, count);
+        const Lanes x = j.side.compared(j.side.ratio(i, count), i, count);
         const KtoTerm<Lanes> term = kto_term(j.sign * j.beta * (x - j.anchor), j.weight);
         store_some(j.loss + i, term.loss, count);
         j.side.write(i, count, -j.sign * j.beta * term.slope, j.beta * x);
@@ -93,27 +123,24 @@ void multiply(void* context, int64_t begin, int64_t end) {
 
 void preference_fwd_f32(const float* chosen, const float* rejected, const float* ref_chosen, const float* ref_rejected,
                         const int64_t* chosen_lengths, const int64_t* rejected_lengths, int64_t chosen_count,
-                        int64_t rejected_count, int64_t kind, const float* kl, double beta, double label_smoothing,
-                        double target_margin, double chosen_weight, double rejected_weight, float* loss,
-                        float* grad_chosen, float* grad_rejected, float* chosen_rewards, float* rejected_rewards,
-                        int64_t threads) {
+                        int64_t rejected_count, int64_t kind, const float* anchor, double beta, double a, double b,
+                        int64_t divergence, double alpha, float* loss, float* grad_chosen, float* grad_rejected,
+                        float* chosen_rewards, float* rejected_rewards, int64_t threads) {
     Job job = {{chosen, ref_chosen, chosen_lengths, grad_chosen, chosen_rewards},
                {rejected, ref_rejected, rejected_lengths, grad_rejected, rejected_rewards},
-               {(float)beta, (float)label_smoothing, (float)target_margin},
+               {(float)beta, (float)a, (float)b, anchor ? *anchor : 0.0f},
+               divergence,
+               (float)(alpha - 1.0),
                loss};
     if (kind == PREF_KTO) {
-        const float anchor = *kl < 0.0f ? 0.0f : *kl;
-        KtoJob good = {job.chosen, (float)beta, (float)chosen_weight, anchor, 1.0f, loss};
-        KtoJob bad = {job.rejected, (float)beta, (float)rejected_weight, anchor, -1.0f, loss + chosen_count};
+        const float kl = *anchor < 0.0f ? 0.0f : *anchor;
+        KtoJob good = {job.chosen, (float)beta, (float)a, kl, 1.0f, loss};
+        KtoJob bad = {job.rejected, (float)beta, (float)b, kl, -1.0f, loss + chosen_count};
         parallel_for(chosen_count, GRAIN, threads, kto, &good);
         parallel_for(rejected_count, GRAIN, threads, kto, &bad);
         return;
     }
-    const auto body = kind == PREF_IPO     ? pairs<PREF_IPO>
-                      : kind == PREF_HINGE ? pairs<PREF_HINGE>
-                      : kind == PREF_ORPO  ? pairs<PREF_ORPO>
-                                           : pairs<PREF_SIGMOID>;  // simpo differs in its numbers only
-    parallel_for(chosen_count, GRAIN, threads, body, &job);
+    parallel_for(chosen_count, GRAIN, threads, body_of(kind), &job);
 }
 
 // Each gradient times the upstream gradient of its loss; the two upstream arrays may be one.

@@ -5,10 +5,15 @@
 namespace rk {
 namespace RK_ISA {
 
-enum PreferenceKind { PREF_SIGMOID, PREF_IPO, PREF_HINGE, PREF_ORPO, PREF_SIMPO, PREF_KTO };  // as in LOSS_TYPES
+enum PreferenceKind {  // as in TERMS of reference/preference.py, which says what a and b are
+    PREF_SIGMOID, PREF_IPO, PREF_HINGE, PREF_ORPO, PREF_KTO, PREF_EXO_PAIR, PREF_DISCOPOP, PREF_NCA_PAIR, PREF_BCO_PAIR,
+    PREF_SPPO_HARD, PREF_APO_ZERO, PREF_APO_DOWN
+};
+enum Divergence { REVERSE_KL, JS_DIVERGENCE, ALPHA_DIVERGENCE };  // as in DIVERGENCES
 
 struct PreferenceNumbers {
-    float beta, label_smoothing, target_margin;
+    float beta, a, b;
+    float shift;  // of the rewards, for bco_pair
 };
 
 template <class T>
@@ -64,10 +69,10 @@ RK_HD T log_unit_f32(T v) {
 // (1 - e)(-log sigmoid(x)) + e(-log sigmoid(-x)) = -log sigmoid(x) + e x, and its slope e - sigmoid(-x).
 template <class T>
 RK_HD PreferenceTerm<T> sigmoid_term(T gap, PreferenceNumbers n) {
-    const T x = n.beta * gap - n.target_margin;
+    const T x = n.beta * gap - n.b;
     const Sigmoid<T> s = sigmoid_of(x);
-    const T loss = n.label_smoothing > 0.0f ? s.loss + n.label_smoothing * x : s.loss;  // also where x is infinite
-    const T slope = n.beta * (n.label_smoothing - s.below);
+    const T loss = n.a != 0.0f ? s.loss + n.a * x : s.loss;  // also where x is infinite
+    const T slope = n.beta * (n.a - s.below);
     return {loss, slope, -slope};
 }
 
@@ -107,12 +112,105 @@ RK_HD PreferenceTerm<T> orpo_term(T chosen, T rejected, PreferenceNumbers n) {
     return {n.beta * s.loss - chosen, -slope * good.slope - 1.0f, slope * bad.slope};
 }
 
+// weight x, and 0 where the weight is 0, though x be infinite there.
+template <class T>
+RK_HD T times(T weight, T x) {
+    return weight == T{} ? T{} : weight * x;
+}
+
+// KL(q || p) of q = (sigmoid(x), sigmoid(-x)) and p = e^-(a, b): q log q + (1 - q) log(1 - q) is
+// -log(1 + e^-|x|) - min(q, 1 - q) |x|, whose parts do not cancel.
+template <class T>
+RK_HD PreferenceTerm<T> exo_pair_term(T gap, PreferenceNumbers n) {
+    const T x = n.beta * gap, size = absolute(x);
+    const Sigmoid<T> s = sigmoid_of(size);  // s.loss = log(1 + e^-|x|), s.below the smaller probability
+    const T q = x < T{} ? s.below : s.value, rest = x < T{} ? s.value : s.below;
+    const T slope = n.beta * times(s.value * s.below, x - (n.b - n.a));
+    return {q * n.a + rest * n.b - s.loss - times(s.below, size), slope, -slope};
+}
+
+// m = sigmoid(x / tau): (1 - m) (-log sigmoid(x)) + m e^-x, the latter in one exponent, since its factors overflow and
+// vanish together.
+template <class T>
+RK_HD PreferenceTerm<T> discopop_term(T gap, PreferenceNumbers n) {
+    const T x = n.beta * gap, warm = x / n.a;
+    const Sigmoid<T> s = sigmoid_of(x), m = sigmoid_of(warm);
+    const T larger = x < T{} ? m.below : m.value;
+    const T exponential = exp_f32(x < T{} ? warm - x : -x) * larger;
+    const T slope = times(m.value * m.below / n.a, s.loss) + m.below * s.below + exponential * (1.0f - m.below / n.a);
+    return {times(m.below, s.loss) + exponential, -n.beta * slope, n.beta * slope};
+}
+
+template <class T>
+RK_HD PreferenceTerm<T> nca_pair_term(T chosen, T rejected, PreferenceNumbers n) {
+    const T win = n.beta * chosen, lose = n.beta * rejected;
+    const Sigmoid<T> w = sigmoid_of(win), against = sigmoid_of(-win), l = sigmoid_of(-lose);
+    return {w.loss + 0.5f * against.loss + 0.5f * l.loss, n.beta * (0.5f * w.value - w.below), 0.5f * n.beta * l.below};
+}
+
+template <class T>
+RK_HD PreferenceTerm<T> bco_pair_term(T chosen, T rejected, PreferenceNumbers n) {
+    const Sigmoid<T> w = sigmoid_of(n.beta * chosen - n.shift), l = sigmoid_of(n.shift - n.beta * rejected);
+    return {w.loss + l.loss, -n.beta * w.below, n.beta * l.below};
+}
+
+template <class T>
+RK_HD PreferenceTerm<T> sppo_hard_term(T chosen, T rejected, PreferenceNumbers n) {
+    const T off = chosen - 0.5f / n.beta, other = rejected + 0.5f / n.beta;
+    return {off * off + other * other, 2.0f * off, 2.0f * other};
+}
+
+template <class T>
+RK_HD PreferenceTerm<T> apo_zero_term(T chosen, T rejected, PreferenceNumbers n) {
+    const Sigmoid<T> w = sigmoid_of(n.beta * chosen), l = sigmoid_of(n.beta * rejected);
+    return {w.below + l.value, -n.beta * (w.value * w.below), n.beta * (l.value * l.below)};
+}
+
+template <class T>
+RK_HD PreferenceTerm<T> apo_down_term(T chosen, T rejected, PreferenceNumbers n) {
+    const Sigmoid<T> w = sigmoid_of(n.beta * chosen), gap = sigmoid_of(n.beta * (chosen - rejected));
+    const T between = n.beta * (gap.value * gap.below);
+    return {w.value + gap.below, n.beta * (w.value * w.below) - between, between};
+}
+
 template <int Kind, class T>
 RK_HD PreferenceTerm<T> preference_term(T chosen, T rejected, PreferenceNumbers n) {
     if (Kind == PREF_ORPO) return orpo_term(chosen, rejected, n);
     if (Kind == PREF_IPO) return ipo_term(chosen - rejected, n);
     if (Kind == PREF_HINGE) return hinge_term(chosen - rejected, n);
+    if (Kind == PREF_EXO_PAIR) return exo_pair_term(chosen - rejected, n);
+    if (Kind == PREF_DISCOPOP) return discopop_term(chosen - rejected, n);
+    if (Kind == PREF_NCA_PAIR) return nca_pair_term(chosen, rejected, n);
+    if (Kind == PREF_BCO_PAIR) return bco_pair_term(chosen, rejected, n);
+    if (Kind == PREF_SPPO_HARD) return sppo_hard_term(chosen, rejected, n);
+    if (Kind == PREF_APO_ZERO) return apo_zero_term(chosen, rejected, n);
+    if (Kind == PREF_APO_DOWN) return apo_down_term(chosen, rejected, n);
     return sigmoid_term(chosen - rejected, n);
+}
+
+// e^x - 1. At most 4 ulp: for x > 0 it is -(e^-x - 1) e^x.
+template <class T>
+RK_HD T expm1_f32(T x) {
+    const T down = expm1_nonpositive_f32(-absolute(x));
+    return x > T{} ? -down * exp_f32(x) : x != x ? x : down;
+}
+
+template <class T>
+struct Score {
+    T value, slope;
+};
+
+// f'(e^x) of an f-divergence between policy and reference, and its derivative in x. JS: log(2t / (t + 1)); alpha, with
+// power = alpha - 1: (t^power - 1) / power, whose exponent is held at 80, from where on the score is constant.
+template <class T>
+RK_HD Score<T> score_of(T x, int64_t divergence, float power) {
+    if (divergence == JS_DIVERGENCE) {
+        const Sigmoid<T> s = sigmoid_of(x);
+        return {0.69314718f - s.loss, s.below};
+    }
+    const T held = splat<T>(80.0f), exponent = power * x;
+    const T e = exponent > held ? held : exponent;
+    return {expm1_f32(e) / power, exponent > held ? T{} : exp_f32(e)};
 }
 
 template <class T>

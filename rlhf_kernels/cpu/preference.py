@@ -1,28 +1,20 @@
 """Calls of csrc/cpu/preference.cpp; what the functions mean stands in reference/preference.py."""
 
-import torch
-
-from .._native import fresh, run
-from ..reference.preference import LOSS_TYPES
+from .._native import dense_fp32, fresh, run
+from ..reference.preference import DIVERGENCES, TERMS
 
 
 def preference_fwd(
-    chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, kl, loss_type, beta, label_smoothing,
-    target_margin, chosen_weight, rejected_weight,
+    chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, anchor, term, beta, a, b, divergence,
+    alpha,
 ):  # fmt: skip
-    tensors = [
-        None if x is None else x.to(torch.float32).contiguous()
-        for x in (chosen, rejected, ref_chosen, ref_rejected, kl)
-    ]
-    *log_probs, kl = tensors
+    log_probs = [dense_fp32(x) for x in (chosen, rejected, ref_chosen, ref_rejected)]
     lengths = [None if x is None else x.contiguous() for x in (chosen_lengths, rejected_lengths)]
     C, R = chosen.shape[0], rejected.shape[0]
-    loss = fresh(C + R if loss_type == "kto" else C)
-    outputs = (loss, fresh(C), fresh(R), fresh(C), fresh(R))
-    margin = target_margin if loss_type == "simpo" else 0.0
+    outputs = (fresh(C + R if term == "kto" else C), fresh(C), fresh(R), fresh(C), fresh(R))
     run(
-        "preference_fwd_f32", *log_probs, *lengths, C, R, LOSS_TYPES.index(loss_type), kl, beta, label_smoothing,
-        margin, chosen_weight, rejected_weight, *outputs,
+        "preference_fwd_f32", *log_probs, *lengths, C, R, TERMS.index(term), dense_fp32(anchor), beta, a, b,
+        DIVERGENCES.index(divergence), alpha, *outputs,
     )  # fmt: skip
     return outputs
 

@@ -209,30 +209,32 @@ void plackett_luce(Source& s, Memory& m) {
 }
 
 void preference(Source& s, Memory& m) {
-    enum { SIGMOID, IPO, HINGE, ORPO, SIMPO, KTO };
+    enum { SIGMOID, IPO, HINGE, ORPO, KTO, EXO_PAIR, DISCOPOP, NCA_PAIR, BCO_PAIR, SPPO_HARD, APO_ZERO, APO_DOWN, KINDS };
     const bool tame = s.coin();
     const Numbers numbers = s.numbers(tame);
-    const int64_t kind = s.below(6), C = s.size(90), R = kind == KTO ? s.size(90) : C;
+    const int64_t kind = s.below(KINDS), C = s.size(90), R = kind == KTO ? s.size(90) : C;
     const float *chosen = m.numbers(C, numbers), *rejected = m.numbers(R, numbers);
-    const bool free = kind == ORPO || kind == SIMPO, by_length = free || s.coin();
+    const bool free = kind == ORPO || (kind == SIGMOID && s.coin()), by_length = free || s.coin();
     const float *ref_chosen = free ? nullptr : m.numbers(C, numbers), *ref_rejected = free ? nullptr : m.numbers(R, numbers);
     int64_t* lengths[2] = {};
     for (int side = 0; by_length && side < 2; ++side) {
         lengths[side] = m.array<int64_t>(side ? R : C, Use::input);
         for (int64_t i = 0; i < (side ? R : C); ++i) lengths[side][i] = 1 + s.random() % 50;
     }
-    const float* kl = kind == KTO ? m.numbers(1, numbers) : nullptr;
-    const double beta = s.pick({0.1, 2.0}), smoothing = s.pick({0.0, 0.1}), margin = kind == SIMPO ? 0.5 : 0.0;
+    const float* anchor = kind == KTO || (kind == BCO_PAIR && s.coin()) ? m.numbers(1, numbers) : nullptr;
+    const double beta = s.pick({0.1, 2.0}), a = kind == SIGMOID ? s.pick({0.0, 0.1, -0.125}) : s.pick({0.05, 0.5});
+    const double b = kind == SIGMOID ? s.pick({0.0, 0.5}) : 0.8, alpha = s.pick({0.0, 0.5, 2.0});
+    const int64_t divergence = free || kind == KTO ? 0 : s.below(3);
     float* loss = m.array<float>(kind == KTO ? C + R : C);
     float* out[4];  // gradients, then rewards, of chosen and rejected
     for (int i = 0; i < 4; ++i) out[i] = m.array<float>(i % 2 ? R : C);
-    m.call("preference_fwd_f32", chosen, rejected, ref_chosen, ref_rejected, lengths[0], lengths[1], C, R, kind, kl, beta,
-           smoothing, margin, 1.2, 0.8, loss, out[0], out[1], out[2], out[3]);
+    m.call("preference_fwd_f32", chosen, rejected, ref_chosen, ref_rejected, lengths[0], lengths[1], C, R, kind, anchor,
+           beta, a, b, divergence, alpha, loss, out[0], out[1], out[2], out[3]);
     for (int64_t i = 0; i < (kind == KTO ? C + R : C); ++i) {
-        if (tame) REQUIRE(isfinite(loss[i]), "loss %g", loss[i]);
+        if (tame && divergence < 2) REQUIRE(isfinite(loss[i]), "loss %g", loss[i]);  // an alpha divergence may reach e^80
         if (kind == IPO || kind == HINGE || kind == KTO) REQUIRE(!(loss[i] < 0.0f), "loss %g", loss[i]);
     }
-    for (int i = 0; tame && i < 4; ++i) require_finite("a result", out[i], i % 2 ? R : C);
+    for (int i = 0; tame && divergence < 2 && i < 4; ++i) require_finite("a result", out[i], i % 2 ? R : C);
     const float* upstream = m.numbers(C + R, numbers);
     m.call("preference_bwd_f32", upstream, kind == KTO ? upstream + C : upstream, out[0], out[1], C, R, m.array<float>(C),
            m.array<float>(R));

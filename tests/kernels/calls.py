@@ -12,7 +12,8 @@ from tests.on_gpu import OnGPU
 
 OBJECTIVES = {"clip": rk.Clip(), "gspo": rk.GSPO(), "gmpo": rk.GMPO(), "dppo": rk.DPPO("kl"), "kl_cov": rk.KLCov()}
 COMPOSED = "packing"  # of PyTorch's own ops: served like the op that has the reference alone
-LOSS_TYPES = ("sigmoid", "ipo", "hinge", "orpo", "simpo", "kto")
+LOSS_TYPES = ("sigmoid", "ipo", "hinge", "orpo", "simpo", "kto", "exo_pair", "discopop", "nca_pair", "bco_pair")
+LOSS_TYPES += ("sppo_hard", "aot", "apo_zero", "apo_down")
 
 
 class Call(NamedTuple):
@@ -250,11 +251,30 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             options |= {"ref_chosen_logps": ref[0], "ref_rejected_logps": ref[1]}
         if loss_type == "kto":
             options |= {"kl": 0.3, "undesirable_weight": 0.8}
+        if loss_type == "exo_pair":
+            options |= {"label_smoothing": 0.01, "divergence": "js_divergence"}
         calls[f"preference_loss {loss_type}"] = Call(
             "preference",
             lambda c, r, o=options: numbers_of(rk.preference_loss(c, r, **o)),
             [-randn(4).abs() - 0.1, -randn(4).abs() - 0.1],
         )
+    calls["preference_loss of several"] = Call(
+        "preference",
+        lambda c, r: numbers_of(
+            rk.preference_loss(
+                c, r, *ref, loss_type=[("hinge", 0.5), "sft"], chosen_lengths=counts, rejected_lengths=counts,
+                divergence="forward_kl", weights=warmth,
+            )
+        ),
+        [-randn(4).abs() - 0.1, -randn(4).abs() - 0.1],
+    )  # fmt: skip
+    calls["unpaired_preference_loss"] = Call(
+        "preference",
+        lambda x: numbers_of(
+            rk.unpaired_preference_loss(x, counts % 2 == 1, ref[0], kl=0.3, undesirable_weight=0.8, lengths=counts)
+        ),
+        [-randn(4).abs() - 0.1],
+    )
     return calls
 
 

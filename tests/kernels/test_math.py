@@ -36,6 +36,7 @@ FUNCTIONS = {
     "exp_f32": (torch.exp, -104, 88.7, [(-INF, -104, 0.0), (88.73, INF, INF)]),
     "exp2_nonpositive_f32": (torch.exp2, -125.5, 0.5, [(-INF, -125.50001, 0.0)]),
     "exp_nonpositive_f32": (torch.exp, -87, 0, [(-INF, -87.7, 0.0)]),
+    "expm1_f32": (torch.expm1, -INF, 88.7, [(88.73, INF, INF)]),
     "expm1_nonpositive_f32": (torch.expm1, -INF, 0, []),
     "kl_k3": (k3, -88.7, INF, [(-INF, -88.8, INF)]),
     "kl_k3_slope": (lambda d: -torch.expm1(-d), -88.7, INF, [(20, INF, 1.0), (-INF, -88.8, -INF)]),

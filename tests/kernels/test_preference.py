@@ -5,28 +5,48 @@ import math
 import pytest
 import torch
 
-from rlhf_kernels import bradley_terry_loss, preference_loss
+from rlhf_kernels import bradley_terry_loss, preference_loss, preferences
 from rlhf_kernels.cpu import preference as native
 from rlhf_kernels.reference import preference as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TENSORS = ("chosen", "rejected", "ref_chosen", "ref_rejected", "kl")
+TENSORS = ("chosen", "rejected", "ref_chosen", "ref_rejected", "anchor")
 OPERATOR = (
     *TENSORS[:4],
-    *("chosen_lengths", "rejected_lengths", "kl", "loss_type", "beta", "label_smoothing", "target_margin"),
-    *("chosen_weight", "rejected_weight"),
+    *("chosen_lengths", "rejected_lengths", "anchor", "term", "beta", "a", "b", "divergence", "alpha"),
 )
+NAMED = ("ipo", "hinge", "orpo", "nca_pair", "sppo_hard", "apo_zero", "apo_down")
+FREE = ("orpo", "simpo")
+REST = (1.0, 0.0, 0.0, "reverse_kl", 1.0)  # beta, a, b, divergence, alpha of an operator's call
+
+
+def loss_of(inputs):
+    """The loss_type and its own arguments of example_inputs."""
+    term, a, b = (inputs[name] for name in ("term", "a", "b"))
+    if term == "kto":
+        return {"loss_type": "kto", "kl": inputs["anchor"], "desirable_weight": a, "undesirable_weight": b}
+    if term == "sigmoid" and a < 0:
+        return {"loss_type": "robust", "label_smoothing": 0.1}
+    if term == "sigmoid" and inputs["ref_chosen"] is None:
+        return {"loss_type": "simpo", "label_smoothing": a, "target_margin": b}
+    if term == "sigmoid":
+        return {"loss_type": "sigmoid", "label_smoothing": a}
+    if term == "exo_pair":
+        return {"loss_type": "exo_pair", "label_smoothing": 0.01}
+    if term == "discopop":
+        return {"loss_type": preferences.DiscoPOP(tau=a)}
+    if term == "bco_pair":
+        return {"loss_type": preferences.BCOPair(delta=0.0 if inputs["anchor"] is None else inputs["anchor"])}
+    assert term in NAMED
+    return {"loss_type": term}
 
 
 def public(inputs, **options):
     """preference_loss on example_inputs."""
-    arguments = {name: inputs[name] for name in ("chosen_lengths", "rejected_lengths", "kl", "loss_type", "beta")}
-    arguments["label_smoothing"] = inputs["label_smoothing"]
-    if inputs["loss_type"] == "simpo":
-        arguments["target_margin"] = inputs["target_margin"]
-    if inputs["loss_type"] == "kto":
-        arguments["desirable_weight"] = inputs["chosen_weight"]
-        arguments["undesirable_weight"] = inputs["rejected_weight"]
+    arguments = {name: inputs[name] for name in ("chosen_lengths", "rejected_lengths", "beta")} | loss_of(inputs)
+    if inputs["divergence"] != "reverse_kl":
+        js = inputs["divergence"] == "js_divergence"
+        arguments["divergence"] = "js_divergence" if js else preferences.AlphaDivergence(inputs["alpha"])
     return preference_loss(*(inputs[name] for name in TENSORS[:4]), **{**arguments, **options})
 
 
@@ -154,7 +174,9 @@ def test_gradients(backend_name, served, dtype, reduction, case, assert_close_to
 
 def test_gradcheck():
     """Finite differences in float64, which the reference serves."""
-    for case in ("smoothed", "ipo", "hinge", "orpo", "simpo", "kto"):
+    for case in reference.CASES:
+        if "large_gap" in case or case in ("certain", "empty"):
+            continue
         inputs = cast(reference.example_inputs(case, dtype=torch.float64), torch.float64, True)
 
         def loss(chosen, rejected, inputs=inputs):
@@ -219,6 +241,19 @@ def test_edges(backend_name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"loss_type": []}, "loss_type is empty"),
+        ({"loss_type": "exo_pair"}, "label_smoothing is 0.0, but loss_type='exo_pair' needs"),
+        ({"loss_type": ["sigmoid", "kto"], "kl": 0.1}, "loss_type holds 'kto', which is unpaired"),
+        ({"loss_type": [("sigmoid", math.nan)]}, "the weight of a loss must be a number"),
+        ({"loss_type": "sigmoid_norm"}, r"chosen_lengths is None, but loss_type='sigmoid_norm' needs \[3\] lengths"),
+        ({"loss_type": "sft"}, "ref_chosen_logps is given, but loss_type='sft' has no reference model"),
+        ({"divergence": "kl"}, "divergence must be one of 'reverse_kl'.*got 'kl'"),
+        (
+            {"loss_type": "apo_zero", "divergence": "forward_kl"},
+            "divergence='forward_kl' has no meaning for 'apo_zero'",
+        ),
+        ({"loss_type": "aot", "weights": torch.ones(3)}, "weights has no meaning for 'aot'"),
+        ({"weights": torch.ones(2)}, r"weights has shape \[2\], expected \[3\]"),
         ({"loss_type": "dpo"}, "loss_type must be one of 'sigmoid', 'ipo'.*got 'dpo'"),
         ({"beta": 0}, "beta must be a number > 0, got 0"),
         ({"label_smoothing": 0.5}, "label_smoothing must be a number >= 0 and < 0.5"),
@@ -291,14 +326,13 @@ def test_contract_rows_are_independent(backend_name):
 def many(loss_type, chosen, rejected, seed=0):
     """Arguments of preference_fwd with that many responses on each side, in float32."""
     generator = torch.Generator().manual_seed(seed)
-    case = "smoothed" if loss_type == "sigmoid" else loss_type
-    inputs = reference.example_inputs(case, dtype=torch.float32)
+    inputs = reference.example_inputs("smoothed" if loss_type == "sigmoid" else loss_type, dtype=torch.float32)
     for side, size in (("chosen", chosen), ("rejected", rejected)):
         lengths = torch.randint(1, 400, (size,), generator=generator)
         log_probs = -lengths * torch.rand(size, generator=generator)
         inputs |= {side: log_probs, f"{side}_lengths": lengths}
         inputs[f"ref_{side}"] = log_probs + 10 * torch.randn(size, generator=generator)
-        if loss_type in reference.REFERENCE_FREE:
+        if loss_type in FREE:
             inputs[f"ref_{side}"] = None
     return inputs
 
@@ -313,7 +347,7 @@ def test_values_every_isa(isa, case, assert_close_to_fp64):
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 1000])
-@pytest.mark.parametrize("loss_type", reference.LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", (*reference.TERMS, "simpo", "js_divergence", "alpha_divergence"))
 def test_values_every_size(isa, loss_type, size, assert_close_to_fp64):
     """Batches that fill a vector exactly, by one too few and by one too many; KTO's sides differ in size."""
     inputs = many(loss_type, size, size if loss_type != "kto" else size // 2, seed=size)
@@ -326,7 +360,7 @@ def test_accuracy_of_the_logistic_loss(isa):
     """-log sigmoid over its whole range: loss and slope within 4 ulp of float64."""
     gap = torch.linspace(-86, 86, 8001)
     zero = torch.zeros_like(gap)
-    loss, grad, *_ = native.preference_fwd(gap, zero, zero, zero, *(None,) * 3, "sigmoid", 1.0, 0.0, 0.0, 1.0, 1.0)
+    loss, grad, *_ = native.preference_fwd(gap, zero, zero, zero, *(None,) * 3, "sigmoid", *REST)
     exact = torch.nn.functional.softplus(-gap.double(), threshold=1e9)
     slope = torch.sigmoid(-gap.double())
     limit = 4 * torch.finfo(torch.float32).eps
@@ -338,8 +372,7 @@ def test_accuracy_of_the_odds(isa):
     """ORPO's log odds and their slope from log-probs of -1e-6 to -80, beside a rejected response of even odds."""
     mean = -torch.logspace(-6, math.log10(80), 4001)
     even, one = torch.full_like(mean, math.log(0.5)), torch.ones(4001, dtype=torch.int64)
-    numbers = ("orpo", 1.0, 0.0, 0.0, 1.0, 1.0)
-    loss, grad, _, rewards, _ = native.preference_fwd(mean, even, None, None, one, one, None, *numbers)
+    loss, grad, _, rewards, _ = native.preference_fwd(mean, even, None, None, one, one, None, "orpo", *REST)
     good, bad = mean.double(), even.double()
     odds = (good - torch.log(-torch.expm1(good))) - (bad - torch.log(-torch.expm1(bad)))
     exact = -good + torch.nn.functional.softplus(-odds, threshold=1e9)
@@ -353,21 +386,23 @@ def test_accuracy_of_the_odds(isa):
 def test_infinite_log_probs(isa):
     """A response of probability 0: an infinite or an ideal gap costs inf or 0, with the slope of that limit."""
     impossible, fine = torch.tensor([-math.inf]), torch.tensor([-5.0])
-    numbers = ("sigmoid", 0.5, 0.0, 0.0, 1.0, 1.0)
+    numbers = ("sigmoid", 0.5, *REST[1:])
     loss, grad, *_ = native.preference_fwd(impossible, fine, fine, fine, None, None, None, *numbers)
     assert (loss.item(), grad.item()) == (math.inf, -0.5)
     loss, grad, *_ = native.preference_fwd(fine, impossible, fine, fine, None, None, None, *numbers)
     assert (loss.item(), grad.item()) == (0.0, 0.0)
     nan = torch.tensor([math.nan])
-    for loss_type in reference.LOSS_TYPES:
-        numbers = (loss_type, 0.5, 0.0, 0.0, 1.0, 1.0)
-        one = torch.ones(1, dtype=torch.int64)
-        ref = (None, None) if loss_type in reference.REFERENCE_FREE else (fine, fine)
-        result = native.preference_fwd(nan, fine, *ref, one, one, torch.tensor(0.1), *numbers)
-        assert result[0][0].isnan(), loss_type
+    one = torch.ones(1, dtype=torch.int64)
+    for term in reference.TERMS:
+        ref = (None, None) if term == "orpo" else (fine, fine)
+        result = native.preference_fwd(nan, fine, *ref, one, one, torch.tensor(0.1), term, 0.5, 0.1, 0.1, *REST[3:])
+        assert result[0][0].isnan(), term
+    for divergence in reference.DIVERGENCES:
+        result = native.preference_fwd(nan, fine, fine, fine, *(None,) * 3, "sigmoid", 0.5, 0.0, 0.0, divergence, 0.5)
+        assert result[0][0].isnan() and result[1][0].isnan(), divergence
 
 
-@pytest.mark.parametrize("loss_type", reference.LOSS_TYPES)
+@pytest.mark.parametrize("loss_type", (*reference.TERMS, "simpo", "js_divergence", "alpha_divergence"))
 def test_contract_same_bits(isa, loss_type):
     """On any number of threads, and for a pair alone, wherever it stood in the batch."""
     inputs = many(loss_type, 20011, 20011)

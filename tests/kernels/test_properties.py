@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import rlhf_kernels
 from rlhf_kernels import dispatch
 from rlhf_kernels.reference.ppo import AGG_MODES
+from rlhf_kernels.reference.preference import TERMS
 from tests.conftest import machine_isas
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -361,7 +362,7 @@ def test_ranking_losses(check, data):
 @given(st.data())
 def test_preference_loss(check, data):
     drawn = Drawn(data)
-    kind = drawn.choose("sigmoid", "ipo", "hinge", "orpo", "simpo", "kto")
+    kind = drawn.choose("sigmoid", "ipo", "hinge", "orpo", "simpo", "kto", "robust", *TERMS[5:])
     sizes = [drawn.size()] * 2 if kind != "kto" else [drawn.size(), drawn.size()]
     lengths = [drawn.integers(1, 30, size) for size in sizes]
     log_probs = [
@@ -375,8 +376,10 @@ def test_preference_loss(check, data):
         inputs |= {name: drawn.laid_out(x) for name, x in zip(("ref_chosen_logps", "ref_rejected_logps"), ref)}
     if kind in ("orpo", "simpo") or drawn.choose(False, True):
         inputs |= {name: drawn.laid_out(x) for name, x in zip(("chosen_lengths", "rejected_lengths"), lengths)}
-    if kind in ("sigmoid", "simpo"):
-        options["label_smoothing"] = drawn.choose(0.0, 0.1)
+    if kind in ("sigmoid", "simpo", "robust", "exo_pair"):
+        options["label_smoothing"] = drawn.choose(1e-3 if kind == "exo_pair" else 0.0, 0.1)
+    if kind in ("sigmoid", "ipo", "hinge", "robust", "exo_pair", "discopop"):
+        options["divergence"] = drawn.choose("reverse_kl", "js_divergence")
     if kind == "kto":
         options |= {"kl": drawn.choose(0.0, 0.3, -0.2), "desirable_weight": 1.2, "undesirable_weight": 0.8}
     scale = 50.0 if options["reduction"] == "none" else 50.0 + sum(sizes)
