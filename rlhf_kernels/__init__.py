@@ -11,6 +11,7 @@ from .kl import approx_kl, kl_from_logits
 from .linear import linear_logprobs
 from .linear_divergences import linear_kl
 from .linear_policy import linear_policy_loss, linear_ppo_loss
+from .linear_preference import linear_preference_loss, wpo_weights
 from .logprobs import entropy_from_logits, logprobs_and_entropy_from_logits, logprobs_from_logits
 from .model_head import ModelHead, call_with_head, find_head, linear_logprobs_from_model
 from .objectives import (
@@ -80,6 +81,7 @@ __all__ = [
     "linear_logprobs_from_model",
     "linear_policy_loss",
     "linear_ppo_loss",
+    "linear_preference_loss",
     "logprobs_and_entropy_from_logits",
     "logprobs_from_logits",
     "masked_whiten",
@@ -93,4 +95,5 @@ __all__ = [
     "shared_prefix_attention",
     "unpaired_preference_loss",
     "value_loss",
+    "wpo_weights",
 ]

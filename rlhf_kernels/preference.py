@@ -73,8 +73,8 @@ def preference_loss(
         loss_type: a name of those above, default "sigmoid"; a loss of `rlhf_kernels.preferences`; or a sequence of
             names, losses and pairs (name or loss, weight), whose weighted sum is the loss.
         beta: > 0, dimensionless, shared by all losses; the weight of the odds term for "orpo".
-        label_smoothing: in [0, 0.5), the share of pairs whose label is wrong (conservative DPO); goes to those named
-            losses that have it: sigmoid, sigmoid_norm, simpo, robust, aot, aot_unpaired, and exo_pair, which needs it.
+        label_smoothing: in [0, 0.5), the share of pairs whose label is wrong (conservative DPO); of the losses that are
+            named sigmoid, sigmoid_norm, simpo, robust, aot and aot_unpaired take it, and exo_pair needs it.
         divergence: "reverse_kl", the default, "forward_kl", "js_divergence", "alpha_divergence" or
             `preferences.AlphaDivergence(alpha)`: c and r are f'(pi / ref) of this divergence, f-DPO, Wang et al. 2023.
             Another than the default for sigmoid, hinge, ipo, robust, exo_pair, discopop (and sft beside them) only.
@@ -111,7 +111,7 @@ def preference_loss(
     check_range("beta", beta, 0, low_open=True)
     by_token = chosen_lengths is not None or rejected_lengths is not None
     losses = losses_of(
-        loss_type, _fields(label_smoothing, target_margin, desirable_weight, undesirable_weight), by_token
+        loss_type, named_fields(label_smoothing, target_margin, desirable_weight, undesirable_weight), by_token
     )
     _check_reduction(reduction, num_items_in_batch)
     _check_divergence(divergence, losses)
@@ -217,13 +217,13 @@ def unpaired_preference_loss(
     loss, *_ = differentiable(
         signed, signed.detach()[:0], *nothing, torch.zeros_like(held), "kto", float(beta), 1.0, 1.0, "reverse_kl", 1.0
     )
-    loss = loss * torch.where(labels, a, b).to(loss.dtype)
+    loss = torch.where(labels, a * loss, b * loss)
     rewards = beta * ratio.detach()
     metrics = _unpaired_metrics(labels, rewards, policy_logps.detach().to(held.dtype))
     return UnpairedPreferenceLoss(_reduce(loss, reduction, num_items_in_batch), rewards, metrics)
 
 
-def _fields(label_smoothing, target_margin, desirable_weight, undesirable_weight):
+def named_fields(label_smoothing=0.0, target_margin=None, desirable_weight=1.0, undesirable_weight=1.0):
     """What a call gives to the losses that it names; None where it is the neutral value."""
     check_range("label_smoothing", label_smoothing, 0, 0.5, high_open=True)
     if target_margin is not None:

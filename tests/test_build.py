@@ -33,7 +33,7 @@ BESIDE = {  # public files that are no op's own
     "objectives",
     "preferences",
 }
-LINEAR = {"linear_divergences", "linear_policy"}  # public functions of the op linear
+LINEAR = {"linear_divergences", "linear_policy", "linear_preference"}  # public functions of the op linear
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
 

@@ -268,6 +268,23 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         ),
         [-randn(4).abs() - 0.1, -randn(4).abs() - 0.1],
     )  # fmt: skip
+    singles = torch.arange(5, dtype=torch.int64)
+    pairs = torch.cat([tokens, tokens.flip(1)])[:4]
+    calls["linear_preference_loss"] = Call(
+        "linear",
+        lambda h, w: numbers_of(
+            rk.linear_preference_loss(
+                h, w, pairs, old.repeat(2, 1)[:4], loss_type=["hinge", "sft"], ld_alpha=0.3, wpo=True
+            )
+        ),
+        [randn(4, 5, 4), randn(7, 4)],
+    )
+    calls["linear_preference_loss of a frozen head"] = Call(
+        "linear",
+        lambda h: numbers_of(rk.linear_preference_loss(h, head, labels.abs() % 7, ref[0], cu_responses=singles)),
+        [randn(4, 4)],
+    )
+    calls["wpo_weights"] = Call("preference", lambda x: [rk.wpo_weights(x, third, mask)], [old - third.abs()], False)
     calls["unpaired_preference_loss"] = Call(
         "preference",
         lambda x: numbers_of(
