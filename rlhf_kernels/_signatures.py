@@ -76,12 +76,13 @@ logprobs_bwd(f32? grad_logprobs[N], f32? grad_entropy[N], f32? grad_log_sum_exp[
     f32 entropy[N if grad_entropy is not None else entropy.numel()], f32 row_max[N], f32 log_sum[N], N, V, temperature,
     softcap, ignore_index, dtype out[N * V] by out_stride, out_stride)
 
-ppo_fwd_f32(f32 log_probs[B * T], f32 old_log_probs[B * T], f32 advantages[B * T], bool mask[B * T], f32? values[B * T],
-    f32? old_values[B * T], f32? returns[B * T], f32? entropy[B * T], f32? normalizer[1], B, T, cliprange,
-    cliprange_high, dual_clip, cliprange_value, aggregation, value_scale, entropy_scale, piece, i64 lengths[B],
-    f64 workspace[25 * pieces(B * T, piece)], f32 losses[3], f32 grad_log_probs[B * T],
-    f32 grad_values[0 if values is None else B * T], f32 grad_entropy[0 if entropy is None else B * T], f32 stats[12])
-ppo_bwd_f32(f32? grad_loss[1], f32? grad_policy_loss[1], f32? grad_value_loss[1], vf_coef,
+policy_fwd_f32(bool mask[B * T], f32? log_probs[B * T], f32? old_log_probs[B * T], f32? advantages[B * T],
+    f32? ref_log_probs[B * T], f32? weights[B * T], f32? coefficients[B * T], f32? values[B * T],
+    f32? old_values[B * T], f32? returns[B * T], f32? entropy[B * T], f32? normalizer[1], f32? entropy_normalizer[1],
+    f64 settings[18], full, B, T, piece, i64 lengths[B], f32? sequences[2 * B],
+    f64 workspace[33 * pieces(B * T, piece)], f32 losses[4], f32 grad_log_probs[0 if log_probs is None else B * T],
+    f32 grad_values[0 if values is None else B * T], f32 grad_entropy[0 if entropy is None else B * T], f32 stats[19])
+policy_bwd_f32(f32? grad_loss[1], f32? grad_policy_loss[1], f32? grad_value_loss[1], vf_coef,
     f32 grad_log_probs[log_probs], f32 grad_values[values], f32 grad_entropy[entropy], log_probs, values, entropy,
     f32 out_log_probs[log_probs], f32 out_values[values], f32 out_entropy[entropy])
 

@@ -24,6 +24,7 @@ if X86:
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 SUPPORT = {"isa", "math"}  # run-time detection and threads; the vector maths for its test
 COMPOSED = {"cross_entropy", "linear"}  # their arithmetic is that of logprobs
+WALKED = {"ppo"}  # on a CPU a call of the op policy; its arithmetic stands in a header of its own
 BESIDE = {  # public files that are no op's own
     "aggregation",
     "dispatch",
@@ -50,7 +51,7 @@ def test_every_op_has_its_room(op):
     files = [PACKAGE / f"{op}.py", PACKAGE / "reference" / f"{op}.py", ROOT / "tests" / "kernels" / f"test_{op}.py"]
     files.append(ROOT / "docs" / "ops" / f"{op}.md")
     if op in ops_with("cpu"):
-        files.append(ROOT / "csrc" / "cpu" / f"{op}.cpp")
+        files += [ROOT / "csrc" / "cpu" / f"{op}.cpp"] if op not in WALKED else []
         files += [ROOT / "csrc" / "include" / f"{op}.h"] if op not in COMPOSED else []
     if op in ops_with("cuda"):
         files.append(ROOT / "csrc" / "cuda" / f"{op}.cu")
@@ -61,8 +62,8 @@ def test_every_op_has_its_room(op):
 
 def test_no_orphans():
     ops = set(dispatch.TABLE)
-    assert stems(ROOT / "csrc" / "cpu", "*.cpp") == ops_with("cpu") | SUPPORT
-    assert stems(ROOT / "csrc" / "include", "*.h") == ops_with("cpu") - COMPOSED | {"rk", "module", "policy"}
+    assert stems(ROOT / "csrc" / "cpu", "*.cpp") == ops_with("cpu") - WALKED | SUPPORT
+    assert stems(ROOT / "csrc" / "include", "*.h") == ops_with("cpu") - COMPOSED | {"rk", "module"}
     assert stems(ROOT / "csrc" / "cuda", "*.c*") == ops_with("cuda") | {"module"}
     assert stems(PACKAGE / "reference", "*.py") == ops | {"__init__"}
     for name in ("cpu", "triton", "cuda"):
@@ -112,7 +113,7 @@ def symbols(request, tmp_path_factory):
         listing = subprocess.run(["nm", "-C", str(target)], check=True, capture_output=True, text=True).stdout
         return job, [re.match(r"\S*\s+(\S)\s+(.*)", line).groups() for line in listing.splitlines()]
 
-    names = sorted(ops_with("cpu") | SUPPORT - {"isa"}) if request.param == "all" else [request.param]
+    names = sorted(ops_with("cpu") - WALKED | SUPPORT - {"isa"}) if request.param == "all" else [request.param]
     jobs = [(name, isa) for name in names for isa in ISA_FLAGS]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         return dict(pool.map(compile_one, jobs))

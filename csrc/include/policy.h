@@ -163,8 +163,9 @@ struct GmpoObjective {  // of_sequence: the sequence's loss; that of a masked to
 template <class T>
 RK_HD T log1m_exp_f32(T x) {
     const T rest = -expm1_nonpositive_f32(x);
-    const auto small = rest < splat<T>(1.17549435e-38f);  // a subnormal number, 0, or nothing that has a logarithm
-    const T near = log_unit_f32(small ? rest * 16777216.0f : rest) - (small ? splat<T>(16.6355324f) : T{});
+    const T normal = rest > T{} ? rest : splat<T>(1.0f);
+    const auto small = normal < splat<T>(1.17549435e-38f);
+    const T near = log_unit_f32(small ? normal * 16777216.0f : normal) - (small ? splat<T>(16.6355324f) : T{});
     const T far = log1p_unit_f32(-exp_f32(x));
     const T value = x > splat<T>(-0.69314718f) ? near : far;
     return rest > T{} ? value : x == x ? splat<T>(-__builtin_inff()) : x;

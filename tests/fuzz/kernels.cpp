@@ -50,7 +50,7 @@ const Target kTargets[] = {
     {whiten, {"whiten_stats_f32", "whiten_fwd_f32"}},
     {bradley_terry, {"bradley_terry_fwd_f32", "bradley_terry_bwd_f32"}},
     {plackett_luce, {"plackett_luce_fwd_f32", "bradley_terry_bwd_f32"}},
-    {ppo, {"ppo_fwd_f32", "ppo_bwd_f32"}},
+    {policy, {"policy_fwd_f32", "policy_bwd_f32"}},
     {logprobs, {"logprobs_fwd", "logprobs_bwd"}},
     {kl, {"kl_fwd", "kl_bwd"}},
     {approx_kl, {"approx_kl_fwd", "approx_kl_bwd"}},

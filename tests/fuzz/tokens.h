@@ -1,4 +1,4 @@
-// Targets whose kernels take numbers of tokens or responses: advantages, whitening, PPO, ranking and preference losses.
+// Targets whose kernels take numbers of tokens or responses: advantages, whitening, policy, ranking and preference losses.
 #pragma once
 #include <algorithm>
 
@@ -97,46 +97,59 @@ void whiten(Source& s, Memory& m) {
     if (tame) require_finite("whitened", out, t.total);
 }
 
-void ppo(Source& s, Memory& m) {
-    const bool tame = s.coin(), with_values = s.coin(), with_entropy = s.coin();
+void policy(Source& s, Memory& m) {
+    const bool tame = s.coin(), with_policy = s.coin(), with_values = !with_policy || s.coin(), with_entropy = s.coin();
     const Numbers numbers = s.numbers(tame);
     const int64_t B = s.size(9), T = s.size(70, s.pick({1024, 512})), N = B * T;
     uint8_t* mask = m.array<uint8_t>(N, Use::input);
     const uint32_t share = s.pick({16u, 0u, 1u, 8u, 15u});
     int64_t kept = 0;
     for (int64_t i = 0; i < N; ++i) kept += mask[i] = s.random() % 16 < share;
-    float* x[7] = {};  // log-probs, old ones, advantages, values, old ones, returns, entropy
-    for (int i = 0; i < 7; ++i) {
-        if (i < 3 || (i == 6 ? with_entropy : with_values)) x[i] = m.numbers(N, numbers);
+    // log-probs, old ones, advantages, those of the reference, weights, coefficients; values, old ones, returns; entropy
+    const bool full = s.coin(), clip_values = s.coin(), old_values = clip_values || s.coin();
+    const bool present[10] = {with_policy, with_policy, with_policy, with_policy && full && s.coin(), with_policy && full && s.coin(),
+                              with_policy, with_values, with_values && old_values, with_values, with_entropy};
+    float* x[10] = {};
+    for (int i = 0; i < 10; ++i) {
+        if (present[i]) x[i] = m.numbers(N, numbers);
         for (int64_t t = 0; x[i] && t < N; ++t)
             if (!mask[t]) x[i][t] = s.garbage();
     }
-    const bool clip_values = s.coin();
-    if (!clip_values && s.coin()) x[4] = nullptr;
-    float* normalizer = s.coin() ? m.array<float>(1, Use::input) : nullptr;
-    if (normalizer) *normalizer = s.pick({1.0f, 7.0f, 3.5f});
-    const double low = s.pick({0.2, 0.0, 1.0}), high = s.pick({0.2, 0.28}), dual = s.pick<double>({INFINITY, 1.5});
-    const double value_scale = s.pick({1.0, 0.1}), entropy_scale = s.pick({1.0, -0.01});
+    float* normalizers[2];
+    for (auto& one : normalizers) {
+        one = s.coin() ? m.array<float>(1, Use::input) : nullptr;
+        if (one) *one = s.pick({1.0f, 7.0f, 3.5f});
+    }
+    const double inf = INFINITY;
+    const double settings[18] = {
+        full ? (double)s.below(10) : 0.0, s.pick({0.8, 0.0, 1.0}), s.pick({1.2, 1.28}), s.pick({inf, 1.5}),
+        (double)s.coin(), s.pick({inf, 20.0, 0.5}), (double)s.below(4), (double)s.below(4), s.pick({0.0, 0.1}),
+        s.pick({-inf, -10.0}), s.pick({inf, 20.0}), s.pick({inf, 10.0}), s.pick({inf, 10.0}), clip_values ? 0.2 : inf,
+        s.pick({1.0, 0.1}), s.pick({1.0, -0.01}), (double)s.below(5), (double)s.below(5)};
+    double* copied = m.array<double>(18, Use::input);
+    for (int i = 0; i < 18; ++i) copied[i] = settings[i];
+    const bool by_sequence = with_policy && (settings[0] == 1.0 || settings[0] == 4.0);
     const int64_t piece = s.pick({16384, 1024, 64, 33}), pieces = (N + piece - 1) / piece;
     int64_t* lengths = m.array<int64_t>(B);
-    double* workspace = m.array<double>(pieces * 25);
-    float *losses = m.array<float>(3), *stats = m.array<float>(12);
-    const int64_t counts[3] = {N, with_values ? N : 0, with_entropy ? N : 0};
+    float* sequences = by_sequence ? m.array<float>(2 * B) : nullptr;
+    double* workspace = m.array<double>(pieces * 33);
+    float *losses = m.array<float>(4), *stats = m.array<float>(19);
+    const int64_t counts[3] = {with_policy ? N : 0, with_values ? N : 0, with_entropy ? N : 0};
     float* grads[3];
     for (int i = 0; i < 3; ++i) grads[i] = m.array<float>(counts[i]);
-    m.call("ppo_fwd_f32", x[0], x[1], x[2], mask, x[3], x[4], x[5], x[6], normalizer, B, T, low, high, dual,
-           clip_values ? 0.2 : (double)INFINITY, s.below(5), value_scale, entropy_scale, piece, lengths, workspace, losses,
-           grads[0], grads[1], grads[2], stats);
+    m.call("policy_fwd_f32", mask, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], normalizers[0],
+           normalizers[1], copied, (int64_t)full, B, T, piece, lengths, sequences, workspace, losses, grads[0], grads[1],
+           grads[2], stats);
     REQUIRE(stats[0] == (float)kept, "%g tokens of %ld are kept", stats[0], (long)kept);
     for (int i = 0; i < 3; ++i)
         for (int64_t t = 0; t < counts[i]; ++t) REQUIRE(mask[t] || grads[i][t] == 0.0f, "gradient %g under mask 0", grads[i][t]);
-    if (tame) require_finite("losses", losses, 1 + 2 * with_values * with_entropy);
+    if (tame && !full) require_finite("losses", losses, 4);
     for (int i = 1; tame && i < 3; ++i) require_finite("a gradient", grads[i], counts[i]);
     const float* upstream[3];
     for (auto& g : upstream) g = s.coin() ? m.numbers(1, numbers) : nullptr;
     float* out[3];
     for (int i = 0; i < 3; ++i) out[i] = m.array<float>(counts[i]);
-    m.call("ppo_bwd_f32", upstream[0], upstream[1], upstream[2], s.pick({0.1, 0.0, 1.0}), grads[0], grads[1], grads[2],
+    m.call("policy_bwd_f32", upstream[0], upstream[1], upstream[2], s.pick({0.1, 0.0, 1.0}), grads[0], grads[1], grads[2],
            counts[0], counts[1], counts[2], out[0], out[1], out[2]);
 }
 
