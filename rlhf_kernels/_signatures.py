@@ -140,6 +140,16 @@ logprobs_bwd(f32? grad_logprobs[N], f32? grad_entropy[N], dtype logits[N * V] by
     f32 row_max[N], f32 log_sum[N], N, V, temperature, softcap, ignore_index, dtype out[N * V] by out_stride,
     out_stride)
 
+policy_fwd_f32(bool mask[B * T], f32? log_probs[B * T], f32? old_log_probs[B * T], f32? advantages[B * T],
+    f32? ref_log_probs[B * T], f32? weights[B * T], f32? coefficients[B * T], f32? values[B * T],
+    f32? old_values[B * T], f32? returns[B * T], f32? entropy[B * T], f32? normalizer[1], f32? entropy_normalizer[1],
+    B, T, term, a, b, c, d, log_ratio_clamp, kl_estimator, kl_gradient, kl_coef, kl_low, kl_high, kl_cap,
+    kl_ratio_cap, cliprange_value, value_scale, entropy_scale, loss_agg_mode, entropy_agg_mode, i64 counts[512 + B],
+    i64 lengths[B], f32 parts[2 * B if term in (1, 4) else 0],
+    f64 records[25 * ((pieces(B * T, 2048) or 1) + (pieces(B * T, 65536) or 1))],
+    i32 done[(pieces(B * T, 65536) or 1) + 1], f32 losses[4], f32 grad_log_probs[0 if log_probs is None else B * T],
+    f32 grad_values[0 if values is None else B * T], f32 grad_entropy[0 if entropy is None else B * T], f32 stats[19])
+
 ppo_fwd_f32(f32 log_probs[B * T], f32 old_log_probs[B * T], f32 advantages[B * T], bool mask[B * T], f32? values[B * T],
     f32? old_values[B * T], f32? returns[B * T], f32? entropy[B * T], f32? normalizer[1], B, T, cliprange,
     cliprange_high, dual_clip, cliprange_value, aggregation, value_scale, entropy_scale, i64 counts[512 + B],

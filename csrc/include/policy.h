@@ -240,23 +240,29 @@ struct RefKlTerm {
 };
 
 // The KL to the reference; e = log_prob - ref_log_prob, ratio and stuck the token's own. 0 for e = 0 but k1's slope.
-template <int Estimator, int Gradient, class T>
-RK_HD RefKlTerm<T> ref_kl_term(T e, T ratio, Truth<T> stuck, RefKlNumbers<T> n) {
+template <class T>
+RK_HD RefKlTerm<T> ref_kl_term(T e, T ratio, Truth<T> stuck, RefKlNumbers<T> n, int estimator, int gradient) {
     const T zero = {}, one = splat<T>(1.0f);
     const T held = held_within(e, n.low, n.high);
     T value = held, slope = one;
-    if (Estimator == REF_K2) value = 0.5f * held * held, slope = held;
-    if (Estimator == REF_K3) value = kl_k3(held), slope = kl_k3_slope(held);
-    if (Estimator == REF_ABS) value = absolute(held), slope = held > zero ? one : held < zero ? -one : held;
+    if (estimator == REF_K2) value = 0.5f * held * held, slope = held;
+    if (estimator == REF_K3) value = kl_k3(held), slope = kl_k3_slope(held);
+    if (estimator == REF_ABS) value = absolute(held), slope = held > zero ? one : held < zero ? -one : held;
     const auto outside = (e < n.low) | (e > n.high) | (absolute(value) > n.cap);
     value = held_within(value, -n.cap, n.cap);
     slope = outside ? zero : slope;
-    if (Gradient == REF_PLAIN) return {value, slope};
-    if (Gradient == REF_STRAIGHT_THROUGH) return {value, e};
-    if (Gradient == REF_STRAIGHT_THROUGH_RATIO) return {value, (ratio > n.ratio_cap ? n.ratio_cap : ratio) * e};
+    if (gradient == REF_PLAIN) return {value, slope};
+    if (gradient == REF_STRAIGHT_THROUGH) return {value, e};
+    if (gradient == REF_STRAIGHT_THROUGH_RATIO) return {value, (ratio > n.ratio_cap ? n.ratio_cap : ratio) * e};
     T whole = slope + (stuck ? zero : value);
-    if (Estimator == REF_K3) whole = outside ? whole : stuck ? whole : e;  // the same, without its cancellation
+    if (estimator == REF_K3) whole = outside ? whole : stuck ? whole : e;  // the same, without its cancellation
     return {ratio * value, ratio * whole};
+}
+
+// The same where both are known beforehand.
+template <int Estimator, int Gradient, class T>
+RK_HD RefKlTerm<T> ref_kl_term(T e, T ratio, Truth<T> stuck, RefKlNumbers<T> n) {
+    return ref_kl_term(e, ratio, stuck, n, Estimator, Gradient);
 }
 
 }  // namespace RK_ISA

@@ -5,10 +5,19 @@ import torch
 from .._native import dense_fp32, launch, or_infinite
 from ..reference.ppo import AGG_MODES, STATS
 
-PIECE = 2048  # tokens of a block; this and the rest as in csrc/cuda/ppo.cu
+PIECE = 2048  # tokens of a block; this and the rest as in csrc/cuda/policy_walk.h and its headers
 GROUP = 32  # pieces whose records are merged together
 RECORD = 17  # numbers that a piece adds up to
 COUNTING_BLOCKS = 256
+
+
+def scratch(B, T, record, device):
+    """What a walk over B x T tokens needs: counts, with the rows' lengths behind them; records; blocks that ended."""
+    pieces = max(-(-B * T // PIECE), 1)
+    groups = -(-pieces // GROUP)
+    counts = torch.empty(2 * COUNTING_BLOCKS + B, dtype=torch.int64, device=device)
+    records = torch.empty((pieces + groups, record), dtype=torch.float64, device=device)
+    return counts, records, torch.empty(groups + 1, dtype=torch.int32, device=device)
 
 
 def ppo_fwd(
@@ -18,11 +27,7 @@ def ppo_fwd(
     inputs = [dense_fp32(x) for x in (log_probs, old_log_probs, advantages)]
     optional = [dense_fp32(x) for x in (values, old_values, returns, entropy, normalizer)]
     (B, T), device = log_probs.shape, log_probs.device
-    pieces = max(-(-B * T // PIECE), 1)
-    groups = -(-pieces // GROUP)
-    counts = torch.empty(2 * COUNTING_BLOCKS + B, dtype=torch.int64, device=device)
-    records = torch.empty((pieces + groups, RECORD), dtype=torch.float64, device=device)
-    done = torch.empty(groups + 1, dtype=torch.int32, device=device)
+    counts, records, done = scratch(B, T, RECORD, device)
     losses, stats = (torch.empty(n, dtype=torch.float32, device=device) for n in (3, len(STATS)))
     shapes = ((0,) if x is None else (B, T) for x in (log_probs, values, entropy))
     grads = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
