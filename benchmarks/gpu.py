@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import rlhf_kernels as rk
+from benchmarks.gpu_timing import ceilings, replayed, timed
+from benchmarks.test_policy import OBJECTIVES, eager_of
 from rlhf_kernels import dispatch
 
 BF16 = torch.bfloat16
@@ -271,6 +273,41 @@ def ppo_rows(place):
         )  # fmt: skip
 
 
+def policy_rows(place):
+    """With the KL, weights and every metric; GSPO must read log-probs and mask twice, and the advantages once."""
+    device = place.device
+    for b, t, latency in ((1024, 8192, False), (256, 1024, True)):
+        b, t = place.sizes((b, 4), (t, 100))
+        old, noise, advantages = torch.randn(3, b, t, device=device).unbind()
+        old = old.abs().neg() - 0.01
+        new = (old + 0.15 * noise).clamp(max=-1e-3).requires_grad_()
+        others = (old, advantages, torch.rand(b, t, device=device) < 0.9, old + 0.1 * noise.flip(0), noise.sigmoid())
+        for name, size in (("clip", 25), ("gspo", 34), ("cispo", 25)):
+            eager = eager_of(name)
+
+            def both(p=new, x=others, objective=OBJECTIVES[name]):
+                options = {"objective": objective, "ref_log_probs": x[3], "kl": rk.KLTerm(0.1), "weights": x[4]}
+                return torch.autograd.grad(rk.policy_loss(p, *x[:3], **options).loss, p)
+
+            def plain(p=new, x=others, f=eager):
+                return torch.autograd.grad(f(p, *x)[0], p)
+
+            def exact(p=new, x=others, f=eager):
+                p, (before, a, keep, *rest) = p.detach().double().requires_grad_(), x
+                return torch.autograd.grad(f(p, before.double(), a.double(), keep, *(y.double() for y in rest))[0], p)
+
+            calls = {
+                **ours("policy", both),
+                "eager": plain,
+                "compile": functools.partial(plain, f=torch.compile(eager)),
+            }
+            continuous = name == "cispo"  # elsewhere a rounding at a bound switches a gradient off
+            yield Row(
+                f"policy_loss {name}, forward + backward", f"{b}x{t}", calls, b * t * size, latency=latency,
+                exact=exact if continuous else None,
+            )  # fmt: skip
+
+
 def bradley_terry_rows(place):
     device = place.device
     for p, k, goal in ((4096, 16, 0.006), (1024, 256, None)):
@@ -297,59 +334,8 @@ def bradley_terry_rows(place):
 
 GROUPS = {
     "logprobs": logits_rows, "kl": kl_rows, "linear": linear_rows, "advantages": gae_rows, "ppo": ppo_rows,
-    "bradley_terry": bradley_terry_rows,
+    "policy": policy_rows, "bradley_terry": bradley_terry_rows,
 }  # fmt: skip
-
-
-def timed(call: Callable, seconds: float, flush: torch.Tensor) -> float:
-    """Median ms of a call, with the second-level cache overwritten before each."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 7 or (time.perf_counter() < end and len(times) < 200):
-        flush.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return sorted(times)[len(times) // 2]
-
-
-def replayed(call: Callable, count: int = 20) -> float:
-    """ms of a call as a part of a CUDA graph of `count` calls, the median of many replays."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(count):
-            call()
-    times = []
-    for _ in range(50):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / count)
-    return sorted(times)[len(times) // 2]
-
-
-def ceilings() -> tuple[float, float]:
-    """(bytes a second of a copy, counting both ways; floating-point operations a second of a bf16 product)."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    a = torch.empty(1 << 30, dtype=torch.float32, device="cuda")
-    b = torch.randn_like(a)
-    moved = 2 * a.nbytes / timed(lambda: a.copy_(b), 0.5, flush) * 1e3
-    x, y = torch.randn(2, 8192, 8192, device="cuda", dtype=BF16).unbind()
-    product = timed(lambda: x @ y, 0.5, flush)
-    return moved, 2 * 8192**3 / product * 1e3
 
 
 def worst(result, exact) -> float:

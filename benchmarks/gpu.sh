@@ -36,7 +36,7 @@ export RLHF_KERNELS_CUDA_ARCHS=$ARCHS RLHF_KERNELS_WERROR=0
 step build 120 "$PYTHON" setup.py -q build_ext --inplace
 step backends 20 "$PYTHON" -c 'import rlhf_kernels as r; b = r.backends(); print(b); assert set(b["kl"].values()) == {"available"}'
 step tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider --maxfail=40 \
-    tests/kernels/test_{logprobs,linear,kl,advantages,ppo,bradley_terry,preference,gpu}.py
+    tests/kernels/test_{logprobs,linear,kl,advantages,ppo,policy,policy_walk,bradley_terry,preference,gpu}.py
 if command -v compute-sanitizer >/dev/null; then
     step memcheck 45 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m benchmarks.gpu --check
     step racecheck 45 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m benchmarks.gpu --check

@@ -28,6 +28,7 @@ def calls(op):
         "linear": (lambda h, w: [rk.linear_logprobs(h, w, labels)], [randn(64, 32), randn(5000, 32)]),
         "kl": (lambda x, y: [rk.kl_from_logits(x, y)], [randn(64, 5000), randn(64, 5000)]),
         "advantages": (lambda r, v: rk.gae(r, v, mask), tokens[:2]),
+        "policy": (lambda p, o, a: [rk.policy_loss(p, o, a, mask, objective=rk.GSPO()).loss], tokens[:3]),
         "ppo": (lambda p, o, a: [rk.ppo_loss(p, o, a, mask).loss], tokens[:3]),
         "bradley_terry": (lambda s: [rk.bradley_terry_loss(s, ranks).loss], [randn(64, 9)]),
         "preference": (lambda c, r: [rk.preference_loss(c, r, loss_type="simpo").loss], [randn(64), randn(64)]),
