@@ -162,20 +162,32 @@ int64_t count(const Counting& c, void* stream) {
     return blocks;
 }
 
-// Weight of a token before its row's own length. All threads must call.
-__device__ __forceinline__ double weight_of(const Share& share, int64_t width, const Counts* of_blocks, int64_t blocks) {
+// Weight of a token before its row's own length.
+__device__ __forceinline__ double weight_of(const Share& share, const Counts& all, int64_t width) {
     if (share.aggregation == TOKEN_SUM) return 1.0;
-    double count = 1.0;
-    if (share.normalizer) {
-        count = (double)*share.normalizer;
-    } else {
-        int64_t mine = 0;
-        if (threadIdx.x < blocks)
-            mine = share.by_rows() ? of_blocks[threadIdx.x].sequences : of_blocks[threadIdx.x].tokens;
-        mine = over_block<THREADS>(mine, Add());
-        count = mine > 0 ? (double)mine : 1.0;
-    }
+    const int64_t found = share.by_rows() ? all.sequences : all.tokens;
+    const double count = share.normalizer ? (double)*share.normalizer : found > 0 ? (double)found : 1.0;
     return 1.0 / count / (share.aggregation == SEQ_MEAN_TOKEN_SUM_NORM ? (double)width : 1.0);
+}
+
+struct Weights {
+    double loss, entropy;
+};
+
+// Both of them, from the counts of `blocks` blocks; the first warp makes them for all. All threads must call.
+__device__ __forceinline__ Weights weights_of(const Share& loss, const Share& entropy, int64_t width,
+                                              const Counts* of_blocks, int64_t blocks) {
+    __shared__ Weights weights;
+    if (threadIdx.x < WARP) {
+        Counts all = {0, 0};
+        if (loss.counts() || entropy.counts())
+            for (int64_t i = threadIdx.x; i < blocks; i += WARP)
+                all.tokens += of_blocks[i].tokens, all.sequences += of_blocks[i].sequences;
+        all.tokens = over_warp(all.tokens, Add()), all.sequences = over_warp(all.sequences, Add());
+        if (threadIdx.x == 0) weights = {weight_of(loss, all, width), weight_of(entropy, all, width)};
+    }
+    __syncthreads();
+    return weights;
 }
 
 }  // namespace

@@ -251,9 +251,7 @@ __global__ void __launch_bounds__(THREADS, 2) walk_kernel(const Job j) {
             if (W::may_have(a) && (W::must_have(a) || j.from[a])) load_some(j.from[a], i, j.N, x[n][a]);
     }
     const bool entropy = W::ENTROPY && (!W::METRICS || j.from[ENTROPY_NOW]);
-    const double weight = weight_of(j.share, j.width, j.counts, j.counting);
-    const double entropy_weight =
-        W::METRICS && entropy ? weight_of(j.entropy_share, j.width, j.counts, j.counting) : weight;
+    const Weights w = weights_of(j.share, j.entropy_share, j.width, j.counts, j.counting);
     float ratio[COUNT], error[COUNT], target[COUNT];
     Tally tally;
 #pragma unroll
@@ -262,8 +260,8 @@ __global__ void __launch_bounds__(THREADS, 2) walk_kernel(const Job j) {
         float weights[ITEMS], entropy_weights[ITEMS], grads[3][ITEMS];
         SequencePart parts[ITEMS];
         kept[n] = kept_of(mask[n]);
-        fill_weights(j, weight, W::METRICS ? j.share.own_length() : W::OWN, i, weights);
-        if (W::METRICS && entropy) fill_weights(j, entropy_weight, j.entropy_share.own_length(), i, entropy_weights);
+        fill_weights(j, w.loss, W::METRICS ? j.share.own_length() : W::OWN, i, weights);
+        if (W::METRICS && entropy) fill_weights(j, w.entropy, j.entropy_share.own_length(), i, entropy_weights);
         if (W::Objective::SEQUENCE) fill_parts(j, i, parts);
 #pragma unroll
         for (int k = 0; k < ITEMS; ++k) {
