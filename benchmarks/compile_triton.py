@@ -52,11 +52,14 @@ def logprobs(op) -> None:
         (1000, BF16, plain, True),
     ):  # fmt: skip
         logits, labels, options = new(64, vocab, dtype=dtype), new(64, dtype=I64), (temperature, softcap, -100)
-        op.logprobs_fwd(logits, labels, *options, entropy)
-        op.logprobs_bwd(rows, rows if entropy else None, logits, labels, rows, rows, rows, rows, *options)
+        op.logprobs_fwd(logits, labels, None, *options, entropy)
+        op.logprobs_bwd(rows, rows if entropy else None, logits, labels, None, rows, rows, rows, rows, *options)
     logits = new(64, 151936, dtype=BF16)
-    op.logprobs_fwd(logits, None, 1.0, None, 0, True)
-    op.logprobs_bwd(None, rows, logits, None, rows, rows, rows, rows, 1.0, None, 0)
+    op.logprobs_fwd(logits, None, None, 1.0, None, 0, True)
+    op.logprobs_bwd(None, rows, logits, None, None, rows, rows, rows, rows, 1.0, None, 0)
+    logits, labels = new(8, 9, 151936, dtype=BF16)[:, :-1], new(8, 8, dtype=I64)  # rows in planes, each its temperature
+    op.logprobs_fwd(logits, labels, rows, 1.0, None, -100, True)
+    op.logprobs_bwd(rows, rows, logits, labels, rows, rows, rows, rows, rows, 1.0, None, -100)
 
 
 def bradley_terry(op) -> None:

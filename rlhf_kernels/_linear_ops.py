@@ -16,7 +16,7 @@ from torch import Tensor
 from . import dispatch
 from ._autograd import register
 from ._checks import reads_values
-from .logprobs import check_labels
+from .logprobs import check_labels, check_temperatures
 from .reference.linear import spread_slopes
 from .reference.policy import STATS as POLICY_STATS
 from .reference.policy import Settings, Tensors
@@ -54,10 +54,10 @@ def check_values(hidden, weight, labels, rows, temperatures, ignore_index, group
         total = torch.tensor(vocab, dtype=torch.int64, device=labels.device)
         torch.distributed.all_reduce(total, group=group_of(group_name))
         vocab = int(total)
-    check_labels(labels if mask is None else torch.where(mask, labels, ignore_index), vocab, ignore_index)
+    counted = labels if mask is None else torch.where(mask, labels, ignore_index)
+    check_labels(counted, vocab, ignore_index)
     _check_rows(rows, hidden)
-    if temperatures is not None and not bool((temperatures > 0).all()):
-        raise ValueError("temperature holds values that are not > 0")
+    check_temperatures(temperatures, counted, ignore_index)
 
 
 def _row_dtype(hidden: Tensor) -> torch.dtype:

@@ -1,9 +1,10 @@
 """What the native functions of csrc expect of each argument, checked before its address is taken.
 
 A prototype names a function's arguments as C++ does, and of an array says more: `f32 x[B * T] by stride` is float32 and
-has B * T entries, in rows `stride` entries apart (without `by`: dense); `f32? x[N]` may be absent. A size is an
-expression in the other arguments. An array whose dtype is chosen at run time has the argument that holds its code in
-the place of the dtype. tests/kernels/test_signatures.py compares the prototypes with csrc.
+has B * T entries, in rows `stride` entries apart (without `by`: dense); `by T:batch_stride:stride` says that it is
+[B, T, V], with planes and rows so far apart; `f32? x[N]` may be absent. A size is an expression in the other
+arguments. An array whose dtype is chosen at run time has the argument that holds its code in the place of the dtype.
+tests/kernels/test_signatures.py compares the prototypes with csrc.
 """
 
 from __future__ import annotations
@@ -69,12 +70,14 @@ linear_gradient_f32(f32 logits[n * columns] by stride, stride, n, columns, first
     f32? grad_entropy[n], f32? grad_log_sum_exp[n], f32? grad_each[n], f32 logprobs[n], f32? entropy[n], f32 max[n],
     f32 log_sum[n])
 
-logprobs_fwd(dtype logits[N * V] by stride, dtype, stride, i64? labels[N], N, V, temperature, softcap, ignore_index,
-    f32 logprobs[0 if labels is None else N], f32? entropy[N], f32 row_max[N], f32 log_sum[N])
+logprobs_fwd(dtype logits[N * V] by T:batch_stride:stride, dtype, T, batch_stride, stride, i64? labels[N], N, V,
+    f32? temperatures[N], temperature, softcap, ignore_index, f32 logprobs[0 if labels is None else N],
+    f32? entropy[N], f32 row_max[N], f32 log_sum[N])
 logprobs_bwd(f32? grad_logprobs[N], f32? grad_entropy[N], f32? grad_log_sum_exp[N], f32? grad_each[N],
-    dtype logits[N * V] by stride, dtype, stride, i64? labels[N], f32 logprobs[0 if labels is None else N],
-    f32 entropy[N if grad_entropy is not None else entropy.numel()], f32 row_max[N], f32 log_sum[N], N, V, temperature,
-    softcap, ignore_index, dtype out[N * V] by out_stride, out_stride)
+    dtype logits[N * V] by T:batch_stride:stride, dtype, T, batch_stride, stride, i64? labels[N],
+    f32 logprobs[0 if labels is None else N], f32 entropy[N if grad_entropy is not None else entropy.numel()],
+    f32 row_max[N], f32 log_sum[N], N, V, f32? temperatures[N], temperature, softcap, ignore_index,
+    dtype out[N * V] by T:out_batch_stride:out_stride, out_batch_stride, out_stride)
 
 policy_fwd_f32(bool mask[B * T], f32? log_probs[B * T], f32? old_log_probs[B * T], f32? advantages[B * T],
     f32? ref_log_probs[B * T], f32? weights[B * T], f32? coefficients[B * T], f32? values[B * T],
@@ -132,13 +135,14 @@ approx_kl_bwd(f32 grad[rows * columns] by grad_stride, grad_stride, dtype_p p[ro
     stride_p, dtype_q q[rows * columns] by stride_q, dtype_q, stride_q, rows, columns, estimator,
     dtype_p? grad_p[rows * columns], dtype_q? grad_q[rows * columns])
 
-logprobs_fwd(dtype logits[N * V] by stride, dtype, stride, i64? labels[N], N, V, temperature, softcap, ignore_index,
-    f64? partial[4 * N * pieces(V, 8192)], f32 logprobs[0 if labels is None else N], f32? entropy[N], f32 row_max[N],
-    f32 log_sum[N])
-logprobs_bwd(f32? grad_logprobs[N], f32? grad_entropy[N], dtype logits[N * V] by stride, dtype, stride, i64? labels[N],
-    f32 logprobs[0 if labels is None else N], f32 entropy[N if grad_entropy is not None else entropy.numel()],
-    f32 row_max[N], f32 log_sum[N], N, V, temperature, softcap, ignore_index, dtype out[N * V] by out_stride,
-    out_stride)
+logprobs_fwd(dtype logits[N * V] by T:batch_stride:stride, dtype, T, batch_stride, stride, i64? labels[N], N, V,
+    f32? temperatures[N], temperature, softcap, ignore_index, f64? partial[4 * N * pieces(V, 8192)],
+    f32 logprobs[0 if labels is None else N], f32? entropy[N], f32 row_max[N], f32 log_sum[N])
+logprobs_bwd(f32? grad_logprobs[N], f32? grad_entropy[N], dtype logits[N * V] by T:batch_stride:stride, dtype, T,
+    batch_stride, stride, i64? labels[N], f32 logprobs[0 if labels is None else N],
+    f32 entropy[N if grad_entropy is not None else entropy.numel()], f32 row_max[N], f32 log_sum[N], N, V,
+    f32? temperatures[N], temperature, softcap, ignore_index, dtype out[N * V] by T:out_batch_stride:out_stride,
+    out_batch_stride, out_stride)
 
 policy_fwd_f32(bool mask[B * T], f32? log_probs[B * T], f32? old_log_probs[B * T], f32? advantages[B * T],
     f32? ref_log_probs[B * T], f32? weights[B * T], f32? coefficients[B * T], f32? values[B * T],
@@ -163,7 +167,9 @@ ppo_bwd_f32(f32? grad_loss[1], f32? grad_policy_loss[1], f32? grad_value_loss[1]
 
 _PROTOTYPE = re.compile(r"^(\w+)\((.*?)\)$", re.DOTALL | re.MULTILINE)
 _COMMA = re.compile(r",\s*(?![^\[]*\])")
-_ARRAY = re.compile(r"(?P<dtype>\w+)(?P<optional>\?)? (?P<name>\w+)\[(?P<size>.*)\](?: by (?P<stride>\w+))?", re.DOTALL)
+_ARRAY = re.compile(
+    r"(?P<dtype>\w+)(?P<optional>\?)? (?P<name>\w+)\[(?P<size>.*)\](?: by (?P<stride>[\w:]+))?", re.DOTALL
+)
 
 
 class Array(NamedTuple):
@@ -185,7 +191,9 @@ class Array(NamedTuple):
         """An expression in the arguments: whether the kernel reads and writes this one as it is."""
         x = self.name
         layout = f"{x}.is_contiguous()"
-        if self.stride:
+        if self.stride and ":" in self.stride:
+            layout = f"in_planes({x}, {self.stride.replace(':', ', ')})"
+        elif self.stride:
             layout = f"({x}.stride() == ({self.stride}, 1) or in_rows({x}, {self.stride}))"
         entries = f"{x}.dtype is {self.dtype_expression} and {x}.numel() == ({self.size})"
         fits = f"({entries} and {x}.{place} and {layout})"
@@ -211,7 +219,8 @@ class Signature:
 
     def _compiled(self, expression):
         """A function (device, *arguments): compiled, because it stands before every call of a kernel."""
-        known = {**_DTYPES, "floats": CODED, "offsets": _OFFSETS, "pieces": _pieces, "in_rows": _in_rows}
+        layouts = {"in_rows": _in_rows, "in_planes": _in_planes}
+        known = {**_DTYPES, **layouts, "floats": CODED, "offsets": _OFFSETS, "pieces": _pieces}
         return eval(f"lambda device, {', '.join(self.names)}: {expression}", known)
 
     def check(self, args: tuple, device: torch.device) -> None:
@@ -248,6 +257,16 @@ def _in_rows(x, stride):
         return x.is_contiguous()
     rows, columns = x.shape
     return (columns <= 1 or x.stride(1) == 1) and (rows <= 1 or x.stride(0) == stride)
+
+
+def _in_planes(x, length, batch_stride, stride):
+    """Whether x is [B, T, V] with dense rows, and its planes and rows are so many entries apart; or empty."""
+    if x.dim() != 3 or not x.numel():
+        return not x.numel()
+    planes, rows, columns = x.shape
+    dense = columns == 1 or x.stride(2) == 1
+    apart = (planes == 1 or x.stride(0) == batch_stride) and (rows == 1 or x.stride(1) == stride)
+    return rows == length and dense and apart
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from ._checks import (
     check_shape,
     reads_values,
 )
+from ._linear_checks import check_scale
 
 
 def check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
@@ -30,6 +31,17 @@ def check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
+def check_temperatures(temperatures: torch.Tensor | None, labels: torch.Tensor | None, ignore_index: int) -> None:
+    """Raise if the temperature of a row that counts is not > 0 and finite; read as `check_labels` does."""
+    if temperatures is None or not reads_values(temperatures):
+        return
+    fits = (temperatures > 0) & (temperatures != float("inf"))
+    if labels is not None:
+        fits = fits | (labels.reshape(-1) == ignore_index)
+    if not bool(fits.all()):
+        raise ValueError(f"temperature holds {temperatures[~fits][0].item()}, expected numbers > 0 and finite")
+
+
 def check_logits(name: str, logits: torch.Tensor) -> None:
     """Raise unless this is a floating tensor [..., V] with V >= 1."""
     check_dtype(name, logits)
@@ -43,17 +55,18 @@ def _row_dtype(logits: torch.Tensor) -> torch.dtype:
 
 @torch.library.custom_op("rlhf_kernels::logprobs_fwd", mutates_args=())
 def logprobs_fwd(
-    logits: torch.Tensor, labels: torch.Tensor | None, temperature: float, softcap: float | None, ignore_index: int,
-    with_entropy: bool, inplace_backward: bool = False,
+    logits: torch.Tensor, labels: torch.Tensor | None, temperatures: torch.Tensor | None, temperature: float,
+    softcap: float | None, ignore_index: int, with_entropy: bool, inplace_backward: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     if labels is not None:
         check_labels(labels, logits.shape[-1], ignore_index)
+    check_temperatures(temperatures, labels, ignore_index)
     backend = dispatch.pick("logprobs", logits)
-    return backend.logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entropy)
+    return backend.logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_index, with_entropy)
 
 
 @logprobs_fwd.register_fake
-def _(logits, labels, temperature, softcap, ignore_index, with_entropy, inplace_backward=False):
+def _(logits, labels, temperatures, temperature, softcap, ignore_index, with_entropy, inplace_backward=False):
     def new(shape):
         return logits.new_empty(shape, dtype=_row_dtype(logits))
 
@@ -64,12 +77,12 @@ def _(logits, labels, temperature, softcap, ignore_index, with_entropy, inplace_
 @torch.library.custom_op("rlhf_kernels::logprobs_bwd", mutates_args=())
 def logprobs_bwd(
     grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, logits: torch.Tensor,
-    labels: torch.Tensor | None, logprobs: torch.Tensor, entropy: torch.Tensor, row_max: torch.Tensor,
-    log_sum: torch.Tensor, temperature: float, softcap: float | None, ignore_index: int,
+    labels: torch.Tensor | None, temperatures: torch.Tensor | None, logprobs: torch.Tensor, entropy: torch.Tensor,
+    row_max: torch.Tensor, log_sum: torch.Tensor, temperature: float, softcap: float | None, ignore_index: int,
 ) -> torch.Tensor:  # fmt: skip
     return dispatch.pick("logprobs", logits).logprobs_bwd(
-        grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, temperature, softcap,
-        ignore_index,
+        grad_logprobs, grad_entropy, logits, labels, temperatures, logprobs, entropy, row_max, log_sum, temperature,
+        softcap, ignore_index,
     )  # fmt: skip
 
 
@@ -81,35 +94,36 @@ def _(grad_logprobs, grad_entropy, logits, *rest):
 @torch.library.custom_op("rlhf_kernels::logprobs_bwd_", mutates_args=("logits",))
 def logprobs_bwd_(
     grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, logits: torch.Tensor,
-    labels: torch.Tensor | None, logprobs: torch.Tensor, entropy: torch.Tensor, row_max: torch.Tensor,
-    log_sum: torch.Tensor, temperature: float, softcap: float | None, ignore_index: int,
+    labels: torch.Tensor | None, temperatures: torch.Tensor | None, logprobs: torch.Tensor, entropy: torch.Tensor,
+    row_max: torch.Tensor, log_sum: torch.Tensor, temperature: float, softcap: float | None, ignore_index: int,
 ) -> None:  # fmt: skip
     dispatch.pick("logprobs", logits).logprobs_bwd(
-        grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, temperature, softcap,
-        ignore_index, inplace=True,
+        grad_logprobs, grad_entropy, logits, labels, temperatures, logprobs, entropy, row_max, log_sum, temperature,
+        softcap, ignore_index, inplace=True,
     )  # fmt: skip
 
 
 def _setup_context(ctx, inputs, output):
-    logits, labels, *ctx.options, ctx.with_entropy, ctx.inplace = inputs
+    *tensors, temperature, softcap, ignore_index, ctx.with_entropy, ctx.inplace = inputs
+    ctx.options = (temperature, softcap, ignore_index)
     rows = (x.clone() for x in output[:2])  # the caller may write over the results
-    ctx.save_for_backward(logits, labels, *rows, *output[2:])
+    ctx.save_for_backward(*tensors, *rows, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_logprobs, grad_entropy, *_):
-    logits, labels, *rows = ctx.saved_tensors
+    logits, labels, *saved = ctx.saved_tensors
     grad_logprobs = None if labels is None else grad_logprobs
     grad_entropy = grad_entropy if ctx.with_entropy else None
     grad = None
     if grad_logprobs is not None or grad_entropy is not None:
         if ctx.inplace:
             grad = logits.detach()
-            logprobs_bwd_(grad_logprobs, grad_entropy, grad, labels, *rows, *ctx.options)
+            logprobs_bwd_(grad_logprobs, grad_entropy, grad, labels, *saved, *ctx.options)
         else:
-            grad = logprobs_bwd(grad_logprobs, grad_entropy, logits, labels, *rows, *ctx.options)
-    return grad, None, None, None, None, None, None
+            grad = logprobs_bwd(grad_logprobs, grad_entropy, logits, labels, *saved, *ctx.options)
+    return grad, None, None, None, None, None, None, None
 
 
 _logprobs = register(logprobs_fwd, _backward, _setup_context, keeps_inputs=True, logits=0)
@@ -135,16 +149,16 @@ def _forward(logits, labels, temperature, softcap, ignore_index, row_mask, inpla
     check_same_device(logits=logits, labels=labels, row_mask=row_mask)
     if row_mask is not None:
         labels = torch.where(check_mask("row_mask", row_mask, tuple(labels.shape)), labels, ignore_index)
-    temperature, softcap = _check_options(temperature, softcap)
+    scale = check_scale(temperature, softcap, labels)
     inplace = inplace_backward and not torch.compiler.is_compiling() and not _shares_memory(logits)
-    return _logprobs(logits, labels, temperature, softcap, ignore_index, with_entropy, inplace)[:2]
+    return _logprobs(logits, labels, *scale, ignore_index, with_entropy, inplace)[:2]
 
 
 def logprobs_from_logits(
     logits: torch.Tensor,
     labels: torch.Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
     row_mask: torch.Tensor | None = None,
@@ -158,7 +172,8 @@ def logprobs_from_logits(
     Args:
         logits: [..., V] fp32, bf16, fp16 or fp64; any strides.
         labels: [...] int64|int32 in [0, V), or ignore_index.
-        temperature: > 0, divides the logits after the softcap, as samplers do; default 1.0.
+        temperature: > 0, divides the logits after the softcap, as samplers do; default 1.0; or a tensor [...], one for
+            each row, which is not differentiated.
         softcap: > 0, or None for no cap, the default. A logit of -inf stays -inf.
         ignore_index: label of rows that do not count, default -100. They give 0 and no gradient, and their logits may
             be NaN.
@@ -171,8 +186,8 @@ def logprobs_from_logits(
         [...] fp32 (fp64 for fp64 logits), in nats, <= 0. Differentiable in logits. It may be written in place.
     Raises:
         ValueError: shapes, dtypes or devices do not fit; temperature or softcap not > 0 and finite; a label outside
-            [0, V) that is not ignore_index. The last is checked on the CPU, and elsewhere only with
-            RLHF_KERNELS_CHECK=1; without it such a row becomes NaN.
+            [0, V) that is not ignore_index. Labels and a tensor of temperatures are read on the CPU, and elsewhere
+            only with RLHF_KERNELS_CHECK=1; without it a row of such a label becomes NaN.
     Cost: reads the logits once, and once more in the backward, which writes their gradient; no host sync without
         RLHF_KERNELS_CHECK=1. The reference backend works on blocks of rows in fp32.
     Example:
@@ -188,7 +203,7 @@ def logprobs_and_entropy_from_logits(
     logits: torch.Tensor,
     labels: torch.Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
     row_mask: torch.Tensor | None = None,
@@ -201,7 +216,7 @@ def logprobs_and_entropy_from_logits(
     Args:
         logits: [..., V] fp32, bf16, fp16 or fp64; any strides.
         labels: [...] int64|int32 in [0, V), or ignore_index.
-        temperature: > 0, divides the logits after the softcap; default 1.0.
+        temperature: > 0, divides the logits after the softcap; default 1.0; or a tensor [...], one for each row.
         softcap: > 0, or None for no cap, the default.
         ignore_index: label of rows that do not count, default -100: log-prob 0, entropy 0, no gradient.
         row_mask: [...] bool or integer, 1 = keep, or None, the default; see `logprobs_from_logits`.
@@ -224,7 +239,7 @@ def logprobs_and_entropy_from_logits(
 def entropy_from_logits(
     logits: torch.Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     softcap: float | None = None,
     row_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -234,7 +249,7 @@ def entropy_from_logits(
 
     Args:
         logits: [..., V] fp32, bf16, fp16 or fp64; any strides.
-        temperature: > 0, divides the logits after the softcap; default 1.0.
+        temperature: > 0, divides the logits after the softcap; default 1.0; or a tensor [...], one for each row.
         softcap: > 0, or None for no cap, the default.
         row_mask: [...] bool or integer, 1 = keep, or None, the default, for all rows; those under 0 are not read, and
             give 0 and no gradient.
@@ -251,9 +266,9 @@ def entropy_from_logits(
         tensor([2.0794])
     """
     check_logits("logits", logits)
-    temperature, softcap = _check_options(temperature, softcap)
+    scale = check_scale(temperature, softcap, logits[..., 0])
     labels = None
     if row_mask is not None:
         check_same_device(logits=logits, row_mask=row_mask)
         labels = torch.where(check_mask("row_mask", row_mask, tuple(logits.shape[:-1])), 0, -100)
-    return _logprobs(logits, labels, temperature, softcap, -100, True)[1]
+    return _logprobs(logits, labels, *scale, -100, True)[1]

@@ -14,15 +14,11 @@ struct Chunk {
     float* logits;
     int64_t stride, columns, first;  // `first`: the vocabulary's entry that stands in column 0
     const float* bias;               // [columns] or null
-    const float* temperatures;       // [n] or null
-    double temperature, softcap;
+    Scales scales;
     const int64_t* labels;
     const uint8_t* kept;
 
     float* row(int64_t i) const { return logits + i * stride; }
-    Scale scale(int64_t i) const {
-        return make_scale(temperatures ? (double)temperatures[i] : temperature, softcap);
-    }
     int64_t column(int64_t i) const {  // of the label, -1 if it is not in this chunk
         const int64_t at = labels[i] - first;
         return at >= 0 && at < columns ? at : -1;
@@ -50,7 +46,7 @@ void fold_rows(void* context, int64_t begin, int64_t end) {
         if (!f.chunk.kept[i]) continue;
         float* x = f.chunk.row(i);
         f.chunk.add_bias(x);
-        const Scale scale = f.chunk.scale(i);
+        const Scale scale = f.chunk.scales.of(i);
         RowStats stats = {f.max[i], f.sum[i], f.weighted ? f.weighted[i] : 0.0};
         add(x, f.chunk.columns, scale, stats);
         f.max[i] = stats.max;
@@ -85,7 +81,7 @@ void gradient_rows(void* context, int64_t begin, int64_t end) {
             continue;
         }
         if (!g.has_bias_in) g.chunk.add_bias(x);
-        const Scale scale = g.chunk.scale(i);
+        const Scale scale = g.chunk.scales.of(i);
         const RowUpstream upstream = g.upstream.row(i);
         const float entropy = g.upstream.entropy ? g.entropy[i] : 0.0f;
         const RowSlope slope = row_slope(upstream, entropy);
@@ -104,7 +100,7 @@ void linear_fold_f32(float* logits, int64_t stride, int64_t n, int64_t columns, 
                      const float* temperatures, double temperature, double softcap, const int64_t* labels,
                      const uint8_t* kept, float* max, double* sum, double* weighted, float* label_logit, uint8_t* here,
                      int64_t threads) {
-    Fold f = {{logits, stride, columns, first, bias, temperatures, temperature, softcap, labels, kept}, max, sum,
+    Fold f = {{logits, stride, columns, first, bias, {temperatures, temperature, softcap}, labels, kept}, max, sum,
               weighted, label_logit, here};
     parallel_for(n, rows_per_piece(columns), threads, fold_rows, &f);
 }
@@ -116,7 +112,7 @@ void linear_gradient_f32(float* logits, int64_t stride, int64_t n, int64_t colum
                          const float* grad_entropy, const float* grad_log_sum_exp, const float* grad_each,
                          const float* logprobs, const float* entropy, const float* max, const float* log_sum,
                          int64_t threads) {
-    Gradient g = {{logits, stride, columns, first, bias, temperatures, temperature, softcap, labels, kept},
+    Gradient g = {{logits, stride, columns, first, bias, {temperatures, temperature, softcap}, labels, kept},
                   has_bias_in != 0, {grad_logprobs, grad_entropy, grad_log_sum_exp, grad_each}, logprobs, entropy, max,
                   log_sum};
     parallel_for(n, rows_per_piece(columns), threads, gradient_rows, &g);

@@ -12,15 +12,16 @@ int64_t rows_per_piece(int64_t V) { return V >= PIECE ? 1 : PIECE / (V > 0 ? V :
 
 struct Forward {
     const void* logits;
+    Planes rows;
     const int64_t* labels;  // null: entropy alone
-    int64_t stride, V, ignore_index;
-    Scale scale;
+    int64_t V, ignore_index;
+    Scales scales;
     float *logprobs, *entropy, *max, *log_sum;  // entropy null: not asked for
 };
 
 template <bool Entropy, class S>
 void forward_row(const Forward& f, int64_t n) {
-    const S* x = (const S*)f.logits + n * f.stride;
+    const S* x = (const S*)f.logits + f.rows.at(n);
     const int64_t label = f.labels ? f.labels[n] : 0;
     const bool ignored = f.labels && label == f.ignore_index;
     const bool outside = f.labels && !ignored && (label < 0 || label >= f.V);
@@ -29,9 +30,10 @@ void forward_row(const Forward& f, int64_t n) {
         const float nan = __builtin_nanf("");
         result = {nan, nan, nan, nan};
     } else if (!ignored) {
+        const Scale scale = f.scales.of(n);
         RowStats stats = no_stats();
-        add_entries<Entropy>(x, f.V, f.scale, stats);
-        result = finish_stats(stats, f.labels ? scaled_entry(x + label, f.scale) : 0.0);
+        add_entries<Entropy>(x, f.V, scale, stats);
+        result = finish_stats(stats, f.labels ? scaled_entry(x + label, scale) : 0.0);
     }
     if (f.labels) f.logprobs[n] = result.logprob;
     if (Entropy) f.entropy[n] = result.entropy;
@@ -49,19 +51,20 @@ void forward_rows(void* context, int64_t begin, int64_t end) {
 struct Backward {
     Upstreams upstream;
     const void* logits;
+    Planes rows;
     const int64_t* labels;
     const float *logprobs, *entropy, *max, *log_sum;
-    int64_t stride, V, ignore_index;
-    Scale scale;
+    int64_t V, ignore_index;
+    Scales scales;
     void* out;
-    int64_t out_stride;
+    Planes out_rows;
     bool streaming;
 };
 
 template <class S>
 void backward_row(const Backward& b, int64_t n) {
-    const S* x = (const S*)b.logits + n * b.stride;
-    S* out = (S*)b.out + n * b.out_stride;
+    const S* x = (const S*)b.logits + b.rows.at(n);
+    S* out = (S*)b.out + b.out_rows.at(n);
     const int64_t label = b.labels ? b.labels[n] : 0;
     if (b.labels && label == b.ignore_index) return fill_row(out, b.V, 0.0f);
     if (b.labels && (label < 0 || label >= b.V)) return fill_row(out, b.V, __builtin_nanf(""));
@@ -69,9 +72,10 @@ void backward_row(const Backward& b, int64_t n) {
     const float entropy = b.upstream.entropy ? b.entropy[n] : 0.0f;
     const float at_label = b.labels ? entry(x + label) : 0.0f;  // before the row is written over
     const RowGradient row = row_gradient(b.max[n], b.log_sum[n], row_slope(upstream, entropy));
-    gradient_entries(x, b.V, b.scale, row, b.streaming, out);
+    const Scale scale = b.scales.of(n);
+    gradient_entries(x, b.V, scale, row, b.streaming, out);
     if (!b.upstream.logprobs || at_label == -__builtin_inff()) return;
-    const float gradient = label_gradient(b.logprobs[n], entropy, upstream) * label_slope(at_label, b.scale);
+    const float gradient = label_gradient(b.logprobs[n], entropy, upstream) * label_slope(at_label, scale);
     store_some(out + label, splat<Lanes>(gradient), 1);
 }
 
@@ -83,26 +87,28 @@ void backward_rows(void* context, int64_t begin, int64_t end) {
 
 }  // namespace
 
-// `stride` counts entries between rows. softcap 0: none.
-void logprobs_fwd(const void* logits, int64_t dtype, int64_t stride, const int64_t* labels, int64_t N, int64_t V,
-                  double temperature, double softcap, int64_t ignore_index, float* logprobs, float* entropy,
-                  float* row_max, float* log_sum, int64_t threads) {
-    Forward f = {logits, labels, stride, V, ignore_index, make_scale(temperature, softcap), logprobs, entropy, row_max,
-                 log_sum};
+// `temperatures` null: one temperature for all rows. softcap 0: none.
+void logprobs_fwd(const void* logits, int64_t dtype, int64_t T, int64_t batch_stride, int64_t stride,
+                  const int64_t* labels, int64_t N, int64_t V, const float* temperatures, double temperature,
+                  double softcap, int64_t ignore_index, float* logprobs, float* entropy, float* row_max,
+                  float* log_sum, int64_t threads) {
+    Forward f = {logits, {T, batch_stride, stride}, labels, V, ignore_index, {temperatures, temperature, softcap},
+                 logprobs, entropy, row_max, log_sum};
     const auto rows = dtype == F32 ? forward_rows<float> : dtype == BF16 ? forward_rows<Bf16> : forward_rows<Half>;
     parallel_for(N, rows_per_piece(V), threads, rows, &f);
 }
 
 // `out` may be the logits themselves.
 void logprobs_bwd(const float* grad_logprobs, const float* grad_entropy, const float* grad_log_sum_exp,
-                  const float* grad_each, const void* logits, int64_t dtype, int64_t stride, const int64_t* labels,
-                  const float* logprobs, const float* entropy, const float* row_max, const float* log_sum, int64_t N,
-                  int64_t V, double temperature, double softcap, int64_t ignore_index, void* out, int64_t out_stride,
-                  int64_t threads) {
+                  const float* grad_each, const void* logits, int64_t dtype, int64_t T, int64_t batch_stride,
+                  int64_t stride, const int64_t* labels, const float* logprobs, const float* entropy,
+                  const float* row_max, const float* log_sum, int64_t N, int64_t V, const float* temperatures,
+                  double temperature, double softcap, int64_t ignore_index, void* out, int64_t out_batch_stride,
+                  int64_t out_stride, int64_t threads) {
     const bool streaming = out != logits && N * V * (dtype == F32 ? 4 : 2) > CACHED;
-    Backward b = {{grad_logprobs, grad_entropy, grad_log_sum_exp, grad_each}, logits, labels, logprobs, entropy,
-                  row_max, log_sum, stride, V, ignore_index, make_scale(temperature, softcap), out, out_stride,
-                  streaming};
+    Backward b = {{grad_logprobs, grad_entropy, grad_log_sum_exp, grad_each}, logits, {T, batch_stride, stride}, labels,
+                  logprobs, entropy, row_max, log_sum, V, ignore_index, {temperatures, temperature, softcap}, out,
+                  {T, out_batch_stride, out_stride}, streaming};
     const auto rows = dtype == F32 ? backward_rows<float> : dtype == BF16 ? backward_rows<Bf16> : backward_rows<Half>;
     parallel_for(N, rows_per_piece(V), threads, rows, &b);
 }

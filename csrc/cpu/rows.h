@@ -19,6 +19,13 @@ inline Scale make_scale(double temperature, double softcap) {
     return {(float)(1.0 / temperature), (float)softcap, softcap > 0.0 ? (float)(1.0 / softcap) : 0.0f};
 }
 
+struct Scales {  // of rows, which share one temperature if `temperatures` is null
+    const float* temperatures;
+    double temperature, softcap;
+
+    Scale of(int64_t row) const { return make_scale(temperatures ? (double)temperatures[row] : temperature, softcap); }
+};
+
 enum Transform { PLAIN, SCALED, CAPPED };  // how x becomes z
 
 inline Transform transform_of(Scale s) { return s.softcap > 0.0f ? CAPPED : s.scale == 1.0f ? PLAIN : SCALED; }

@@ -28,8 +28,6 @@ Scale make_scale(double temperature, double softcap) {
 
 enum Transform { PLAIN, SCALED, CAPPED };
 
-Transform transform_of(Scale s) { return s.softcap > 0.0f ? CAPPED : s.scale == 1.0f ? PLAIN : SCALED; }
-
 // z is rounded before anything is subtracted from it: a fused x * scale - max would leave the product's rounding error,
 // which is large where the logits are.
 __device__ __forceinline__ float transform(Transform f, float x, Scale s) {
@@ -51,11 +49,25 @@ struct Part {
     double label_logit;  // z of the label, if it is in this part
 };
 
+struct Scales {  // of rows, which share `common` if `temperatures` is null
+    const float* temperatures;
+    Scale common;
+
+    __device__ __forceinline__ Scale of(int64_t row) const {
+        if (!temperatures) return common;
+        return {1.0f / temperatures[row], common.softcap, common.inverse_softcap};
+    }
+};
+
+Transform transform_of(Scales s) {
+    return s.common.softcap > 0.0f ? CAPPED : !s.temperatures && s.common.scale == 1.0f ? PLAIN : SCALED;
+}
+
 struct Forward {
     const void* logits;
-    int64_t stride;
+    Planes rows;
     Labels labels;
-    Scale scale;
+    Scales scales;
     unsigned parts;
     Part* partial;  // [N, parts], null for one part
     float *logprobs, *entropy, *max, *log_sum;  // entropy null: not asked for
@@ -94,7 +106,8 @@ __global__ void __launch_bounds__(THREADS) statistics_kernel(Forward f) {
     const int64_t label = f.labels.of(row);
     if (settled(f, row, label, f.parts == 1 && threadIdx.x == 0)) return;
 
-    const S* x = (const S*)f.logits + row * f.stride;
+    const S* x = (const S*)f.logits + f.rows.at(row);
+    const Scale scale = f.scales.of(row);
     float z[EACH];
     read_part<E>(x, f.labels.V, (int64_t)part * PART, z);
     float at_label = 0.0f;
@@ -102,7 +115,7 @@ __global__ void __launch_bounds__(THREADS) statistics_kernel(Forward f) {
     float max = -INF;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-        z[i] = transform(F, z[i], f.scale);
+        z[i] = transform(F, z[i], scale);
         max = fmaxf(max, z[i]);
     }
     max = over_warp(max, Larger());
@@ -132,7 +145,7 @@ __global__ void __launch_bounds__(THREADS) statistics_kernel(Forward f) {
     }
     stats = over_lanes(stats);
     if (threadIdx.x != 0) return;
-    const double label_logit = (double)transform(F, at_label, f.scale);
+    const double label_logit = (double)transform(F, at_label, scale);
     if (f.parts == 1)
         put_result(f, row, finish_stats(stats, label_logit));
     else
@@ -156,13 +169,13 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(Forward f, int64_t
 struct Backward {
     const float *grad_logprobs, *grad_entropy;  // null: no gradient from it
     const void* logits;
-    int64_t stride;
+    Planes rows;
     Labels labels;
     const float *logprobs, *entropy, *max, *log_sum;
-    Scale scale;
+    Scales scales;
     unsigned pieces;
     void* out;
-    int64_t out_stride;
+    Planes out_rows;
 };
 
 // What the entries of a row have in common.
@@ -207,14 +220,18 @@ __global__ void __launch_bounds__(THREADS) gradient_kernel(Backward b) {
     const int threads = (int)blockDim.x, step = threads * E;
     const int64_t row = blockIdx.x / b.pieces, V = b.labels.V;
     const int64_t piece = blockIdx.x % b.pieces;
-    const S* x = (const S*)b.logits + row * b.stride;
-    S* out = (S*)b.out + row * b.out_stride;
+    const S* x = (const S*)b.logits + b.rows.at(row);
+    S* out = (S*)b.out + b.out_rows.at(row);
     const int64_t label = b.labels.of(row);
     const bool ignored = b.labels.ignored(label), filled = ignored || b.labels.outside(label);
     const float fill = ignored ? 0.0f : __builtin_nanf("");
     RowGradient r = {};
+    Scale scale = b.scales.common;
     r.label = -1;
-    if (!filled) r = row_gradient(b, row, label);
+    if (!filled) {
+        r = row_gradient(b, row, label);
+        scale = b.scales.of(row);
+    }
     float at_label = -INF;  // the label's logit, if this thread has it
     const int head = entries_to_boundary<E>(out);
     const bool together = filled || entries_to_boundary<E>(x) == head;
@@ -231,7 +248,7 @@ __global__ void __launch_bounds__(THREADS) gradient_kernel(Backward b) {
             if (at + E > V) break;
             float d[E];
 #pragma unroll
-            for (int i = 0; i < E; ++i) d[i] = filled ? fill : slope_of<F>(units[k][i], r, b.scale);
+            for (int i = 0; i < E; ++i) d[i] = filled ? fill : slope_of<F>(units[k][i], r, scale);
             Unit<S, E> gradient;
             gradient.set(d);
             gradient.store(out + at);
@@ -243,10 +260,10 @@ __global__ void __launch_bounds__(THREADS) gradient_kernel(Backward b) {
 #pragma unroll 1
     for (int64_t i = singles.first; i < singles.end; i += threads) {
         const float entry = filled ? fill : as_float(x[i]);
-        out[i] = from_float<S>(filled ? fill : slope_of<F>(entry, r, b.scale));
+        out[i] = from_float<S>(filled ? fill : slope_of<F>(entry, r, scale));
         at_label = i == r.label ? entry : at_label;
     }
-    if (at_label != -INF) out[r.label] = from_float<S>(label_slope_of<F>(at_label, r, b.scale));
+    if (at_label != -INF) out[r.label] = from_float<S>(label_slope_of<F>(at_label, r, scale));
 }
 
 template <bool Entropy, class S>
@@ -270,15 +287,17 @@ auto gradient_of(Transform f) {
 
 }  // namespace
 
-// `stride` counts entries between rows. softcap 0: none. `partial`: 32 bytes for each of the N * ceil(V / PART) parts;
+// `temperatures` null: one temperature for all rows. softcap 0: none. `partial`: 32 bytes for each of the N * ceil(V / PART) parts;
 // not used if a row is one part.
-void logprobs_fwd(const void* logits, int64_t dtype, int64_t stride, const int64_t* labels, int64_t N, int64_t V,
-                  double temperature, double softcap, int64_t ignore_index, void* partial, float* logprobs,
-                  float* entropy, float* row_max, float* log_sum, void* stream) {
+void logprobs_fwd(const void* logits, int64_t dtype, int64_t T, int64_t batch_stride, int64_t stride,
+                  const int64_t* labels, int64_t N, int64_t V, const float* temperatures, double temperature,
+                  double softcap, int64_t ignore_index, void* partial, float* logprobs, float* entropy, float* row_max,
+                  float* log_sum, void* stream) {
     const int64_t parts = pieces_of(V, PART);
-    const Forward f = {logits, stride, {labels, V, ignore_index}, make_scale(temperature, softcap), (unsigned)parts,
-                       (Part*)partial, logprobs, entropy, row_max, log_sum};
-    const Transform t = transform_of(f.scale);
+    const Forward f = {logits, {T, batch_stride, stride}, {labels, V, ignore_index},
+                       {temperatures, make_scale(temperature, softcap)}, (unsigned)parts, (Part*)partial, logprobs,
+                       entropy, row_max, log_sum};
+    const Transform t = transform_of(f.scales);
     const bool with_entropy = entropy != nullptr;
     const auto kernel = dtype == F32    ? statistics_of<float>(t, with_entropy)
                         : dtype == BF16 ? statistics_of<__nv_bfloat16>(t, with_entropy)
@@ -289,13 +308,15 @@ void logprobs_fwd(const void* logits, int64_t dtype, int64_t stride, const int64
 
 // `out` may be the logits themselves.
 void logprobs_bwd(const float* grad_logprobs, const float* grad_entropy, const void* logits, int64_t dtype,
-                  int64_t stride, const int64_t* labels, const float* logprobs, const float* entropy,
-                  const float* row_max, const float* log_sum, int64_t N, int64_t V, double temperature, double softcap,
-                  int64_t ignore_index, void* out, int64_t out_stride, void* stream) {
+                  int64_t T, int64_t batch_stride, int64_t stride, const int64_t* labels, const float* logprobs,
+                  const float* entropy, const float* row_max, const float* log_sum, int64_t N, int64_t V,
+                  const float* temperatures, double temperature, double softcap, int64_t ignore_index, void* out,
+                  int64_t out_batch_stride, int64_t out_stride, void* stream) {
     const int64_t pieces = pieces_of(V, PIECE);
-    const Backward b = {grad_logprobs, grad_entropy, logits, stride, {labels, V, ignore_index}, logprobs, entropy,
-                        row_max, log_sum, make_scale(temperature, softcap), (unsigned)pieces, out, out_stride};
-    const Transform t = transform_of(b.scale);
+    const Backward b = {grad_logprobs, grad_entropy, logits, {T, batch_stride, stride}, {labels, V, ignore_index},
+                        logprobs, entropy, row_max, log_sum, {temperatures, make_scale(temperature, softcap)},
+                        (unsigned)pieces, out, {T, out_batch_stride, out_stride}};
+    const Transform t = transform_of(b.scales);
     const auto kernel = dtype == F32    ? gradient_of<float>(t)
                         : dtype == BF16 ? gradient_of<__nv_bfloat16>(t)
                                         : gradient_of<__half>(t);

@@ -1,9 +1,24 @@
-// Arithmetic of log-probs and entropy: a row's statistics, their merge, and one entry of the gradient.
+// Arithmetic of log-probs and entropy: where rows lie, a row's statistics, their merge, and one entry of the gradient.
 #pragma once
 #include "rk.h"
 
 namespace rk {
 namespace RK_ISA {
+
+// Where rows of entries begin: T of them `stride` entries apart, the next T of them `batch_stride` further on.
+struct Planes {
+    int64_t T, batch_stride, stride;
+
+    RK_HD int64_t at(int64_t row) const {
+        if (row < T) return row * stride;
+#ifdef __CUDACC__  // a grid has fewer than 2^32 blocks, and so have rows
+        const int64_t plane = (uint32_t)row / (uint32_t)T;
+#else
+        const int64_t plane = row / T;
+#endif
+        return plane * batch_stride + (row - plane * T) * stride;
+    }
+};
 
 // Statistics of some of a row's entries z: max, sum exp(z - max), sum exp(z - max) (z - max). Nothing but -inf: {-inf, 0, 0}.
 struct RowStats {

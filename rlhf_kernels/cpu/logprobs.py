@@ -2,36 +2,39 @@
 
 import torch
 
-from .._native import DTYPES, dense_fp32, dense_rows, fresh, run
+from .._native import DTYPES, dense_fp32, fresh, run
+from .._planes import places, planes
 
 
-def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entropy):
+def _dense(labels):
+    return None if labels is None else labels.contiguous()
+
+
+def logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_index, with_entropy):
     shape, vocab = logits.shape[:-1], logits.shape[-1]
-    rows = dense_rows(logits.reshape(-1, vocab))
-    count = rows.shape[0]
-    flat_labels = None if labels is None else labels.reshape(-1).contiguous()
+    (rows,) = planes(logits)
     wanted = (labels is not None, with_entropy, True, True)
     out = [torch.empty(shape if want else 0, dtype=torch.float32, device="cpu") for want in wanted]
     run(
-        "logprobs_fwd", rows, DTYPES[rows.dtype], rows.stride(0), flat_labels, count, vocab, temperature,
-        softcap or 0.0, ignore_index, out[0], out[1] if with_entropy else None, *out[2:],
+        "logprobs_fwd", rows, DTYPES[rows.dtype], *places(rows), _dense(labels), shape.numel(), vocab,
+        dense_fp32(temperatures), temperature, softcap or 0.0, ignore_index, out[0], out[1] if with_entropy else None,
+        *out[2:],
     )  # fmt: skip
     return tuple(out)
 
 
 def logprobs_bwd(
-    grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, temperature, softcap,
-    ignore_index, inplace=False, grad_log_sum_exp=None, grad_each=None,
+    grad_logprobs, grad_entropy, logits, labels, temperatures, logprobs, entropy, row_max, log_sum, temperature,
+    softcap, ignore_index, inplace=False, grad_log_sum_exp=None, grad_each=None,
 ):  # fmt: skip
-    vocab = logits.shape[-1]
-    rows = dense_rows(logits.reshape(-1, vocab))
+    (rows,) = planes(logits)
     over = inplace and rows.data_ptr() == logits.data_ptr()
     out = rows if over else fresh(*rows.shape, dtype=rows.dtype)
-    flat_labels = None if labels is None else labels.reshape(-1).contiguous()
     upstream = (dense_fp32(g) for g in (grad_logprobs, grad_entropy, grad_log_sum_exp, grad_each))
     run(
-        "logprobs_bwd", *upstream, rows, DTYPES[rows.dtype], rows.stride(0), flat_labels, logprobs, entropy, row_max,
-        log_sum, *rows.shape, temperature, softcap or 0.0, ignore_index, out, out.stride(0),
+        "logprobs_bwd", *upstream, rows, DTYPES[rows.dtype], *places(rows), _dense(labels), logprobs, entropy, row_max,
+        log_sum, logits.shape[:-1].numel(), logits.shape[-1], dense_fp32(temperatures), temperature, softcap or 0.0,
+        ignore_index, out, *places(out)[1:],
     )  # fmt: skip
     if inplace and not over:
         logits.copy_(out.view(logits.shape))

@@ -100,7 +100,7 @@ class FromLogits:
         The last is [0] where nothing is smoothed.
         """
         options = (temperature, softcap, ignore_index)
-        logprob, _, row_max, log_sum = self.logprobs_fwd(logits, labels, *options, False)
+        logprob, _, row_max, log_sum = self.logprobs_fwd(logits, labels, None, *options, False)
         gap, counts = None, logprob.new_zeros(0)
         if label_smoothing:
             total, counts = self.logits_sums(logits, labels, *options)
@@ -118,7 +118,7 @@ class FromLogits:
         upstream = token_upstream(settings, logprob, row_max, log_sum, counts, _like(weights, logprob)).times(grad)
         nothing = logprob.new_zeros(0)
         return self.logprobs_bwd(
-            upstream.log_prob, None, logits, labels, logprob, nothing, row_max, log_sum, temperature, softcap,
+            upstream.log_prob, None, logits, labels, None, logprob, nothing, row_max, log_sum, temperature, softcap,
             ignore_index, grad_log_sum_exp=upstream.log_sum_exp, grad_each=upstream.each,
         )  # fmt: skip
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from .._planes import blocks, planes
+
 BLOCK_ELEMENTS = 1 << 22  # rows are handled in blocks of about this many logits, so that fp32 copies stay small
 
 CASES = ("small", "batched", "masked_logits", "ignored", "capped", "wide", "one_entry", "empty")
@@ -31,7 +33,7 @@ def scale_logits(logits, temperature, softcap):
     """z and dz/dlogits (a tensor, or a number where it is constant); -inf stays -inf, also under a softcap."""
     x = logits.to(accumulator_dtype(logits))
     if isinstance(temperature, torch.Tensor):
-        temperature = temperature.to(x.dtype).unsqueeze(-1)
+        temperature = temperature.to(x.dtype).unsqueeze(-1)  # one for each row
     if softcap is None:
         return x / temperature, 1.0 / temperature
     t = torch.tanh(x / softcap)
@@ -106,18 +108,26 @@ def _blocks(rows, vocab):
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entropy):
-    """(log-probs, entropy, row maximum, log of the row's sum), each [...]; unasked ones have shape [0]."""
+def _flat(tensor, part):
+    """Some of its entries in one dimension; None stays None."""
+    return None if tensor is None else tensor.reshape(-1)[part]
+
+
+def logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_index, with_entropy):
+    """(log-probs, entropy, row maximum, log of the row's sum), each [...]; unasked ones have shape [0].
+
+    temperatures: [...], one for each row, or None: `temperature` for all.
+    """
     shape, vocab = logits.shape[:-1], logits.shape[-1]
-    rows, flat_labels = logits.reshape(-1, vocab), None if labels is None else labels.reshape(-1)
-    dtype = accumulator_dtype(logits)
+    (rows,), dtype = planes(logits), accumulator_dtype(logits)
     shapes = (shape if labels is not None else 0, shape if with_entropy else 0, shape, shape)
     out = [rows.new_zeros(size, dtype=dtype) for size in shapes]
-    for start, stop in _blocks(rows.shape[0], vocab):
-        z, _ = scale_logits(rows[start:stop], temperature, softcap)
+    for part, place in blocks(rows, BLOCK_ELEMENTS):
+        heat = temperature if temperatures is None else _flat(temperatures, part)
+        z, _ = scale_logits(rows[place].reshape(-1, vocab), heat, softcap)
         label_logit = None
         if labels is not None:
-            kept, outside, safe = label_state(flat_labels[start:stop], vocab, ignore_index)
+            kept, outside, safe = label_state(_flat(labels, part), vocab, ignore_index)
             label_logit = z.gather(-1, safe.unsqueeze(-1)).squeeze(-1)
         row_max, total, weighted = partial_statistics(z, with_entropy)
         logprob, entropy, log_sum = finish_statistics(row_max, total, weighted, label_logit)
@@ -125,7 +135,7 @@ def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entrop
             if value is not None:
                 if labels is not None:
                     value = torch.where(kept, value, 0.0).masked_fill(outside, math.nan)
-                target.view(-1)[start:stop] = value
+                target.view(-1)[part] = value
     return tuple(out)
 
 
@@ -188,33 +198,30 @@ def through_sums(z, slope, row_max, log_sum, grad_log_sum_exp, grad_each):
 
 
 def logprobs_bwd(
-    grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, temperature, softcap,
-    ignore_index, inplace=False, grad_log_sum_exp=None, grad_each=None,
+    grad_logprobs, grad_entropy, logits, labels, temperatures, logprobs, entropy, row_max, log_sum, temperature,
+    softcap, ignore_index, inplace=False, grad_log_sum_exp=None, grad_each=None,
 ):  # fmt: skip
     """d/dlogits, in the dtype of the logits; written over the logits if `inplace`.
 
     The last two are what reaches the row through log sum exp(z), and what every entry gets that is not -inf.
     """
     vocab = logits.shape[-1]
-    rows = logits.reshape(-1, vocab)
+    (rows,) = planes(logits)
     out = rows if inplace else torch.empty_like(rows, memory_format=torch.contiguous_format)
-
-    def flat(tensor, start, stop):
-        return None if tensor is None else tensor.reshape(-1)[start:stop]
-
-    for start, stop in _blocks(rows.shape[0], vocab):
-        z, slope = scale_logits(rows[start:stop], temperature, softcap)
+    for part, place in blocks(rows, BLOCK_ELEMENTS):
+        heat = temperature if temperatures is None else _flat(temperatures, part)
+        z, slope = scale_logits(rows[place].reshape(-1, vocab), heat, softcap)
         kept = outside = safe = None
         if labels is not None:
-            kept, outside, safe = label_state(flat(labels, start, stop), vocab, ignore_index)
+            kept, outside, safe = label_state(_flat(labels, part), vocab, ignore_index)
         per_row = (grad_logprobs, grad_entropy, logprobs, entropy, row_max, log_sum)
-        dx = row_gradient(z, slope, safe, *(flat(tensor, start, stop) for tensor in per_row))
+        dx = row_gradient(z, slope, safe, *(_flat(tensor, part) for tensor in per_row))
         if grad_log_sum_exp is not None or grad_each is not None:
             sums = (row_max, log_sum, grad_log_sum_exp, grad_each)
-            dx = dx + through_sums(z, slope, *(flat(tensor, start, stop) for tensor in sums))
+            dx = dx + through_sums(z, slope, *(_flat(tensor, part) for tensor in sums))
         if labels is not None:
             dx = torch.where(kept.unsqueeze(-1), dx, 0.0).masked_fill(outside.unsqueeze(-1), math.nan)
-        out[start:stop] = dx.to(out.dtype)
+        out[place] = dx.to(out.dtype).view(out[place].shape)
     if inplace and out.data_ptr() != logits.data_ptr():
         logits.copy_(out.view(logits.shape))
     return out.view(logits.shape)

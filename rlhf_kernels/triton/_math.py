@@ -8,6 +8,22 @@ NEG_INF = tl.constexpr(float("-inf"))
 
 
 @triton.jit
+def row_at(row, T, batch_stride, stride):
+    """Where row b T + t of what `planes` returned begins; in 32 bits, because rows are fewer than programs may be."""
+    row = row.to(tl.int32)
+    return (row // T).to(tl.int64) * batch_stride + (row % T).to(tl.int64) * stride
+
+
+@triton.jit
+def scale_of(row, temperatures, scale):
+    """1 / temperature of a row."""
+    if temperatures is not None:
+        return 1.0 / tl.load(temperatures + row)
+    else:
+        return scale
+
+
+@triton.jit
 def exp_f32(x):
     """exp(x); relative error |x| 2^-24 + 2 ulp."""
     return tl.exp2(x * LOG2_E)

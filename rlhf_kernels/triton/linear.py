@@ -23,7 +23,7 @@ from .. import _linear_walk as walk
 from .._linear_backend import Operators
 from . import _launch, kl
 from ._launch import pieces, power_of_two, warps
-from ._math import NEG_INF, add_block, exp_f32, expm1_f32, scaled, scaled_slope, tanh_f32
+from ._math import NEG_INF, add_block, exp_f32, expm1_f32, scale_of, scaled, scaled_slope, tanh_f32
 from ._row_sums import add_row_sums
 
 TOKENS = 4096
@@ -36,15 +36,6 @@ ROWS = 32  # rows that a program of the merge finishes
 HALVES = (torch.bfloat16, torch.float16)
 # addmm takes an fp32 sum and bf16 or fp16 factors since torch 2.10; before, the product goes through memory
 ADDS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 10)
-
-
-@triton.jit
-def scale_of(row, temperatures, scale):
-    """1 / temperature of a row."""
-    if temperatures is not None:
-        return 1.0 / tl.load(temperatures + row)
-    else:
-        return scale
 
 
 @triton.jit

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .._planes import places, planes
 from . import _launch
-from ._launch import pieces, power_of_two, rows_of, warps
-from ._math import NEG_INF, add_block, exp_f32, expm1_f32, scaled, scaled_slope
+from ._launch import pieces, power_of_two, warps
+from ._math import NEG_INF, add_block, exp_f32, expm1_f32, row_at, scale_of, scaled, scaled_slope
 
 PART = 32768  # columns whose statistics one program takes
 BLOCK = 4096  # columns that it holds in registers at a time
@@ -22,8 +23,8 @@ ROWS = 32  # rows that a program of the merge finishes
 
 @triton.jit
 def statistics_kernel(
-    logits, stride, labels, vocab, parts, scale, softcap, ignore_index, out_max, out_sum, out_weighted,
-    HAS_LABELS: tl.constexpr, WITH_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    logits, T, batch_stride, stride, labels, vocab, parts, temperatures, scale, softcap, ignore_index, out_max, out_sum,
+    out_weighted, HAS_LABELS: tl.constexpr, WITH_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
     PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(max z, sum exp(z - max), sum exp(z - max) (z - max)) of one part of a row; out_* [N, parts]."""
@@ -33,13 +34,15 @@ def statistics_kernel(
     end = tl.minimum(first + PART, vocab)
     if HAS_LABELS:  # an ignored row is not read
         end = tl.where(tl.load(labels + row) == ignore_index, first, end)
+    logits += row_at(row, T, batch_stride, stride)
+    scale = scale_of(row, temperatures, scale)
     row_max = tl.full([], NEG_INF, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     lanes = tl.arange(0, BLOCK)
     for start in range(first, end, BLOCK):
         columns = start + lanes
-        x = tl.load(logits + row * stride + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
+        x = tl.load(logits + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
         z = scaled(x, scale, softcap, SCALED, CAPPED)
         row_max, total, weighted = add_block(row_max, total, weighted, z, WITH_ENTROPY)
     tl.store(out_max + program, row_max)
@@ -50,9 +53,9 @@ def statistics_kernel(
 
 @triton.jit
 def merge_kernel(
-    logits, stride, labels, rows, vocab, parts, scale, softcap, ignore_index, part_max, part_sum, part_weighted,
-    logprob, entropy, out_max, out_log_sum, HAS_LABELS: tl.constexpr, WITH_ENTROPY: tl.constexpr,
-    SCALED: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    logits, T, batch_stride, stride, labels, rows, vocab, parts, temperatures, scale, softcap, ignore_index, part_max,
+    part_sum, part_weighted, logprob, entropy, out_max, out_log_sum, HAS_LABELS: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A row's results from the statistics of its parts; 0 where the label is ignored, NaN where it is no column."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -76,7 +79,9 @@ def merge_kernel(
         kept = label != ignore_index
         astray = kept & ((label < 0) | (label >= vocab))
         safe = tl.where(kept & (astray == 0), label, 0)
-        x = tl.load(logits + row * stride + safe, mask=inside & kept, other=0.0).to(tl.float32)
+        x = tl.load(logits + row_at(row, T, batch_stride, stride) + safe, mask=inside & kept, other=0.0).to(tl.float32)
+        if temperatures is not None:
+            scale = 1.0 / tl.load(temperatures + row, mask=inside, other=1.0)
         centred = scaled(x, scale, softcap, SCALED, CAPPED) - shift
         value = tl.where(dead, NEG_INF, centred - log_sum)
         value = tl.where(kept, value, 0.0)
@@ -92,8 +97,9 @@ def merge_kernel(
 
 @triton.jit
 def gradient_kernel(
-    logits, stride, labels, grad_logprob, grad_entropy, grad_log_sum_exp, grad_each, logprob, entropy, row_max,
-    log_sum, vocab, blocks, scale, softcap, ignore_index, out, out_stride, HAS_LABELS: tl.constexpr,
+    logits, T, batch_stride, stride, labels, grad_logprob, grad_entropy, grad_log_sum_exp, grad_each, logprob, entropy,
+    row_max, log_sum, vocab, blocks, temperatures, scale, softcap, ignore_index, out, out_batch_stride, out_stride,
+    HAS_LABELS: tl.constexpr,
     HAS_LOGPROB: tl.constexpr, HAS_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -102,14 +108,16 @@ def gradient_kernel(
     row = program // blocks
     columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocab
-    place = out + row * out_stride + columns
+    place = out + row_at(row, T, out_batch_stride, out_stride) + columns
     label = tl.full([], -1, tl.int64)
     kept = row >= 0
     if HAS_LABELS:
         label = tl.load(labels + row)
         kept = label != ignore_index
     if kept:
-        x = tl.load(logits + row * stride + columns, mask=inside, other=NEG_INF).to(tl.float32)
+        scale = scale_of(row, temperatures, scale)
+        source = logits + row_at(row, T, batch_stride, stride) + columns
+        x = tl.load(source, mask=inside, other=NEG_INF).to(tl.float32)
         z = scaled(x, scale, softcap, SCALED, CAPPED)
         banned = z == NEG_INF
         log_p = tl.where(banned, 0.0, (z - tl.load(row_max + row)) - tl.load(log_sum + row))
@@ -141,14 +149,18 @@ def gradient_kernel(
         tl.store(place, tl.zeros([BLOCK], out.dtype.element_ty), mask=inside)
 
 
-def _options(temperature, softcap):
-    return {"SCALED": temperature != 1.0, "CAPPED": softcap is not None}
+def _dense(tensor, dtype):
+    return None if tensor is None else tensor.to(dtype).contiguous()
 
 
-def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entropy):
-    shape, rows = logits.shape[:-1], rows_of(logits)
-    count, vocab = rows.shape
-    labels = None if labels is None else labels.reshape(-1).contiguous()
+def _options(temperatures, temperature, softcap):
+    return {"SCALED": temperatures is not None or temperature != 1.0, "CAPPED": softcap is not None}
+
+
+def logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_index, with_entropy):
+    (rows,), (*shape, vocab) = planes(logits), logits.shape
+    count = rows.shape[0] * rows.shape[1]
+    labels = _dense(labels, torch.int64)
     parts = pieces(vocab, PART)
     new = rows.new_empty
     statistics = [new(count * parts, dtype=torch.float32) for _ in range(3 if with_entropy else 2)]
@@ -156,37 +168,39 @@ def logprobs_fwd(logits, labels, temperature, softcap, ignore_index, with_entrop
     wanted = (labels is not None, with_entropy, True, True)
     results = [new(shape if want else 0, dtype=torch.float32) for want in wanted]
     block = min(BLOCK, power_of_two(vocab))
-    scalars = (1.0 / temperature, softcap or 0.0, ignore_index)
-    options = {"HAS_LABELS": labels is not None, "WITH_ENTROPY": with_entropy, **_options(temperature, softcap)}
+    scalars = (_dense(temperatures, torch.float32), 1.0 / temperature, softcap or 0.0, ignore_index)
+    options = {"HAS_LABELS": labels is not None, "WITH_ENTROPY": with_entropy}
+    options |= _options(temperatures, temperature, softcap)
     _launch.run(
-        statistics_kernel, count * parts, rows, rows.stride(0), labels, vocab, parts, *scalars, *statistics,
-        PART=PART, BLOCK=block, num_warps=warps(block), **options,
+        statistics_kernel, count * parts, rows, *places(rows), labels, vocab, parts, *scalars, *statistics, PART=PART,
+        BLOCK=block, num_warps=warps(block), **options,
     )  # fmt: skip
     _launch.run(
-        merge_kernel, pieces(count, ROWS), rows, rows.stride(0), labels, count, vocab, parts, *scalars, *statistics,
+        merge_kernel, pieces(count, ROWS), rows, *places(rows), labels, count, vocab, parts, *scalars, *statistics,
         *results, ROWS=ROWS, PARTS=power_of_two(parts), num_warps=1, **options,
     )  # fmt: skip
     return tuple(results)
 
 
 def logprobs_bwd(
-    grad_logprobs, grad_entropy, logits, labels, logprobs, entropy, row_max, log_sum, temperature, softcap,
-    ignore_index, inplace=False, grad_log_sum_exp=None, grad_each=None,
+    grad_logprobs, grad_entropy, logits, labels, temperatures, logprobs, entropy, row_max, log_sum, temperature,
+    softcap, ignore_index, inplace=False, grad_log_sum_exp=None, grad_each=None,
 ):  # fmt: skip
-    rows = rows_of(logits)
+    (rows,), vocab = planes(logits), logits.shape[-1]
     over = inplace and rows.data_ptr() == logits.data_ptr()
     out = rows if over else torch.empty_like(rows, memory_format=torch.contiguous_format)
-    count, vocab = rows.shape
-    labels = None if labels is None else labels.reshape(-1).contiguous()
+    count = rows.shape[0] * rows.shape[1]
+    labels = _dense(labels, torch.int64)
     upstream = (grad_logprobs, grad_entropy, grad_log_sum_exp, grad_each)
-    upstream = [None if g is None else g.to(torch.float32).contiguous() for g in upstream]
+    upstream = [_dense(g, torch.float32) for g in upstream]
     block = min(GRADIENT_BLOCK, power_of_two(vocab))
     blocks = pieces(vocab, block)
     _launch.run(
-        gradient_kernel, count * blocks, rows, rows.stride(0), labels, *upstream, logprobs, entropy, row_max, log_sum,
-        vocab, blocks, 1.0 / temperature, softcap or 0.0, ignore_index, out, out.stride(0),
+        gradient_kernel, count * blocks, rows, *places(rows), labels, *upstream, logprobs, entropy, row_max, log_sum,
+        vocab, blocks, _dense(temperatures, torch.float32), 1.0 / temperature, softcap or 0.0, ignore_index, out,
+        *places(out)[1:],
         HAS_LABELS=labels is not None, HAS_LOGPROB=grad_logprobs is not None, HAS_ENTROPY=grad_entropy is not None,
-        BLOCK=block, num_warps=warps(block), **_options(temperature, softcap),
+        BLOCK=block, num_warps=warps(block), **_options(temperatures, temperature, softcap),
     )  # fmt: skip
     if inplace and not over:
         logits.copy_(out.view(logits.shape))

@@ -54,8 +54,11 @@ void logprobs_of(Source& s, Memory& m, int64_t dtype) {
         for (int64_t c = 0; labels[n] == -100 && c < l.V; ++c) assign(x.row(n)[c], s.garbage());
     float *logprobs = m.array<float>(with_labels ? l.N : 0), *entropy = with_entropy ? m.array<float>(l.N) : nullptr;
     float *row_max = m.array<float>(l.N), *log_sum = m.array<float>(l.N);
-    m.call("logprobs_fwd", x.data, dtype, x.stride, labels, l.N, l.V, l.temperature, l.softcap, (int64_t)-100, logprobs,
-           entropy, row_max, log_sum);
+    const int64_t length = l.N == 0 ? 0 : 1 + s.below(l.N);  // any: the rows all lie at one distance
+    float* temperatures = s.coin() ? m.array<float>(l.N, Use::input) : nullptr;
+    for (int64_t n = 0; temperatures && n < l.N; ++n) temperatures[n] = (float)l.temperature;
+    m.call("logprobs_fwd", x.data, dtype, length, length * x.stride, x.stride, labels, l.N, l.V, temperatures, l.temperature,
+           l.softcap, (int64_t)-100, logprobs, entropy, row_max, log_sum);
     for (int64_t n = 0; n < l.N; ++n) {
         const bool ignored = labels && labels[n] == -100, stray = labels && !ignored && (labels[n] < 0 || labels[n] >= l.V);
         const RowFacts<T> row(x, n, l.temperature);
@@ -81,8 +84,9 @@ void logprobs_of(Source& s, Memory& m, int64_t dtype) {
         out = {m.array<T>(l.N * l.V), l.N, l.V, l.V};
     std::vector<float> logits;
     for (int64_t i = 0; i < l.N * l.V; ++i) logits.push_back(x.at(i / l.V, i % l.V));
-    m.call("logprobs_bwd", for_logprobs, for_entropy, x.data, dtype, x.stride, labels, logprobs, entropy, row_max, log_sum,
-           l.N, l.V, l.temperature, l.softcap, (int64_t)-100, out.data, out.stride);
+    m.call("logprobs_bwd", for_logprobs, for_entropy, x.data, dtype, length, length * x.stride, x.stride, labels, logprobs,
+           entropy, row_max, log_sum, l.N, l.V, temperatures, l.temperature, l.softcap, (int64_t)-100, out.data, length * out.stride,
+           out.stride);
     for (int64_t i = 0; i < l.N * l.V; ++i) {
         const int64_t n = i / l.V;
         const float g = out.at(n, i % l.V);

@@ -304,7 +304,7 @@ def test_bad_input(backend_name):
         ({"bias": torch.zeros(4)}, "bias has shape [4], expected [5]"),
         ({"temperature": 0}, "temperature must be a number > 0.0 and < inf, got 0"),
         ({"temperature": torch.ones(3)}, "temperature has shape [3], expected [2]"),
-        ({"temperature": torch.tensor([1.0, 0.0])}, "temperature holds values that are not > 0"),
+        ({"temperature": torch.tensor([1.0, 0.0])}, "temperature holds 0.0, expected numbers > 0 and finite"),
         ({"softcap": 0.0}, "softcap must be a number > 0.0 and < inf, got 0.0"),
         ({"chunk_size": 0}, "chunk_size must be a number >= 1, got 0"),
         ({"vocab_start_index": 5}, "vocab_start_index is 5, expected 0 when process_group is None"),

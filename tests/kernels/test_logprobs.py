@@ -229,11 +229,12 @@ def test_check_environment(monkeypatch):
 @pytest.mark.parametrize("labels", (torch.tensor([[1, 2], [-100, 0]]), None), ids=("labels", "entropy"))
 def test_opcheck(backend_name, labels):
     logits = torch.randn(2, 2, 5, requires_grad=True)
-    torch.library.opcheck(module.logprobs_fwd, (logits, labels, 0.9, 2.0, -100, True))
-    torch.library.opcheck(module.logprobs_fwd, (logits.detach(), labels, 0.9, None, -100, labels is None))
-    rows = module.logprobs_fwd(logits.detach(), labels, 0.9, 2.0, -100, True)
+    heat = torch.full((4,), 0.8)
+    torch.library.opcheck(module.logprobs_fwd, (logits, labels, None, 0.9, 2.0, -100, True))
+    torch.library.opcheck(module.logprobs_fwd, (logits.detach(), labels, heat, 1.0, None, -100, labels is None))
+    rows = module.logprobs_fwd(logits.detach(), labels, heat, 1.0, 2.0, -100, True)
     upstream = torch.randn(2, 2)
-    saved = (upstream if labels is not None else None, upstream, logits.detach(), labels, *rows, 0.9, 2.0, -100)
+    saved = (upstream if labels is not None else None, upstream, logits.detach(), labels, heat, *rows, 1.0, 2.0, -100)
     torch.library.opcheck(module.logprobs_bwd, saved)
     torch.library.opcheck(module.logprobs_bwd_, saved)
 
