@@ -15,6 +15,7 @@ from pathlib import Path
 import torch  # before _cpu: the extension then shares torch's OpenMP threads
 from torch import Tensor
 
+from ._planes import places
 from ._signatures import CODED, CPU, CUDA, signatures
 
 POOLED_BYTES = 4 << 20
@@ -172,6 +173,11 @@ def alike_as_rows(*tensors: Tensor) -> list[Tensor]:
 def typed_rows(tensor: Tensor) -> tuple[Tensor, int, int]:
     """The three arguments of a matrix of any dtype: itself, its dtype and its row stride."""
     return tensor, DTYPES[tensor.dtype], tensor.stride(0)
+
+
+def typed_planes(a: Tensor, b: Tensor) -> tuple:
+    """The arguments of two tensors that `planes` returned together: each with its dtype, and where its rows lie."""
+    return a, DTYPES[a.dtype], *places(a), b, DTYPES[b.dtype], *places(b)[1:]
 
 
 def or_infinite(bound: float | None) -> float:

@@ -48,11 +48,12 @@ plackett_luce_fwd_f32(f32 scores[grad.numel()], i64 ranks[grad.numel()], i64 cu_
 bradley_terry_bwd_f32(f32 grad_loss[prompts], f32 grad[grad_scores.numel()], i64 cu_groups[prompts + 1], prompts,
     f32 grad_scores[grad.numel()])
 
-kl_fwd(dtype_a a[N * V] by stride_a, dtype_a, stride_a, dtype_b b[N * V] by stride_b, dtype_b, stride_b, N, V,
-    temperature, f32 kl[N], f32 max_a[N], f32 log_sum_a[N], f32 max_b[N], f32 log_sum_b[N])
-kl_bwd(f32 grad[N], dtype_a a[N * V] by stride_a, dtype_a, stride_a, dtype_b b[N * V] by stride_b, dtype_b, stride_b,
-    f32 kl[N], f32 max_a[N], f32 log_sum_a[N], f32 max_b[N], f32 log_sum_b[N], N, V, temperature,
-    dtype_a? grad_a[N * V], dtype_b? grad_b[N * V])
+kl_fwd(dtype_a a[N * V] by T:batch_a:stride_a, dtype_a, T, batch_a, stride_a, dtype_b b[N * V] by T:batch_b:stride_b,
+    dtype_b, batch_b, stride_b, N, V, temperature, f32 kl[N], f32 max_a[N], f32 log_sum_a[N], f32 max_b[N],
+    f32 log_sum_b[N])
+kl_bwd(f32 grad[N], dtype_a a[N * V] by T:batch_a:stride_a, dtype_a, T, batch_a, stride_a,
+    dtype_b b[N * V] by T:batch_b:stride_b, dtype_b, batch_b, stride_b, f32 kl[N], f32 max_a[N], f32 log_sum_a[N],
+    f32 max_b[N], f32 log_sum_b[N], N, V, temperature, dtype_a? grad_a[N * V], dtype_b? grad_b[N * V])
 approx_kl_fwd(dtype_p p[rows * columns] by stride_p, dtype_p, stride_p, dtype_q q[rows * columns] by stride_q, dtype_q,
     stride_q, rows, columns, estimator, f32 kl[rows * columns])
 approx_kl_bwd(f32 grad[rows * columns] by grad_stride, grad_stride, dtype_p p[rows * columns] by stride_p, dtype_p,
@@ -123,12 +124,12 @@ plackett_luce_fwd(dtype scores[grad.numel()], dtype, i64 ranks[grad.numel()], i6
 bradley_terry_bwd(f32 grad_loss[prompts], f32 grad[out.numel()], i64 cu_groups[prompts + 1], prompts,
     f32 out[grad.numel()])
 
-kl_fwd(dtype_a a[N * V] by stride_a, dtype_a, stride_a, dtype_b b[N * V] by stride_b, dtype_b, stride_b, N, V,
-    temperature, f64? partial[4 * N * pieces(V, 4096)], f32 kl[N], f32 max_a[N], f32 log_sum_a[N], f32 max_b[N],
-    f32 log_sum_b[N])
-kl_bwd(f32 grad[N], dtype_a a[N * V] by stride_a, dtype_a, stride_a, dtype_b b[N * V] by stride_b, dtype_b, stride_b,
-    f32 kl[N], f32 max_a[N], f32 log_sum_a[N], f32 max_b[N], f32 log_sum_b[N], N, V, temperature,
-    dtype_a? grad_a[N * V], dtype_b? grad_b[N * V])
+kl_fwd(dtype_a a[N * V] by T:batch_a:stride_a, dtype_a, T, batch_a, stride_a, dtype_b b[N * V] by T:batch_b:stride_b,
+    dtype_b, batch_b, stride_b, N, V, temperature, f64? partial[4 * N * pieces(V, 4096)], f32 kl[N], f32 max_a[N],
+    f32 log_sum_a[N], f32 max_b[N], f32 log_sum_b[N])
+kl_bwd(f32 grad[N], dtype_a a[N * V] by T:batch_a:stride_a, dtype_a, T, batch_a, stride_a,
+    dtype_b b[N * V] by T:batch_b:stride_b, dtype_b, batch_b, stride_b, f32 kl[N], f32 max_a[N], f32 log_sum_a[N],
+    f32 max_b[N], f32 log_sum_b[N], N, V, temperature, dtype_a? grad_a[N * V], dtype_b? grad_b[N * V])
 approx_kl_fwd(dtype_p p[rows * columns] by stride_p, dtype_p, stride_p, dtype_q q[rows * columns] by stride_q, dtype_q,
     stride_q, rows, columns, estimator, f32 kl[rows * columns])
 approx_kl_bwd(f32 grad[rows * columns] by grad_stride, grad_stride, dtype_p p[rows * columns] by stride_p, dtype_p,

@@ -18,10 +18,11 @@ int64_t rows_per_piece(int64_t V) { return V >= PIECE ? 1 : PIECE / V; }
 
 struct Input {
     const void* data;
-    int64_t dtype, stride;  // entries between rows
+    int64_t dtype;
+    Planes rows;
 
     int64_t bytes() const { return dtype == F32 ? 4 : 2; }
-    const char* at(int64_t row, int64_t column) const { return (const char*)data + (row * stride + column) * bytes(); }
+    const char* at(int64_t row, int64_t column) const { return (const char*)data + (rows.at(row) + column) * bytes(); }
     // Entries of a row, padded with -inf to a multiple of 4 W.
     Block block(int64_t row, int64_t column, int64_t count, float* buffer) const {
         const void* x = at(row, column);
@@ -252,21 +253,21 @@ int64_t pieces_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
 }  // namespace
 
 // a: the side that is averaged over.
-void kl_fwd(const void* a, int64_t dtype_a, int64_t stride_a, const void* b, int64_t dtype_b, int64_t stride_b,
-            int64_t N, int64_t V, double temperature, float* kl, float* max_a, float* log_sum_a, float* max_b,
-            float* log_sum_b, int64_t threads) {
-    Forward f = {{a, dtype_a, stride_a}, {b, dtype_b, stride_b}, V, temperature,
+void kl_fwd(const void* a, int64_t dtype_a, int64_t T, int64_t batch_a, int64_t stride_a, const void* b,
+            int64_t dtype_b, int64_t batch_b, int64_t stride_b, int64_t N, int64_t V, double temperature, float* kl,
+            float* max_a, float* log_sum_a, float* max_b, float* log_sum_b, int64_t threads) {
+    Forward f = {{a, dtype_a, {T, batch_a, stride_a}}, {b, dtype_b, {T, batch_b, stride_b}}, V, temperature,
                  (float)(1.4426950408889634 / temperature), kl, max_a, log_sum_a, max_b, log_sum_b};
     parallel_for(N, rows_per_piece(V), threads, forward_rows, &f);
 }
 
 // A gradient that is not wanted is null.
-void kl_bwd(const float* grad, const void* a, int64_t dtype_a, int64_t stride_a, const void* b, int64_t dtype_b,
-            int64_t stride_b, const float* kl, const float* max_a, const float* log_sum_a, const float* max_b,
-            const float* log_sum_b, int64_t N, int64_t V, double temperature, void* grad_a, void* grad_b,
-            int64_t threads) {
+void kl_bwd(const float* grad, const void* a, int64_t dtype_a, int64_t T, int64_t batch_a, int64_t stride_a,
+            const void* b, int64_t dtype_b, int64_t batch_b, int64_t stride_b, const float* kl, const float* max_a,
+            const float* log_sum_a, const float* max_b, const float* log_sum_b, int64_t N, int64_t V,
+            double temperature, void* grad_a, void* grad_b, int64_t threads) {
     const bool streaming = N * V * (int64_t)sizeof(float) > CACHED;
-    Backward j = {grad, {a, dtype_a, stride_a}, {b, dtype_b, stride_b}, V, temperature,
+    Backward j = {grad, {a, dtype_a, {T, batch_a, stride_a}}, {b, dtype_b, {T, batch_b, stride_b}}, V, temperature,
                   kl, max_a, log_sum_a, max_b, log_sum_b,
                   {grad_a, dtype_a, V, streaming}, {grad_b, dtype_b, V, streaming}};
     const auto body = grad_b == nullptr   ? backward_rows<true, false>
@@ -277,7 +278,8 @@ void kl_bwd(const float* grad, const void* a, int64_t dtype_a, int64_t stride_a,
 
 void approx_kl_fwd(const void* p, int64_t dtype_p, int64_t stride_p, const void* q, int64_t dtype_q, int64_t stride_q,
                    int64_t rows, int64_t columns, int64_t estimator, float* kl, int64_t threads) {
-    Pair j = {nullptr, 0, {p, dtype_p, stride_p}, {q, dtype_q, stride_q}, columns, pieces_of(columns), kl, {}, {}};
+    Pair j = {nullptr, 0, {p, dtype_p, {rows, 0, stride_p}}, {q, dtype_q, {rows, 0, stride_q}}, columns,
+              pieces_of(columns), kl, {}, {}};
     const auto body = estimator == KL_K1 ? estimate<KL_K1> : estimator == KL_K2 ? estimate<KL_K2> : estimate<KL_K3>;
     parallel_for(rows * j.pieces, rows_per_piece(columns < BLOCK ? columns + 1 : BLOCK), threads, body, &j);
 }
@@ -285,8 +287,9 @@ void approx_kl_fwd(const void* p, int64_t dtype_p, int64_t stride_p, const void*
 void approx_kl_bwd(const float* grad, int64_t grad_stride, const void* p, int64_t dtype_p, int64_t stride_p,
                    const void* q, int64_t dtype_q, int64_t stride_q, int64_t rows, int64_t columns, int64_t estimator,
                    void* grad_p, void* grad_q, int64_t threads) {
-    Pair j = {grad, grad_stride, {p, dtype_p, stride_p}, {q, dtype_q, stride_q}, columns, pieces_of(columns), nullptr,
-              {grad_p, dtype_p, columns, false}, {grad_q, dtype_q, columns, false}};
+    Pair j = {grad, grad_stride, {p, dtype_p, {rows, 0, stride_p}}, {q, dtype_q, {rows, 0, stride_q}}, columns,
+              pieces_of(columns), nullptr, {grad_p, dtype_p, columns, false},
+              {grad_q, dtype_q, columns, false}};
     const auto body = estimator == KL_K1   ? estimate_slopes<KL_K1>
                       : estimator == KL_K2 ? estimate_slopes<KL_K2>
                                            : estimate_slopes<KL_K3>;

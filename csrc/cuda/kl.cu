@@ -30,7 +30,8 @@ constexpr int TOGETHER = sizeof(A) == 4 || sizeof(B) == 4 ? 4 : 8;
 
 struct Rows {
     const void *a, *b;
-    int64_t stride_a, stride_b, V;
+    Planes of_a, of_b;
+    int64_t V;
 };
 
 struct Forward {
@@ -81,8 +82,8 @@ __global__ void __launch_bounds__(THREADS) kl_fwd_kernel(Forward f) {
     const unsigned part = blockIdx.x % f.parts;
     const int64_t first = (int64_t)part * PART;
     float a[EACH], b[EACH];
-    read_part<E>((const A*)f.rows.a + row * f.rows.stride_a, f.rows.V, first, a);
-    read_part<E>((const B*)f.rows.b + row * f.rows.stride_b, f.rows.V, first, b);
+    read_part<E>((const A*)f.rows.a + f.rows.of_a.at(row), f.rows.V, first, a);
+    read_part<E>((const B*)f.rows.b + f.rows.of_b.at(row), f.rows.V, first, b);
     float max_a = -INF, max_b = -INF;
     bool impossible = false;  // b has no probability where a has some
 #pragma unroll
@@ -185,8 +186,8 @@ __global__ void __launch_bounds__(THREADS) kl_bwd_kernel(Backward j) {
     const int threads = (int)blockDim.x, step = threads * E;
     const int64_t row = blockIdx.x / j.pieces, V = j.rows.V;
     const int64_t piece = blockIdx.x % j.pieces;
-    const A* a = (const A*)j.rows.a + row * j.rows.stride_a;
-    const B* b = (const B*)j.rows.b + row * j.rows.stride_b;
+    const A* a = (const A*)j.rows.a + j.rows.of_a.at(row);
+    const B* b = (const B*)j.rows.b + j.rows.of_b.at(row);
     A* grad_a = (A*)j.grad_a + row * V;
     B* grad_b = (B*)j.grad_b + row * V;
     __shared__ RowGradient shared;
@@ -287,12 +288,13 @@ __global__ void __launch_bounds__(THREADS)
 
 // a: the side that is averaged over. `partial`: 32 bytes for each of the N * ceil(V / PART) parts; not used if a row is
 // one part.
-void kl_fwd(const void* a, int64_t dtype_a, int64_t stride_a, const void* b, int64_t dtype_b, int64_t stride_b,
-            int64_t N, int64_t V, double temperature, void* partial, float* kl, float* max_a, float* log_sum_a,
-            float* max_b, float* log_sum_b, void* stream) {
+void kl_fwd(const void* a, int64_t dtype_a, int64_t T, int64_t batch_a, int64_t stride_a, const void* b,
+            int64_t dtype_b, int64_t batch_b, int64_t stride_b, int64_t N, int64_t V, double temperature,
+            void* partial, float* kl, float* max_a, float* log_sum_a, float* max_b, float* log_sum_b, void* stream) {
     const int64_t parts = pieces_of(V, PART);
-    const Forward f = {{a, b, stride_a, stride_b, V}, temperature, (float)(1.4426950408889634 / temperature),
-                       (unsigned)parts, (KlStats*)partial, kl, max_a, log_sum_a, max_b, log_sum_b};
+    const Forward f = {{a, b, {T, batch_a, stride_a}, {T, batch_b, stride_b}, V}, temperature,
+                       (float)(1.4426950408889634 / temperature), (unsigned)parts, (KlStats*)partial, kl, max_a,
+                       log_sum_a, max_b, log_sum_b};
     const auto kernel = dtype_a == F32    ? kl_fwd_of<float>(dtype_b)
                         : dtype_a == BF16 ? kl_fwd_of<__nv_bfloat16>(dtype_b)
                                           : kl_fwd_of<__half>(dtype_b);
@@ -301,13 +303,13 @@ void kl_fwd(const void* a, int64_t dtype_a, int64_t stride_a, const void* b, int
 }
 
 // A gradient that is not wanted is null.
-void kl_bwd(const float* grad, const void* a, int64_t dtype_a, int64_t stride_a, const void* b, int64_t dtype_b,
-            int64_t stride_b, const float* kl, const float* max_a, const float* log_sum_a, const float* max_b,
-            const float* log_sum_b, int64_t N, int64_t V, double temperature, void* grad_a, void* grad_b,
-            void* stream) {
+void kl_bwd(const float* grad, const void* a, int64_t dtype_a, int64_t T, int64_t batch_a, int64_t stride_a,
+            const void* b, int64_t dtype_b, int64_t batch_b, int64_t stride_b, const float* kl, const float* max_a,
+            const float* log_sum_a, const float* max_b, const float* log_sum_b, int64_t N, int64_t V,
+            double temperature, void* grad_a, void* grad_b, void* stream) {
     const int64_t pieces = pieces_of(V, PART);
-    const Backward j = {{a, b, stride_a, stride_b, V}, grad, kl, max_a, log_sum_a, max_b, log_sum_b, temperature,
-                        (unsigned)pieces, grad_a, grad_b};
+    const Backward j = {{a, b, {T, batch_a, stride_a}, {T, batch_b, stride_b}, V}, grad, kl, max_a, log_sum_a, max_b,
+                        log_sum_b, temperature, (unsigned)pieces, grad_a, grad_b};
     const auto kernel = dtype_a == F32    ? kl_bwd_of<float>(dtype_b)
                         : dtype_a == BF16 ? kl_bwd_of<__nv_bfloat16>(dtype_b)
                                           : kl_bwd_of<__half>(dtype_b);

@@ -1,6 +1,6 @@
 // Arithmetic of KL divergences: the estimators of one sampled token, and a row's exact divergence and its gradients.
 #pragma once
-#include "rk.h"
+#include "logprobs.h"
 
 namespace rk {
 namespace RK_ISA {

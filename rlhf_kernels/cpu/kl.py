@@ -1,8 +1,11 @@
 """Calls of csrc/cpu/kl.cpp; what the functions mean stands in reference/kl.py."""
 
+import math
+
 import torch
 
-from .._native import KL_ESTIMATORS, alike_as_rows, dense_rows, fresh, run, typed_rows
+from .._native import KL_ESTIMATORS, alike_as_rows, fresh, run, typed_planes, typed_rows
+from .._planes import planes
 
 
 def _gradient(rows, needed):
@@ -14,11 +17,10 @@ def _wanted(gradient, needed):
 
 
 def kl_fwd(logits, ref_logits, temperature, reverse):
-    shape, vocab = logits.shape[:-1], logits.shape[-1]
-    sides = [dense_rows(x.reshape(-1, vocab)) for x in (logits, ref_logits)]
+    sides, (*shape, vocab) = planes(logits, ref_logits), logits.shape
     out = [torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(5)]
     sides, statistics = (sides, out[1:]) if reverse else (sides[::-1], out[3:] + out[1:3])
-    run("kl_fwd", *typed_rows(sides[0]), *typed_rows(sides[1]), *sides[0].shape, temperature, out[0], *statistics)
+    run("kl_fwd", *typed_planes(*sides), math.prod(shape), vocab, temperature, out[0], *statistics)
     return tuple(out)
 
 
@@ -26,8 +28,7 @@ def kl_bwd(
     grad, logits, ref_logits, kl, row_max, log_sum, ref_row_max, ref_log_sum, temperature, reverse, need_logits,
     need_ref,
 ):  # fmt: skip
-    vocab = logits.shape[-1]
-    sides = [dense_rows(x.reshape(-1, vocab)) for x in (logits, ref_logits)]
+    sides, (*shape, vocab) = planes(logits, ref_logits), logits.shape
     grads = [_gradient(x, need) for x, need in zip(sides, (need_logits, need_ref), strict=True)]
     wanted = [_wanted(x, need) for x, need in zip(grads, (need_logits, need_ref), strict=True)]
     statistics = [row_max, log_sum, ref_row_max, ref_log_sum]
@@ -35,8 +36,8 @@ def kl_bwd(
         sides, wanted, statistics = sides[::-1], wanted[::-1], statistics[2:] + statistics[:2]
     if need_logits or need_ref:
         run(
-            "kl_bwd", grad.to(torch.float32).contiguous(), *typed_rows(sides[0]), *typed_rows(sides[1]),
-            *(x.contiguous() for x in (kl, *statistics)), *sides[0].shape, temperature, *wanted,
+            "kl_bwd", grad.to(torch.float32).contiguous(), *typed_planes(*sides),
+            *(x.contiguous() for x in (kl, *statistics)), math.prod(shape), vocab, temperature, *wanted,
         )  # fmt: skip
     like = (logits, ref_logits)
     return tuple(

@@ -1,16 +1,18 @@
 """Calls of csrc/cuda/kl.cu; what the functions mean stands in reference/kl.py."""
 
+import math
+
 import torch
 
-from .._native import KL_ESTIMATORS, alike_as_rows, dense_rows, launch, typed_rows
+from .._native import KL_ESTIMATORS, alike_as_rows, launch, typed_planes, typed_rows
+from .._planes import planes
 
 PART = 4096  # entries of a row whose statistics one block takes, as in csrc/cuda/kl.cu
 
 
 def kl_fwd(logits, ref_logits, temperature, reverse):
-    shape, vocab = logits.shape[:-1], logits.shape[-1]
-    sides = [dense_rows(x.reshape(-1, vocab)) for x in (logits, ref_logits)]
-    count, parts = sides[0].shape[0], (vocab + PART - 1) // PART
+    sides, (*shape, vocab) = planes(logits, ref_logits), logits.shape
+    count, parts = math.prod(shape), (vocab + PART - 1) // PART
 
     def new(size, dtype=torch.float32):
         return torch.empty(size, dtype=dtype, device=logits.device)
@@ -18,9 +20,7 @@ def kl_fwd(logits, ref_logits, temperature, reverse):
     partial = new(4 * count * parts, torch.float64) if parts > 1 else None
     out = [new(shape) for _ in range(5)]
     sides, statistics = (sides, out[1:]) if reverse else (sides[::-1], out[3:] + out[1:3])
-    launch(
-        "kl_fwd", *typed_rows(sides[0]), *typed_rows(sides[1]), count, vocab, temperature, partial, out[0], *statistics
-    )
+    launch("kl_fwd", *typed_planes(*sides), count, vocab, temperature, partial, out[0], *statistics)
     return tuple(out)
 
 
@@ -28,8 +28,7 @@ def kl_bwd(
     grad, logits, ref_logits, kl, row_max, log_sum, ref_row_max, ref_log_sum, temperature, reverse, need_logits,
     need_ref,
 ):  # fmt: skip
-    vocab = logits.shape[-1]
-    sides = [dense_rows(x.reshape(-1, vocab)) for x in (logits, ref_logits)]
+    sides, (*shape, vocab) = planes(logits, ref_logits), logits.shape
     needs = (need_logits, need_ref)
     grads = [
         torch.empty(x.shape if need else (0,), dtype=x.dtype, device=x.device)
@@ -41,8 +40,8 @@ def kl_bwd(
         sides, wanted, statistics = sides[::-1], wanted[::-1], statistics[2:] + statistics[:2]
     if need_logits or need_ref:
         launch(
-            "kl_bwd", grad.to(torch.float32).contiguous(), *typed_rows(sides[0]), *typed_rows(sides[1]),
-            *(x.contiguous() for x in (kl, *statistics)), *sides[0].shape, temperature, *wanted,
+            "kl_bwd", grad.to(torch.float32).contiguous(), *typed_planes(*sides),
+            *(x.contiguous() for x in (kl, *statistics)), math.prod(shape), vocab, temperature, *wanted,
         )  # fmt: skip
     like = (logits, ref_logits)
     return tuple(g.view(x.shape) if need else g for g, x, need in zip(grads, like, needs, strict=True))

@@ -16,7 +16,9 @@ import math
 
 import torch
 
-from .logprobs import _blocks, accumulator_dtype, finish_statistics, partial_statistics
+from .._planes import blocks, planes
+from . import logprobs
+from .logprobs import accumulator_dtype, finish_statistics, partial_statistics
 
 CASES = ("small", "batched", "masked_logits", "warm", "wide", "one_entry", "empty")
 
@@ -74,9 +76,9 @@ def _scaled_blocks(logits, ref_logits, temperature):
     """(rows of the block, z of the policy, z of the reference), block by block."""
     dtype = accumulator_dtype(logits, ref_logits)
     vocab = logits.shape[-1]
-    sides = [x.reshape(-1, vocab) for x in (logits, ref_logits)]
-    for start, stop in _blocks(sides[0].shape[0], vocab):
-        yield slice(start, stop), *(x[start:stop].to(dtype) / temperature for x in sides)
+    sides = planes(logits, ref_logits)
+    for part, place in blocks(sides[0], logprobs.BLOCK_ELEMENTS):
+        yield part, *(x[place].reshape(-1, vocab).to(dtype) / temperature for x in sides)
 
 
 def kl_fwd(logits, ref_logits, temperature, reverse):

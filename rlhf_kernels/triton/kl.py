@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from .._native import KL_ESTIMATORS
+from .._planes import places, planes
 from . import _launch
 from ._launch import pieces, power_of_two, rows_of, warps
-from ._math import LOG2_E, NEG_INF, exp_f32
+from ._math import LOG2_E, NEG_INF, exp_f32, row_at
 
 PART = 32768  # columns whose statistics one program takes
 BLOCK = 2048  # columns of both sides that it holds in registers at a time
@@ -35,7 +36,8 @@ def rise(before, after):
 
 @triton.jit
 def statistics_kernel(
-    a, stride_a, b, stride_b, vocab, parts, scale, out_max_a, out_sum_a, out_max_b, out_sum_b, out_gap,
+    a, T, batch_a, stride_a, b, batch_b, stride_b, vocab, parts, scale, out_max_a, out_sum_a, out_max_b, out_sum_b,
+    out_gap,
     PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One part of a row: max x and sum e, e = exp(scale (x - max x)), of both sides, and sum e_a (d_a - d_b).
@@ -52,10 +54,12 @@ def statistics_kernel(
     sum_b = tl.zeros([BLOCK], tl.float32)
     gap = tl.zeros([BLOCK], tl.float32)
     lanes = tl.arange(0, BLOCK)
+    a += row_at(row, T, batch_a, stride_a)
+    b += row_at(row, T, batch_b, stride_b)
     for start in range(first, end, BLOCK):
         columns = start + lanes
-        x_a = tl.load(a + row * stride_a + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
-        x_b = tl.load(b + row * stride_b + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
+        x_a = tl.load(a + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
+        x_b = tl.load(b + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
         higher_a = tl.maximum(max_a, tl.max(x_a, 0))
         higher_b = tl.maximum(max_b, tl.max(x_b, 0))
         if (higher_a > max_a) | (higher_b > max_b):
@@ -145,9 +149,9 @@ def log_probs_of(x, row_max, log_sum, temperature, scale):
 
 @triton.jit
 def gradient_kernel(
-    a, stride_a, b, stride_b, grad, kl, max_a, log_sum_a, max_b, log_sum_b, vocab, blocks, temperature, scale, softcap,
-    out_a, out_stride_a, out_b, out_stride_b, NEED_A: tl.constexpr, NEED_B: tl.constexpr, CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    a, T, batch_a, stride_a, b, batch_b, stride_b, grad, kl, max_a, log_sum_a, max_b, log_sum_b, vocab, blocks,
+    temperature, scale, softcap, out_a, out_stride_a, out_b, out_stride_b, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """g a (log a - log b - KL) scale and g (b - a) scale of one block of a row; 0 where the divergence is infinite.
 
@@ -157,8 +161,8 @@ def gradient_kernel(
     row = program // blocks
     columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocab
-    x_a = tl.load(a + row * stride_a + columns, mask=inside, other=NEG_INF).to(tl.float32)
-    x_b = tl.load(b + row * stride_b + columns, mask=inside, other=NEG_INF).to(tl.float32)
+    x_a = tl.load(a + row_at(row, T, batch_a, stride_a) + columns, mask=inside, other=NEG_INF).to(tl.float32)
+    x_b = tl.load(b + row_at(row, T, batch_b, stride_b) + columns, mask=inside, other=NEG_INF).to(tl.float32)
     temperature = tl.full([], 0.0, tl.float32) + temperature
     scale = tl.full([], 0.0, tl.float32) + scale
     divergence, upstream = tl.load(kl + row), tl.load(grad + row)
@@ -271,13 +275,14 @@ def divergence(a, b, temperature, shape=None):
 
     Each is [N], or has the shape of N entries that is given.
     """
-    count, vocab = a.shape
+    a, b = planes(a, b)
+    count, vocab = a.shape[0] * a.shape[1], a.shape[2]
     parts = pieces(vocab, PART)
     statistics = [a.new_empty(count * parts, dtype=torch.float32) for _ in range(5)]
     results = [a.new_empty(count if shape is None else shape, dtype=torch.float32) for _ in range(5)]
     block, scale = min(BLOCK, power_of_two(vocab)), 1.0 / temperature
     _launch.run(
-        statistics_kernel, count * parts, a, a.stride(0), b, b.stride(0), vocab, parts, scale, *statistics, PART=PART,
+        statistics_kernel, count * parts, a, *places(a), b, *places(b)[1:], vocab, parts, scale, *statistics, PART=PART,
         BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
     padded = power_of_two(parts)
@@ -294,12 +299,13 @@ def divergence_gradient(grad, a, b, results, temperature, out_a, out_b, softcap=
 
     results are those of `divergence` for these rows; a and b may be some of their columns.
     """
-    count, vocab = a.shape
+    a, b = planes(a, b)
+    count, vocab = a.shape[0] * a.shape[1], a.shape[2]
     block = min(GRADIENT_BLOCK, power_of_two(vocab))
     blocks = pieces(vocab, block)
     outputs = [(x, 0 if x is None else x.stride(0)) for x in (out_a, out_b)]
     _launch.run(
-        gradient_kernel, count * blocks, a, a.stride(0), b, b.stride(0), grad.to(torch.float32).contiguous(),
+        gradient_kernel, count * blocks, a, *places(a), b, *places(b)[1:], grad.to(torch.float32).contiguous(),
         *(x.contiguous() for x in results), vocab, blocks, temperature, 1.0 / temperature, softcap or 0.0, *outputs[0],
         *outputs[1], NEED_A=out_a is not None, NEED_B=out_b is not None, CAPPED=softcap is not None, BLOCK=block,
         num_warps=warps(block),
@@ -307,9 +313,8 @@ def divergence_gradient(grad, a, b, results, temperature, out_a, out_b, softcap=
 
 
 def kl_fwd(logits, ref_logits, temperature, reverse):
-    shape, policy, ref = logits.shape[:-1], rows_of(logits), rows_of(ref_logits)
-    sides = (policy, ref) if reverse else (ref, policy)
-    kl, *statistics = divergence(*sides, temperature, shape)
+    sides = (logits, ref_logits) if reverse else (ref_logits, logits)
+    kl, *statistics = divergence(*sides, temperature, logits.shape[:-1])
     return kl, *(statistics if reverse else statistics[2:] + statistics[:2])
 
 
@@ -317,15 +322,15 @@ def kl_bwd(
     grad, logits, ref_logits, kl, row_max, log_sum, ref_row_max, ref_log_sum, temperature, reverse, need_logits,
     need_ref,
 ):  # fmt: skip
-    sides, needs, like = [rows_of(logits), rows_of(ref_logits)], (need_logits, need_ref), (logits, ref_logits)
+    sides, needs = (logits, ref_logits), (need_logits, need_ref)
     grads = [x.new_empty(x.shape if need else 0) for x, need in zip(sides, needs)]
-    outputs = [x if need else None for x, need in zip(grads, needs)]
+    outputs = [x.view(-1, x.shape[-1]) if need else None for x, need in zip(grads, needs)]
     statistics = [row_max, log_sum, ref_row_max, ref_log_sum]
     if not reverse:
         sides, outputs, statistics = sides[::-1], outputs[::-1], statistics[2:] + statistics[:2]
     if any(needs):
         divergence_gradient(grad, *sides, [kl, *statistics], temperature, *outputs)
-    return tuple(g.view(x.shape) if need else g for g, x, need in zip(grads, like, needs))
+    return tuple(grads)
 
 
 def _as_rows(*tensors):

@@ -110,8 +110,9 @@ void kl_of(Source& s, Memory& m, int64_t dtype_a, int64_t dtype_b) {
     const Matrix<U> b = m.matrix<U>(l.N, l.V, l.numbers);
     float* rows[5];  // kl, then maximum and log of the sum of each side
     for (auto& array : rows) array = m.array<float>(l.N);
-    m.call("kl_fwd", a.data, dtype_a, a.stride, b.data, dtype_b, b.stride, l.N, l.V, l.temperature, rows[0], rows[1],
-           rows[2], rows[3], rows[4]);
+    const int64_t length = l.N == 0 ? 0 : 1 + s.below(l.N);  // any: the rows all lie at one distance
+    m.call("kl_fwd", a.data, dtype_a, length, length * a.stride, a.stride, b.data, dtype_b, length * b.stride, b.stride, l.N,
+           l.V, l.temperature, rows[0], rows[1], rows[2], rows[3], rows[4]);
     for (int64_t n = 0; n < l.N; ++n) {
         const float kl = rows[0][n];
         const RowFacts<T> row_a(a, n, l.temperature);
@@ -124,8 +125,8 @@ void kl_of(Source& s, Memory& m, int64_t dtype_a, int64_t dtype_b) {
     const bool need_a = s.coin(), need_b = !need_a || s.coin();
     T* grad_a = need_a ? m.array<T>(l.N * l.V) : nullptr;
     U* grad_b = need_b ? m.array<U>(l.N * l.V) : nullptr;
-    m.call("kl_bwd", upstream, a.data, dtype_a, a.stride, b.data, dtype_b, b.stride, rows[0], rows[1], rows[2], rows[3],
-           rows[4], l.N, l.V, l.temperature, grad_a, grad_b);
+    m.call("kl_bwd", upstream, a.data, dtype_a, length, length * a.stride, a.stride, b.data, dtype_b, length * b.stride,
+           b.stride, rows[0], rows[1], rows[2], rows[3], rows[4], l.N, l.V, l.temperature, grad_a, grad_b);
     for (int64_t i = 0; l.tame && i < l.N * l.V; ++i) {
         if (grad_a) REQUIRE(isfinite(value(grad_a[i])), "gradient %g", value(grad_a[i]));
         if (grad_b) REQUIRE(isfinite(value(grad_b[i])), "gradient %g", value(grad_b[i]));

@@ -4,62 +4,14 @@ import importlib
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import rlhf_kernels as rk
 from rlhf_kernels._planes import blocks, places, planes
 from rlhf_kernels.reference import logprobs as reference
+from tests.kernels.places import COPIED, IN_PLACE, Allocated, V, laid, leave_out_the_interpreter
 
 OP = "logprobs"
-V = 64
-IN_PLACE = {
-    "dense": lambda x: x[0],
-    "all but the last": lambda x: x[0, :, :-1],
-    "all but the first": lambda x: x[0, :, 1:],
-    "one of two": lambda x: x[0, ::2],
-    "batch last": lambda x: x[0].transpose(0, 1),
-    "four dimensions": lambda x: x[:, :, 1:4],
-    "one sequence": lambda x: x[0, :1, :-1],
-    "some columns": lambda x: x[0, :, :-1, 3:-2],
-    "one row": lambda x: x[0, 0, 0],
-}
-COPIED = {
-    "three distances": lambda x: x[:, :2, :3],
-    "columns first": lambda x: x[0].transpose(1, 2)[:, :2],
-}
-
-
-def laid(name):
-    """Logits [..., V] that lie so, and a dense copy of them."""
-    generator = torch.Generator().manual_seed(0)
-    x = {**IN_PLACE, **COPIED}[name](torch.randn(2, 3, 5, V, generator=generator))
-    return x, x.contiguous()
-
-
-class Allocated(TorchDispatchMode):
-    """The bytes of every piece of memory that PyTorch's operators return anew."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        old = {x.untyped_storage().data_ptr() for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in old:
-                self.bytes.append(x.untyped_storage().nbytes())
-        return out
-
-
-def unseen(function):
-    """The function, of whose memory `Allocated` knows nothing."""
-
-    def call(*args, **kwargs):
-        with _disable_current_modes():
-            function(*args, **kwargs)
-
-    return call
+MANY = [name for name in IN_PLACE if name != "one row"]  # one is no larger than its results
 
 
 @pytest.mark.parametrize("name", (*IN_PLACE, *COPIED))
@@ -119,9 +71,8 @@ def test_nothing_of_the_size_of_the_logits_is_copied(backend_name, name, monkeyp
     rows, size = x.shape[:-1], dense.numel() * dense.element_size()
     labels = torch.zeros(rows, dtype=torch.int64)
     backend = importlib.import_module(f"rlhf_kernels.{backend_name}.logprobs")
-    if backend_name == "triton":  # the interpreter copies what it is given
-        launcher = importlib.import_module("rlhf_kernels.triton._launch")
-        monkeypatch.setattr(launcher, "run", unseen(launcher.run))
+    if backend_name == "triton":
+        leave_out_the_interpreter(monkeypatch)
     with Allocated() as allocated:
         saved = backend.logprobs_fwd(x, labels, None, 0.5, None, -100, True)
     assert max(allocated.bytes) < size / 2
