@@ -26,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rlhf_kernels._native import KL_ESTIMATORS
+from rlhf_kernels.reference.policy import ESTIMATORS, KL_GRADIENTS, TERMS, Settings, Tensors
+from rlhf_kernels.reference.ppo import AGG_MODES
 from rlhf_kernels.triton import _launch
 
 TARGETS = {
@@ -188,11 +190,32 @@ def ppo(op) -> None:
         op.ppo_bwd(None, number, number, x, values, values, 0.1)
 
 
+def policy(op) -> None:
+    x, mask, number = new(512, 1024), new(512, 1024, dtype=BOOL), new(1)[0]
+    alone = Tensors(mask, x, x, x)
+    whole = alone._replace(ref_log_probs=x, weights=x, coefficients=x, entropy=x)
+    modes = {"loss_agg_mode": AGG_MODES.index("seq-mean-token-mean")}
+    for term in range(len(TERMS)):
+        op.policy_fwd(alone, Settings(term=term))
+        op.policy_fwd(whole, Settings(term=term, kl_estimator=2, log_ratio_clamp=20.0, **modes))
+    for estimator in range(len(ESTIMATORS)):
+        for gradient in range(len(KL_GRADIENTS)):
+            op.policy_fwd(alone._replace(ref_log_probs=x), Settings(kl_estimator=estimator, kl_gradient=gradient))
+    op.policy_fwd(whole, Settings(term=TERMS.index("sequence"), d=1.0))
+    for mode in range(len(AGG_MODES)):
+        given = alone._replace(entropy=x, normalizer=number if mode != AGG_MODES.index("token-sum") else None)
+        op.policy_fwd(given, Settings(loss_agg_mode=mode))
+        op.policy_fwd(Tensors(mask, values=x, old_values=x, returns=x), Settings(loss_agg_mode=mode))
+    short, mask = new(512, 100, dtype=BF16), new(512, 100, dtype=BOOL)
+    op.policy_fwd(Tensors(mask, *(short,) * 6, entropy=short), Settings(term=TERMS.index("gmpo"), **modes))
+    for entropy in (x, new(0)):
+        op.policy_bwd(number, None, None, x, new(0), entropy, 1.0)
+
+
 # op -> calls of its Triton functions at usual sizes, which between them launch every specialisation
 CALLS: dict[str, Callable] = {
     "logprobs": logprobs, "bradley_terry": bradley_terry, "preference": preference, "kl": kl, "linear": linear,
-    "cross_entropy": cross_entropy,
-    "advantages": advantages, "ppo": ppo,
+    "cross_entropy": cross_entropy, "advantages": advantages, "ppo": ppo, "policy": policy,
 }  # fmt: skip
 
 
@@ -217,9 +240,11 @@ def described(kernel, args, options) -> Launch:
     values = dict(zip(kernel.arg_names, args)) | options
     types, constants, aligned = [], [], []
     constexpr = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    plain = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     for index, name in enumerate(kernel.arg_names):
         value = values[name]
-        if name in constexpr or value is None or (type(value) is int and value == 1):
+        special = type(value) is int and name not in plain
+        if name in constexpr or value is None or (special and value == 1):
             types.append((name, "constexpr"))
             constants.append((name, value))
             continue
@@ -231,7 +256,7 @@ def described(kernel, args, options) -> Launch:
             types.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
         else:
             types.append((name, "fp32"))
-        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (special and value % 16 == 0):
             aligned.append(index)
     return Launch(kernel, tuple(types), tuple(constants), tuple(aligned), warps, registers)
 

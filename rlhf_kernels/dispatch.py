@@ -31,7 +31,7 @@ TABLE: dict[str, list[tuple[str, Applies]]] = {
     "linear": [_CPU, _TRITON, _REFERENCE],
     "kl": [_CPU, _TRITON, _CUDA, _REFERENCE],
     "advantages": [_CPU, _TRITON, _CUDA, _REFERENCE],
-    "policy": [_CPU, _CUDA, _REFERENCE],
+    "policy": [_CPU, _TRITON, _CUDA, _REFERENCE],
     "ppo": [_CPU, _TRITON, _CUDA, _REFERENCE],
     "bradley_terry": [_CPU, _TRITON, _CUDA, _REFERENCE],
     "preference": [_CPU, _TRITON, _REFERENCE],

@@ -46,6 +46,16 @@ def log1p_f32(x):
 
 
 @triton.jit
+def log1m_exp_f32(x):
+    """log(1 - exp(x)) for x <= 0: without cancellation near 0, and what 1 - exp(x) loses put back far from it."""
+    p, rest = exp_f32(x), -expm1_f32(x)
+    y = 1.0 - p
+    near = x > -0.6931472
+    log = tl.log(tl.where(near, tl.where(rest < 0.0, 0.0, rest), y))
+    return tl.where(near, log, tl.where(y == 1.0, -p, log * (p / (1.0 - y))))
+
+
+@triton.jit
 def tanh_f32(x):
     """tanh(x): a series near 0, where 1 - exp(-2 |x|) would cancel."""
     square = x * x

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_kernels import KLTerm, Objective, dispatch, policy_loss, ppo_loss, value_loss
+from rlhf_kernels import KLTerm, Objective, backend, dispatch, policy_loss, ppo_loss, value_loss
 from rlhf_kernels.objectives import CISPO, DPPO, DRO, GMPO, GPG, GSPO, RLOO, SAPO, Clip, ClipCov, KLCov, Reinforce
 from rlhf_kernels.reference import policy as reference
 
@@ -187,6 +187,12 @@ def ours(case, objective, mode="token-mean", kl=None, weighted=False, **options)
     )
     result.loss.backward()
     return result, p.grad, h.grad
+
+
+def ours_in_fp64(case, *arguments, **options):
+    wide = {name: x if name == "response_mask" else x.double() for name, x in case.items()}
+    with backend("reference"):
+        return ours(wide, *arguments, **options)
 
 
 def compare(case, dtype, check, objective, mode, **options):
@@ -379,6 +385,7 @@ def test_covariance_objectives(backend_name):
     assert ((covariance[stopped] > 0.1) & (covariance[stopped] < 0.9)).all()
 
 
+@pytest.mark.slow_interpreted
 def test_masked_garbage(backend_name):
     """Nothing under the mask reaches value, gradient or metric, for any objective."""
     case = inputs(seed=11)
@@ -407,6 +414,31 @@ def test_far_ratios(backend_name, name):
         case["advantages"] = -case["advantages"]
         result, grad, _ = ours(case, Clip(), log_ratio_clamp=20.0)
         assert (grad == 0).all() and math.isfinite(result.loss.item())
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "dro"])
+def test_an_advantage_of_zero(backend_name, name):
+    """No loss and no gradient where A = 0, also where the ratio overflows."""
+    p, keep = torch.full((2, 3), -0.5, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
+    result = policy_loss(p, torch.full((2, 3), -300.0), torch.zeros(2), keep, objective=OBJECTIVES[name])
+    result.loss.backward()
+    assert result.loss.item() == 0 and p.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("name", ("clip", "gspo", "rloo clipped", "gmpo"))
+def test_long_and_many_sequences(backend_name, name, monkeypatch, assert_close_to_fp64):
+    """A sequence that several programs share, and more sequences than one takes; every statistic against float64."""
+    if backend_name == "triton":
+        for size in ("MERGED", "ADDED"):  # so that a few pieces are added in several steps
+            monkeypatch.setattr(f"rlhf_kernels.triton.policy.{size}", 2)
+    options = {"kl": KLTerm(0.3), "weighted": True, "entropy_coef": 0.2}
+    for shape in ((2, 4500), (200, 33)):
+        case = inputs(seed=16, shape=shape, spread=0.02)
+        compare(case, torch.float32, assert_close_to_fp64, OBJECTIVES[name], "seq-mean-token-mean", **options)
+        result, *_ = ours(case, OBJECTIVES[name], "seq-mean-token-mean", **options)
+        exact, *_ = ours_in_fp64(case, OBJECTIVES[name], "seq-mean-token-mean", **options)
+        for metric, value in exact.metrics.items():
+            assert result.metrics[metric].item() == pytest.approx(value.item(), rel=2e-5, abs=1e-7), metric
 
 
 def test_edges(backend_name):

@@ -42,11 +42,29 @@ def test_every_kernel_compiles_for_every_target_without_spills(op):
     assert [row for row in rows if row["spilled"]] == []
 
 
+def test_batches_of_any_size_share_a_kernel():
+    """A count that is 1 or a multiple of 16 compiles nothing anew."""
+    program = """
+from benchmarks import compile_triton as c
+tensors = lambda *shape: c.Tensors(c.new(*shape, dtype=c.BOOL), *[c.new(*shape) for _ in range(3)])
+def of(*shape):
+    c.CALLS["policy"] = lambda op: op.policy_fwd(tensors(*shape), c.Settings())
+    return {launch.kernel.fn.__name__: launch for launch in c.launches("policy")}
+assert of(33, 47) == of(1, 1) == of(64, 160) == of(3000, 8000), [of(33, 47), of(1, 1)]
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, check=True, timeout=300)
+
+
 def test_every_launch_is_one_dimensional():
     """Grids reach 2^31 - 1 on x and 65535 on y: one function launches, and it knows x alone."""
     for path in (ROOT / "rlhf_kernels" / "triton").glob("*.py"):
         if path.name != "_launch.py":
             assert "program_id(1)" not in path.read_text() and "_kernel[" not in path.read_text(), path.name
+
+
+def log1m_exp(x):
+    return torch.where(x > -0.7, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
 @INTERPRETED
@@ -56,6 +74,7 @@ def test_every_launch_is_one_dimensional():
         ("exp_f32", torch.exp, -80.0, 0.0, 8e-6),
         ("expm1_f32", torch.expm1, -30.0, 0.0, 5e-7),
         ("log1p_f32", torch.log1p, 0.0, 1e6, 5e-7),
+        ("log1m_exp_f32", log1m_exp, -80.0, -1e-30, 8e-6),
         ("tanh_f32", torch.tanh, -20.0, 20.0, 5e-7),
     ),
 )
