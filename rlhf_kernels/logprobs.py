@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from . import dispatch
+from . import _several_labels, dispatch
 from ._autograd import register
 from ._checks import (
     check_dtype,
@@ -49,6 +51,11 @@ def check_logits(name: str, logits: torch.Tensor) -> None:
         raise ValueError(f"{name} has shape {list(logits.shape)}, expected [..., V] with V >= 1")
 
 
+def _are_several(labels: torch.Tensor | None, logits: torch.Tensor) -> bool:
+    """Whether a row has K labels, [..., K], instead of one."""
+    return labels is not None and labels.dim() == logits.dim()
+
+
 def _row_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
@@ -58,11 +65,15 @@ def logprobs_fwd(
     logits: torch.Tensor, labels: torch.Tensor | None, temperatures: torch.Tensor | None, temperature: float,
     softcap: float | None, ignore_index: int, with_entropy: bool, inplace_backward: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    rows, backend = labels, dispatch.pick("logprobs", logits)
+    forward = backend.logprobs_fwd
+    if _are_several(labels, logits):
+        rows = _several_labels.row_label(labels, logits.shape[-1], ignore_index)
+        forward = functools.partial(_several_labels.forward, backend)
     if labels is not None:
         check_labels(labels, logits.shape[-1], ignore_index)
-    check_temperatures(temperatures, labels, ignore_index)
-    backend = dispatch.pick("logprobs", logits)
-    return backend.logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_index, with_entropy)
+    check_temperatures(temperatures, rows, ignore_index)
+    return forward(logits, labels, temperatures, temperature, softcap, ignore_index, with_entropy)
 
 
 @logprobs_fwd.register_fake
@@ -71,7 +82,15 @@ def _(logits, labels, temperatures, temperature, softcap, ignore_index, with_ent
         return logits.new_empty(shape, dtype=_row_dtype(logits))
 
     shape = logits.shape[:-1]
-    return new(shape if labels is not None else 0), new(shape if with_entropy else 0), new(shape), new(shape)
+    return new(0 if labels is None else labels.shape), new(shape if with_entropy else 0), new(shape), new(shape)
+
+
+def _backward_of(labels: torch.Tensor | None, logits: torch.Tensor):
+    """The function that makes the gradient."""
+    backend = dispatch.pick("logprobs", logits)
+    if _are_several(labels, logits):
+        return functools.partial(_several_labels.backward, backend)
+    return backend.logprobs_bwd
 
 
 @torch.library.custom_op("rlhf_kernels::logprobs_bwd", mutates_args=())
@@ -80,7 +99,7 @@ def logprobs_bwd(
     labels: torch.Tensor | None, temperatures: torch.Tensor | None, logprobs: torch.Tensor, entropy: torch.Tensor,
     row_max: torch.Tensor, log_sum: torch.Tensor, temperature: float, softcap: float | None, ignore_index: int,
 ) -> torch.Tensor:  # fmt: skip
-    return dispatch.pick("logprobs", logits).logprobs_bwd(
+    return _backward_of(labels, logits)(
         grad_logprobs, grad_entropy, logits, labels, temperatures, logprobs, entropy, row_max, log_sum, temperature,
         softcap, ignore_index,
     )  # fmt: skip
@@ -97,7 +116,7 @@ def logprobs_bwd_(
     labels: torch.Tensor | None, temperatures: torch.Tensor | None, logprobs: torch.Tensor, entropy: torch.Tensor,
     row_max: torch.Tensor, log_sum: torch.Tensor, temperature: float, softcap: float | None, ignore_index: int,
 ) -> None:  # fmt: skip
-    dispatch.pick("logprobs", logits).logprobs_bwd(
+    _backward_of(labels, logits)(
         grad_logprobs, grad_entropy, logits, labels, temperatures, logprobs, entropy, row_max, log_sum, temperature,
         softcap, ignore_index, inplace=True,
     )  # fmt: skip
@@ -145,11 +164,15 @@ def _shares_memory(tensor: torch.Tensor) -> bool:
 def _forward(logits, labels, temperature, softcap, ignore_index, row_mask, inplace_backward, with_entropy):
     check_logits("logits", logits)
     labels = check_index("labels", labels)
-    check_shape("labels", labels, tuple(logits.shape[:-1]), "the shape of logits without its last dimension")
+    rows = tuple(logits.shape[:-1])
+    several = _are_several(labels, logits)
+    shape = (*rows, None) if several else rows
+    check_shape("labels", labels, shape, "the shape of logits without its last dimension, or [..., K]")
     check_same_device(logits=logits, labels=labels, row_mask=row_mask)
     if row_mask is not None:
-        labels = torch.where(check_mask("row_mask", row_mask, tuple(labels.shape)), labels, ignore_index)
-    scale = check_scale(temperature, softcap, labels)
+        kept = check_mask("row_mask", row_mask, rows)
+        labels = torch.where(kept.unsqueeze(-1) if several else kept, labels, ignore_index)
+    scale = check_scale(temperature, softcap, logits[..., 0])
     inplace = inplace_backward and not torch.compiler.is_compiling() and not _shares_memory(logits)
     return _logprobs(logits, labels, *scale, ignore_index, with_entropy, inplace)[:2]
 
@@ -171,25 +194,27 @@ def logprobs_from_logits(
 
     Args:
         logits: [..., V] fp32, bf16, fp16 or fp64; any strides.
-        labels: [...] int64|int32 in [0, V), or ignore_index.
+        labels: [...] int64|int32 in [0, V), or ignore_index; or [..., K], K labels of each row, which may be the same.
         temperature: > 0, divides the logits after the softcap, as samplers do; default 1.0; or a tensor [...], one for
             each row, which is not differentiated.
         softcap: > 0, or None for no cap, the default. A logit of -inf stays -inf.
-        ignore_index: label of rows that do not count, default -100. They give 0 and no gradient, and their logits may
-            be NaN.
+        ignore_index: label that does not count, default -100. It gives 0 and no gradient, and the logits of a row that
+            has no other label may be NaN.
         row_mask: [...] bool or integer, 1 = keep, or None, the default, for all rows; those under 0 are as those of
             ignore_index, whatever their labels.
         inplace_backward: write the gradient over the logits, which saves [..., V] of memory, default False. Nobody
             else may need the logits after the backward; PyTorch raises if a saved copy would be read. Has no effect
             under torch.compile and torch.func.vmap, and on expanded logits.
     Returns:
-        [...] fp32 (fp64 for fp64 logits), in nats, <= 0. Differentiable in logits. It may be written in place.
+        The shape of labels, fp32 (fp64 for fp64 logits), in nats, <= 0. Differentiable in logits. It may be written in
+        place.
     Raises:
         ValueError: shapes, dtypes or devices do not fit; temperature or softcap not > 0 and finite; a label outside
             [0, V) that is not ignore_index. Labels and a tensor of temperatures are read on the CPU, and elsewhere
             only with RLHF_KERNELS_CHECK=1; without it a row of such a label becomes NaN.
-    Cost: reads the logits once, and once more in the backward, which writes their gradient; no host sync without
-        RLHF_KERNELS_CHECK=1. The reference backend works on blocks of rows in fp32.
+    Cost: reads the logits once, and once more in the backward, which writes their gradient, however many labels a row
+        has; K labels compare K^2 pairs a row in the backward. No host sync without RLHF_KERNELS_CHECK=1. The reference
+        backend works on blocks of rows in fp32.
     Example:
         >>> import torch
         >>> logits = torch.log(torch.tensor([[0.15, 0.85]]))
@@ -215,15 +240,16 @@ def logprobs_and_entropy_from_logits(
 
     Args:
         logits: [..., V] fp32, bf16, fp16 or fp64; any strides.
-        labels: [...] int64|int32 in [0, V), or ignore_index.
+        labels: [...] int64|int32 in [0, V), or ignore_index; or [..., K], K labels of each row.
         temperature: > 0, divides the logits after the softcap; default 1.0; or a tensor [...], one for each row.
         softcap: > 0, or None for no cap, the default.
-        ignore_index: label of rows that do not count, default -100: log-prob 0, entropy 0, no gradient.
+        ignore_index: label that does not count, default -100: log-prob 0, no gradient; a row without another one has
+            entropy 0.
         row_mask: [...] bool or integer, 1 = keep, or None, the default; see `logprobs_from_logits`.
         inplace_backward: write the gradient over the logits, default False; see `logprobs_from_logits`.
     Returns:
-        (log-probs [...], entropy [...]), fp32 (fp64 for fp64 logits), in nats. Differentiable in logits. They may be
-        written in place.
+        (log-probs in the shape of labels, entropy [...]), fp32 (fp64 for fp64 logits), in nats. Differentiable in
+        logits. They may be written in place.
     Raises:
         ValueError: as `logprobs_from_logits`.
     Cost: as `logprobs_from_logits`; the entropy adds no read.

@@ -89,18 +89,26 @@ def label_state(labels, vocab, ignore_index):
 
 
 def logprobs_and_entropy(logits, labels=None, *, temperature=1.0, softcap=None, ignore_index=-100):
-    """The definition, differentiable by autograd: (log-probs or None, entropy), each [...], fp32 or fp64."""
+    """The definition, differentiable by autograd: (log-probs or None, entropy), each [...], fp32 or fp64.
+
+    Of labels [..., K] the log-probs are [..., K]; a row counts if one of its labels does.
+    """
+    several = labels is not None and labels.dim() == logits.dim()
     if labels is not None:
         kept, outside, safe = label_state(labels, logits.shape[-1], ignore_index)
-        logits = torch.where(kept.unsqueeze(-1), logits, 0.0)
+        rows, astray = (kept.any(-1), outside.any(-1)) if several else (kept, outside)
+        logits = torch.where(rows.unsqueeze(-1), logits, 0.0)
     z = scale_logits(logits, temperature, softcap)[0].masked_fill(logits == -math.inf, -math.inf)
     row_max, total, weighted = partial_statistics(z, True)
-    label_logit = None if labels is None else z.gather(-1, safe.unsqueeze(-1)).squeeze(-1)
-    logprob, entropy, _ = finish_statistics(row_max, total, weighted, label_logit)
     if labels is None:
-        return None, entropy
-    poison = torch.where(outside, math.nan, 0.0).to(entropy.dtype)
-    return torch.where(kept, logprob, 0.0) + poison, torch.where(kept, entropy, 0.0) + poison
+        return None, finish_statistics(row_max, total, weighted, None)[1]
+    label_logits = z.gather(-1, safe if several else safe.unsqueeze(-1))
+    logprobs = [finish_statistics(row_max, total, None, z_label)[0] for z_label in label_logits.unbind(-1)]
+    logprob = torch.stack(logprobs, -1) if several else logprobs[0]
+    entropy = finish_statistics(row_max, total, weighted, None)[1]
+    poison = torch.where(astray, math.nan, 0.0).to(entropy.dtype)
+    logprob = torch.where(kept, logprob + (poison.unsqueeze(-1) if several else poison), 0.0)
+    return logprob, torch.where(rows, entropy, 0.0) + poison
 
 
 def _blocks(rows, vocab):

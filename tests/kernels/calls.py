@@ -63,6 +63,11 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             lambda x: rk.logprobs_and_entropy_from_logits(x, labels, temperature=0.7, softcap=5.0),
             [randn(4, 7)],
         ),
+        "logprobs_and_entropy_from_logits of several labels": Call(
+            "logprobs",
+            lambda x: rk.logprobs_and_entropy_from_logits(x, torch.stack((labels, counts % 7, labels), -1)),
+            [randn(4, 7)],
+        ),
         "logprobs_and_entropy_from_logits of planes": Call(
             "logprobs",
             lambda x: rk.logprobs_and_entropy_from_logits(x[:, :-1], tokens[:2, :2], temperature=warmth.view(2, 2)),
