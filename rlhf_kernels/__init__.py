@@ -7,6 +7,7 @@ from .cross_entropy import cross_entropy_from_logits, linear_cross_entropy
 from .dispatch import backend, backends
 from .group_advantages import group_advantages
 from .importance import Gate, ImportanceWeights, high_entropy_mask, importance_weights, off_policy_mask
+from .kept import kept_logprobs_from_logits, linear_kept_logprobs, pad_kept
 from .kl import approx_kl, kl_from_logits
 from .linear import linear_logprobs
 from .linear_divergences import linear_kl
@@ -74,8 +75,10 @@ __all__ = [
     "group_advantages",
     "high_entropy_mask",
     "importance_weights",
+    "kept_logprobs_from_logits",
     "kl_from_logits",
     "linear_cross_entropy",
+    "linear_kept_logprobs",
     "linear_kl",
     "linear_logprobs",
     "linear_logprobs_from_model",
@@ -87,6 +90,7 @@ __all__ = [
     "masked_whiten",
     "off_policy_mask",
     "pack_responses",
+    "pad_kept",
     "plackett_luce_loss",
     "policy_loss",
     "ppo_loss",

@@ -35,6 +35,7 @@ TABLE: dict[str, list[tuple[str, Applies]]] = {
     "ppo": [_CPU, _TRITON, _CUDA, _REFERENCE],
     "bradley_terry": [_CPU, _TRITON, _CUDA, _REFERENCE],
     "preference": [_CPU, _TRITON, _REFERENCE],
+    "kept": [_REFERENCE],
     "packing": [_REFERENCE],
 }
 

@@ -42,6 +42,7 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
 
     mask = torch.rand(3, 5, generator=generator, dtype=torch.float32) < 0.8
     labels = torch.tensor([3, 0, -100, 6], dtype=torch.int64)
+    kept = torch.tensor([[3, 1, 5], [0, 2, -1], [1, 2, 3], [6, -1, -1]], dtype=torch.int64)
     tokens = torch.tensor([[1, 4, 0, 2, 6], [5, 3, 1, 1, 0], [2, 2, 6, 4, 3]], dtype=torch.int64)
     ranks = torch.tensor([[0, 1, 2, 3], [2, 0, 1, 1]], dtype=torch.int64)
     cu_groups = torch.tensor([0, 3, 3, 8], dtype=torch.int64)
@@ -154,6 +155,14 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         ),
         "value_loss": Call(
             "policy", lambda v: numbers_of(rk.value_loss(v, third, fourth, mask)), [third + 0.3 * randn(3, 5)]
+        ),
+        "linear_kept_logprobs": Call(
+            "kept",
+            lambda h, w, b: rk.linear_kept_logprobs(h, w, labels, kept, bias=b, return_entropy=True),
+            [randn(4, 4), randn(7, 4), randn(7)],
+        ),
+        "kept_logprobs_from_logits": Call(
+            "kept", lambda x: [rk.kept_logprobs_from_logits(x, labels, kept)], [randn(4, 7)]
         ),
         "bradley_terry_loss": Call(
             "bradley_terry",
