@@ -46,11 +46,27 @@ def build(case):
     return Bench(calls={name: calls[name] for name in case.impls}, exact=exact, flops=flops(case), roof="matmuls")
 
 
+def build_padding(case):
+    """Token ids with offsets as padded rows, beside torch's own padding of a list of rows."""
+    rows, count = case.sizes["N"], case.sizes["K"]
+    counts = torch.randint(1, count + 1, (rows,))
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    ids = torch.randint(50257, (int(offsets[-1]),))
+
+    def eager():
+        split = ids.split(counts.tolist())
+        return (torch.nn.utils.rnn.pad_sequence(split, batch_first=True, padding_value=-1),), ()
+
+    calls = {"ours": lambda: ((rk.pad_kept(ids, offsets),), ()), "eager": eager}
+    return Bench(calls={name: calls[name] for name in case.impls}, exact=eager, moved=8 * rows * count, roof="copy")
+
+
 SIZES = {"N": 256, "H": 768, "V": 50257, "K": 20}
 IMPLS = ("ours", "eager", "compile")
 CASES = [
     Case("linear_kept_logprobs", "fwdbwd", "fp32", SIZES, IMPLS, build, (faster("eager", 2),)),
     Case("kept_logprobs_from_logits", "fwdbwd", "fp32", SIZES, IMPLS, build),
+    Case("pad_kept", "fwd", "fp32", {"N": 2048, "K": 20}, ("ours", "eager"), build_padding),
 ]
 
 
@@ -59,4 +75,8 @@ def test_linear_kept_logprobs(row, measure):
 
 
 def test_kept_logprobs_from_logits(row, measure):
+    measure(row)
+
+
+def test_pad_kept(row, measure):
     measure(row)
