@@ -19,7 +19,7 @@ def policy_fwd(tensors, settings, full=True):
     losses, stats = fresh(4), fresh(len(STATS))
     grads = [fresh(0) if x is None else fresh(B, T) for x in (tensors.log_probs, tensors.values, tensors.entropy)]
     run(
-        "policy_fwd_f32", mask, *inputs, torch.tensor(settings, dtype=torch.float64), full, B, T, PIECE,
+        "policy_fwd_f32", mask, *inputs, torch.tensor(settings, dtype=torch.float64, device="cpu"), full, B, T, PIECE,
         fresh(B, dtype=torch.int64), sequences, workspace, losses, *grads, stats,
     )  # fmt: skip
     return losses, *grads, stats

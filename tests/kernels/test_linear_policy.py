@@ -130,13 +130,13 @@ def test_kl_covariance(backend_name, assert_close_to_fp64):
 
 
 def test_clip_is_linear_ppo_loss(backend_name):
-    """The same bits where both have the same to do."""
+    """The same gradients and metrics to the bit where both have the same to do; the loss may be rounded once less."""
     case = inputs(seed=4)
     result, grads = ours(case, Clip(0.2, 0.28), "token-mean", kl=False, weighted=False)
     hidden, weight, bias = leaves_of(case, torch.float32)
     tokens = (case[name] for name in ("labels", "old_log_probs", "advantages", "response_mask"))
     other = linear_ppo_loss(hidden, weight, *tokens, bias=bias, cliprange_high=0.28, entropy_coef=0.2)
-    assert torch.equal(result.loss.detach(), other.loss.detach())
+    torch.testing.assert_close(result.loss, other.loss, rtol=2**-22, atol=0)
     for x, y in zip(grads, torch.autograd.grad(other.loss, (hidden, weight, bias)), strict=True):
         assert torch.equal(x, y)
     for name, x in other.metrics.items():
