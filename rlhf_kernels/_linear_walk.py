@@ -2,7 +2,8 @@
 
 A matrix product fills a workspace [n, v], n tokens and v columns of the vocabulary, that is used again and again; then
 
-    kernels.fold(chunk, state)                   adds it to the rows' running (max, sum, weighted sum, label's logit)
+    kernels.fold(chunk, state)                   adds it to the rows' running (max, sum of the others, weighted sum,
+                                                 label's logit)
     kernels.gradient(chunk, upstream, results)   turns it into d/dlogits
 
     kernels.row_sums(chunk, total, count)        adds its entries that are not -inf, after fold, and their number
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .reference.linear import Head, Rows, _saved_dtype, gaps, merge_divergence
-from .reference.logprobs import Upstream, finish_statistics
+from .reference.logprobs import Upstream, finish_statistics, raised, whole_rest
 
 NARROW = 4096  # columns of a chunk when all its columns are not needed at once
 TOKENS = 2048  # tokens of such a chunk
@@ -59,7 +60,7 @@ class State:
     """Running statistics of n rows."""
 
     max: Tensor
-    sum: Tensor
+    rest: Tensor
     weighted: Tensor | None
     label_logit: Tensor
     here: Tensor
@@ -76,12 +77,12 @@ class State:
     def rows(self, part):
         """The same storage, some rows of it."""
         weighted = None if self.weighted is None else self.weighted[part]
-        return State(self.max[part], self.sum[part], weighted, self.label_logit[part], self.here[part])
+        return State(self.max[part], self.rest[part], weighted, self.label_logit[part], self.here[part])
 
     def results(self, kept, astray, group):
         """`Rows` fp32 without sums; 0 where not kept, NaN where the label or row is nowhere."""
-        row_max, total, weighted, label_logit, here = self._merged(group)
-        found = finish_statistics(row_max.double(), total, weighted, label_logit.double())
+        row_max, rest, weighted, label_logit, here = self._merged(group)
+        found = finish_statistics(row_max.double(), rest, weighted, label_logit.double())
         logprob, entropy, log_sum = found
         lost = kept & (~here | astray)
         return Rows(
@@ -93,17 +94,17 @@ class State:
 
     def _merged(self, group):
         if group is None:
-            return self.max, self.sum, self.weighted, self.label_logit, self.here
+            return self.max, self.rest, self.weighted, self.label_logit, self.here
         highest = self.max.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-        shift = torch.where(self.max == float("-inf"), 0.0, self.max.double() - highest)
-        factor = torch.where(self.max == float("-inf"), 0.0, torch.exp(shift))
-        sums = [self.sum * factor, self.label_logit.double(), self.here.double()]
+        joined, top, fall = raised(self.max.double(), self.rest, highest.double())
+        sums = [joined, top, self.label_logit.double(), self.here.double()]
         if self.weighted is not None:
-            sums.append(factor * (self.weighted + self.sum * shift))
+            sums.append(torch.exp(fall) * (self.weighted + (1.0 + self.rest) * fall))
         sums = torch.stack(sums)
         dist.all_reduce(sums, group=group)
-        return highest, sums[0], sums[3] if len(sums) > 3 else None, sums[1], sums[2] > 0
+        weighted = None if self.weighted is None else sums[4]
+        return highest, whole_rest(sums[0], sums[1]), weighted, sums[2], sums[3] > 0
 
 
 class Kernels:
@@ -361,7 +362,8 @@ class Divergence:
                 inputs.append(walk.inputs(part))
                 logits = walk.chunk(part, inputs[-1], slice(0, head.vocab)).logits
                 sides.append(kernels.capped(logits, walk.bias, head.softcap))
-            results = merge_divergence(kernels.divergence(*sides, head.temperature, self.reverse), self.group)
+            results = kernels.divergence(*sides, head.temperature, self.reverse)
+            results = merge_divergence(results, self.group, head.temperature)
             yield part, inputs[0], sides, [results[0].masked_fill(head.astray(part), float("nan")), *results[1:]]
 
     def add(self, gradients, part, h, sides, results, upstream):

@@ -64,7 +64,7 @@ row_sums(dtype logits[N * V] by stride, dtype, stride, N, V, f32? temperatures[N
     f64 total[N], f64 count[N])
 
 linear_fold_f32(f32 logits[n * columns] by stride, stride, n, columns, first, f32? bias[columns], f32? temperatures[n],
-    temperature, softcap, i64 labels[n], bool kept[n], f32 max[n], f64 sum[n], f64? weighted[n], f32 label_logit[n],
+    temperature, softcap, i64 labels[n], bool kept[n], f32 max[n], f64 rest[n], f64? weighted[n], f32 label_logit[n],
     bool here[n])
 linear_gradient_f32(f32 logits[n * columns] by stride, stride, n, columns, first, f32? bias[columns], has_bias_in,
     f32? temperatures[n], temperature, softcap, i64 labels[n], bool kept[n], f32? grad_logprobs[n],

@@ -124,8 +124,19 @@ def losses(labels):
         heads = (t["hidden"], t["weight"].detach(), t["ref_hidden"], t["ref_weight"])
         return (rk.linear_kl(*heads, rows=rows, **group),)
 
+    def nearly_certain(t, group, start):
+        """Logs of what other tokens than the likeliest get, and of the KL of two such rows: relative errors."""
+        peak = 40.0 * (torch.arange(VOCAB) == 7)[start["vocab_start_index"] :][: len(t["weight"])].to(t["bias"].dtype)
+        heads = (t["hidden"], t["weight"], t["ref_hidden"], t["ref_weight"])
+        options = {"bias": t["bias"] + peak, "return_entropy": True}
+        log_probs, entropy = rk.linear_logprobs(*heads[:2], torch.full((9,), 7), **options, **group, **start)
+        kl = rk.linear_kl(*heads, bias=t["bias"] + peak, ref_bias=t["ref_bias"] + 0.9 * peak, **group)
+        logs = (-log_probs).log(), entropy.log(), kl.log()
+        assert all(x.isfinite().all() for x in logs)
+        return logs
+
     of_labels = (logprobs, entropy_alone, frozen, cross_entropy, smoothed, frozen_smoothed, tied, ppo)
-    return *of_labels, kl, forward_kl, infinite_kl, frozen_kl
+    return *of_labels, kl, forward_kl, infinite_kl, frozen_kl, nearly_certain
 
 
 class SumOverRanks(torch.autograd.Function):

@@ -102,36 +102,62 @@ inline double total(const Doubles& lanes) {
 
 constexpr int64_t CHAIN = 64 * W;  // entries whose sums are kept in fp32, 32 to a lane, before they go over to double
 
-// Adds a block to the statistics; a NaN anywhere makes them NaN. Meanwhile memory is asked for the entries that come
-// next.
-inline void add_kl_block(Block a, Block b, float scale, const char* ahead_a, int64_t bytes_a, const char* ahead_b,
-                         int64_t bytes_b, KlStats& stats) {
-    const Range range_b = block_range(b);
-    if (range_b.low == -INF && infinite(a, b)) stats.gap = __builtin_inf();
-    stats = raise_kl_max(stats, block_max(a), range_b.high, scale);
+struct Ahead {  // the entries that come next, for which memory is asked
+    const char* at;
+    int64_t bytes;
+
+    void fetch(int64_t i) const { __builtin_prefetch(at + i * bytes); }
+};
+
+// Adds a block that does not exceed the maxima; of one that brings a new one (New), one entry there is left out of rest.
+template <bool New>
+inline void add_terms(Block a, Block b, float scale, Ahead ahead_a, Ahead ahead_b, bool new_a, bool new_b,
+                      KlStats& stats) {
     const float start_a = start_of(stats.max_a), start_b = start_of(stats.max_b);
     Doubles wide_a = {}, wide_b = {}, wide_gap = {};
+    Ints top_a = {}, top_b = {};  // minus the numbers of entries at the maxima
     for (int64_t begin = 0; begin < a.count; begin += CHAIN) {
         const int64_t end = a.count - begin < CHAIN ? a.count : begin + CHAIN;
         Lanes sum_a[2] = {}, sum_b[2] = {}, gap[2] = {};
         for (int64_t i = begin; i < end; i += 2 * W)
             for (int k = 0; k < 2; ++k) {
                 const int64_t at = i + k * W;
-                __builtin_prefetch(ahead_a + at * bytes_a);
-                __builtin_prefetch(ahead_b + at * bytes_b);
-                const KlTerms<Lanes> terms = kl_terms(load(a.x + at) - start_a, load(b.x + at) - start_b, scale);
-                sum_a[k] += terms.e_a;
-                sum_b[k] += terms.e_b;
+                ahead_a.fetch(at);
+                ahead_b.fetch(at);
+                const Lanes d_a = load(a.x + at) - start_a, d_b = load(b.x + at) - start_b;
+                const KlTerms<Lanes> terms = kl_terms(d_a, d_b, scale);
+                const Ints max_a = New ? d_a == Lanes{} : Ints{}, max_b = New ? d_b == Lanes{} : Ints{};
+                top_a += max_a;
+                top_b += max_b;
+                sum_a[k] += max_a ? Lanes{} : terms.e_a;
+                sum_b[k] += max_b ? Lanes{} : terms.e_b;
                 gap[k] += terms.gap;
             }
         add_to(wide_a, sum_a[0] + sum_a[1]);
         add_to(wide_b, sum_b[0] + sum_b[1]);
         add_to(wide_gap, gap[0] + gap[1]);
     }
-    const double mass = total(wide_a);
-    stats.sum_a += mass;
-    stats.sum_b += total(wide_b);
-    if (stats.gap != __builtin_inf()) stats.gap += total(wide_gap) + mass * ((double)start_a - (double)start_b);
+    stats.rest_a += total(wide_a);
+    stats.rest_b += total(wide_b);
+    if (New) {
+        stats.rest_a -= sum_lanes(__builtin_convertvector(top_a, Lanes)) + (new_a ? 1.0 : 0.0);
+        stats.rest_b -= sum_lanes(__builtin_convertvector(top_b, Lanes)) + (new_b ? 1.0 : 0.0);
+    }
+    if (stats.gap != __builtin_inf()) stats.gap += total(wide_gap);
+}
+
+// Adds a block to the statistics; a NaN anywhere makes them NaN.
+inline void add_kl_block(Block a, Block b, float scale, Ahead ahead_a, Ahead ahead_b, KlStats& stats) {
+    const Range range_b = block_range(b);
+    if (range_b.low == -INF && infinite(a, b)) stats.gap = __builtin_inf();
+    const float max_a = block_max(a);
+    const bool new_a = max_a > stats.max_a, new_b = range_b.high > stats.max_b;
+    if (new_a || new_b) {
+        stats = raise_kl_max(stats, max_a, range_b.high, scale);
+        add_terms<true>(a, b, scale, ahead_a, ahead_b, new_a, new_b, stats);
+    } else {
+        add_terms<false>(a, b, scale, ahead_a, ahead_b, false, false, stats);
+    }
 }
 
 struct Forward {
@@ -149,11 +175,11 @@ void forward_rows(void* context, int64_t begin, int64_t end) {
         KlStats stats = no_kl_stats();
         for (int64_t i = 0; i < f.V; i += BLOCK) {
             const int64_t size = f.V - i < BLOCK ? f.V - i : BLOCK;
-            add_kl_block(f.a.block(n, i, size, buffer_a), f.b.block(n, i, size, buffer_b), f.scale,
-                         f.a.at(n, i + size), f.a.bytes(), f.b.at(n, i + size), f.b.bytes(), stats);
+            const Ahead ahead_a = {f.a.at(n, i + size), f.a.bytes()}, ahead_b = {f.b.at(n, i + size), f.b.bytes()};
+            add_kl_block(f.a.block(n, i, size, buffer_a), f.b.block(n, i, size, buffer_b), f.scale, ahead_a, ahead_b,
+                         stats);
         }
-        const KlSide a = kl_side(stats.max_a, stats.sum_a, f.temperature);
-        const KlSide b = kl_side(stats.max_b, stats.sum_b, f.temperature);
+        const KlSide a = kl_side(stats.max_a, stats.rest_a), b = kl_side(stats.max_b, stats.rest_b);
         f.kl[n] = finish_kl(stats, f.scale);
         f.max_a[n] = a.max;
         f.log_sum_a[n] = a.log_sum;
@@ -187,15 +213,19 @@ void backward_rows(void* context, int64_t begin, int64_t end) {
         const KlLine side_a = kl_line({j.max_a[n], j.log_sum_a[n]}, j.temperature);
         const KlLine side_b = kl_line({j.max_b[n], j.log_sum_b[n]}, j.temperature);
         const float upstream = j.grad[n] * side_a.scale;
+        const bool peaked = side_a.log_sum < -KL_LOG_HALF && side_b.log_sum < -KL_LOG_HALF;
         for (int64_t i = 0; i < j.V; i += STRIP) {
             const int64_t size = j.V - i < STRIP ? j.V - i : STRIP;
             const Block a = j.a.block(n, i, size, buffer_a), b = j.b.block(n, i, size, buffer_b);
             for (int64_t c = 0; c < a.count; c += W) {
-                const Lanes l_a = (load(a.x + c) - side_a.start) * side_a.scale + side_a.rest;
-                const Lanes l_b = (load(b.x + c) - side_b.start) * side_b.scale + side_b.rest;
-                const Lanes p_a = exp_nonpositive_f32(l_a);
+                const Lanes l_a = side_a(load(a.x + c)), l_b = side_b(load(b.x + c)), p_a = exp_nonpositive_f32(l_a);
                 if (NeedA) store(grad_a + c, upstream * kl_slope_a(p_a, l_a, l_b, kl));
-                if (NeedB) store(grad_b + c, upstream * (exp_nonpositive_f32(l_b) - p_a));
+                if (!NeedB) continue;
+                store(grad_b + c, upstream * (exp_nonpositive_f32(l_b) - p_a));
+                if (!peaked) continue;
+                const Ints likely = (l_a > splat<Lanes>(KL_LOG_HALF)) & (l_b > splat<Lanes>(KL_LOG_HALF));
+                if (!any_lane(likely)) continue;
+                store(grad_b + c, likely ? upstream * kl_likely_slope_b(l_a, l_b) : load(grad_b + c));
             }
             if (NeedA) j.out_a.write(n, i, grad_a, size);
             if (NeedB) j.out_b.write(n, i, grad_b, size);

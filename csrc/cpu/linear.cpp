@@ -34,7 +34,7 @@ struct Chunk {
 struct Fold {
     Chunk chunk;
     float* max;
-    double *sum, *weighted;  // weighted null: no entropy
+    double *rest, *weighted;  // weighted null: no entropy
     float* label_logit;
     uint8_t* here;
 };
@@ -47,10 +47,10 @@ void fold_rows(void* context, int64_t begin, int64_t end) {
         float* x = f.chunk.row(i);
         f.chunk.add_bias(x);
         const Scale scale = f.chunk.scales.of(i);
-        RowStats stats = {f.max[i], f.sum[i], f.weighted ? f.weighted[i] : 0.0};
+        RowStats stats = {f.max[i], f.rest[i], f.weighted ? f.weighted[i] : 0.0};
         add(x, f.chunk.columns, scale, stats);
         f.max[i] = stats.max;
-        f.sum[i] = stats.sum;
+        f.rest[i] = stats.rest;
         if (f.weighted) f.weighted[i] = stats.weighted;
         const int64_t at = f.chunk.column(i);
         if (at >= 0) {
@@ -98,9 +98,9 @@ void gradient_rows(void* context, int64_t begin, int64_t end) {
 // Adds the bias to the chunk, in place, and the chunk to the statistics of the rows that are kept.
 void linear_fold_f32(float* logits, int64_t stride, int64_t n, int64_t columns, int64_t first, const float* bias,
                      const float* temperatures, double temperature, double softcap, const int64_t* labels,
-                     const uint8_t* kept, float* max, double* sum, double* weighted, float* label_logit, uint8_t* here,
+                     const uint8_t* kept, float* max, double* rest, double* weighted, float* label_logit, uint8_t* here,
                      int64_t threads) {
-    Fold f = {{logits, stride, columns, first, bias, {temperatures, temperature, softcap}, labels, kept}, max, sum,
+    Fold f = {{logits, stride, columns, first, bias, {temperatures, temperature, softcap}, labels, kept}, max, rest,
               weighted, label_logit, here};
     parallel_for(n, rows_per_piece(columns), threads, fold_rows, &f);
 }

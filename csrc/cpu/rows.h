@@ -113,28 +113,42 @@ inline bool has_nan(Block b) {
     return any_lane(found);
 }
 
-// Adds a block to the statistics. A NaN anywhere makes the sum NaN. While the exps are computed, memory is asked for
-// the entries that come next, from `ahead` on.
-template <bool Entropy, class S>
-inline void add_block(Block b, const S* ahead, RowStats& stats) {
-    const float max = block_max(b);
-    if (!(max > -__builtin_inff())) {
-        if (has_nan(b)) stats.sum = __builtin_nan("");
-        return;
-    }
-    if (max > stats.max) stats = raise_max(stats, max);
+// Adds up the exps of a block that does not exceed the maximum; of one that brings it (New), one entry there is left out.
+// While the exps are computed, memory is asked for the entries that come next, from `ahead` on.
+template <bool Entropy, bool New, class S>
+inline void add_exps(Block b, const S* ahead, RowStats& stats) {
     const float shift = -stats.max;
     Lanes sum[4] = {}, weighted[4] = {};
+    Ints top = {};  // minus the number of entries at the maximum
     for (int64_t i = 0; i < b.count; i += 4 * W)
         for (int k = 0; k < 4; ++k) {
             if (k * W * sizeof(S) % 64 == 0) __builtin_prefetch(ahead + i + k * W);
             const Lanes d = load(b.x + i + k * W) + shift;
             const Lanes e = exp_nonpositive_f32(d);
-            sum[k] += e;
+            const Ints at_max = New ? d == Lanes{} : Ints{};
+            top += at_max;
+            sum[k] += at_max ? Lanes{} : e;
             if (Entropy) weighted[k] += e * (d < splat<Lanes>(EXP_FLOOR) ? splat<Lanes>(EXP_FLOOR) : d);  // not 0 * -inf
         }
-    stats.sum += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    stats.rest += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    if (New) stats.rest -= sum_lanes(__builtin_convertvector(top, Lanes)) + 1.0;
     if (Entropy) stats.weighted += sum_lanes((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));
+}
+
+// Adds a block to the statistics. A NaN anywhere makes the sum NaN.
+template <bool Entropy, class S>
+inline void add_block(Block b, const S* ahead, RowStats& stats) {
+    const float max = block_max(b);
+    if (!(max > -__builtin_inff())) {
+        if (has_nan(b)) stats.rest = __builtin_nan("");
+        return;
+    }
+    if (max > stats.max) {
+        stats = raise_max(stats, max);
+        add_exps<Entropy, true>(b, ahead, stats);
+    } else {
+        add_exps<Entropy, false>(b, ahead, stats);
+    }
 }
 
 // Adds `count` entries to the statistics.

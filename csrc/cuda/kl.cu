@@ -44,8 +44,7 @@ struct Forward {
 };
 
 __device__ __forceinline__ void put_result(const Forward& f, int64_t row, KlStats stats) {
-    const KlSide a = kl_side(stats.max_a, stats.sum_a, f.temperature);
-    const KlSide b = kl_side(stats.max_b, stats.sum_b, f.temperature);
+    const KlSide a = kl_side(stats.max_a, stats.rest_a), b = kl_side(stats.max_b, stats.rest_b);
     f.kl[row] = finish_kl(stats, f.scale);
     f.max_a[row] = a.max;
     f.log_sum_a[row] = a.log_sum;
@@ -61,16 +60,20 @@ struct AddGaps {  // an infinite one wins, also over NaN
 
 __device__ __forceinline__ KlStats merge_kl(KlStats a, KlStats b, float scale) {
     const float max_a = fmaxf(a.max_a, b.max_a), max_b = fmaxf(a.max_b, b.max_b);
+    const double second_a = a.max_a == b.max_a && max_a != -INF, second_b = a.max_b == b.max_b && max_b != -INF;
     a = raise_kl_max(a, max_a, max_b, scale);
     b = raise_kl_max(b, max_a, max_b, scale);
-    return {max_a, max_b, a.sum_a + b.sum_a, a.sum_b + b.sum_b, AddGaps()(a.gap, b.gap)};
+    return {max_a, max_b, a.rest_a + b.rest_a + second_a, a.rest_b + b.rest_b + second_b, AddGaps()(a.gap, b.gap)};
 }
 
 // The statistics of all lanes of a warp, which every lane gets.
 __device__ __forceinline__ KlStats over_lanes(KlStats own, float scale) {
     const float max_a = over_warp(own.max_a, Larger()), max_b = over_warp(own.max_b, Larger());
+    const double seconds_a = beyond_first(own.max_a == max_a && max_a != -INF);
+    const double seconds_b = beyond_first(own.max_b == max_b && max_b != -INF);
     own = raise_kl_max(own, max_a, max_b, scale);
-    return {max_a, max_b, over_warp(own.sum_a, Add()), over_warp(own.sum_b, Add()), over_warp(own.gap, AddGaps())};
+    return {max_a, max_b, over_warp(own.rest_a, Add()) + seconds_a, over_warp(own.rest_b, Add()) + seconds_b,
+            over_warp(own.gap, AddGaps())};
 }
 
 template <class A, class B>
@@ -96,15 +99,19 @@ __global__ void __launch_bounds__(THREADS) kl_fwd_kernel(Forward f) {
     max_b = over_warp(max_b, Larger());
     const float start_a = start_of(max_a), start_b = start_of(max_b);
     float sum_a[SUMS] = {}, sum_b[SUMS] = {}, gap[SUMS] = {};
+    int top_a = 0, top_b = 0;  // entries at the maxima
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-        const KlTerms<float> terms = kl_terms(a[i] - start_a, b[i] - start_b, f.scale);
-        sum_a[i % SUMS] += terms.e_a;
-        sum_b[i % SUMS] += terms.e_b;
+        const float d_a = a[i] - start_a, d_b = b[i] - start_b;
+        const KlTerms<float> terms = kl_terms(d_a, d_b, f.scale);
+        top_a += d_a == 0.0f;
+        top_b += d_b == 0.0f;
+        sum_a[i % SUMS] += d_a == 0.0f ? 0.0f : terms.e_a;
+        sum_b[i % SUMS] += d_b == 0.0f ? 0.0f : terms.e_b;
         gap[i % SUMS] += terms.gap;
     }
-    sums_a.put(sum_a[0] + sum_a[1]);
-    sums_b.put(sum_b[0] + sum_b[1]);
+    sums_a.put(sum_a[0] + sum_a[1] + others_at_max(top_a));
+    sums_b.put(sum_b[0] + sum_b[1] + others_at_max(top_b));
     gaps.put(impossible ? INF : max_b == INF ? __builtin_nanf("") : gap[0] + gap[1]);
     if (threadIdx.x % WARP == 0) {
         maxima_a[threadIdx.x / WARP] = max_a;
@@ -119,14 +126,16 @@ __global__ void __launch_bounds__(THREADS) kl_fwd_kernel(Forward f) {
         stats.max_b = maxima_b[threadIdx.x / 4];
 #pragma unroll
         for (int step = 0; step < PER_THREAD_STEPS; ++step) {
-            stats.sum_a += (double)sums_a.get(step);
-            stats.sum_b += (double)sums_b.get(step);
+            stats.rest_a += (double)sums_a.get(step);
+            stats.rest_b += (double)sums_b.get(step);
             stats.gap = AddGaps()(stats.gap, (double)gaps.get(step));
         }
-        if (stats.gap != (double)INF)
-            stats.gap += stats.sum_a * ((double)start_of(stats.max_a) - (double)start_of(stats.max_b));
     }
-    stats = over_lanes(stats, f.scale);
+    stats.rest_a = over_four(stats.rest_a);
+    stats.rest_b = over_four(stats.rest_b);
+    stats.gap = AddGaps()(stats.gap, shuffle_xor(stats.gap, 1));
+    stats.gap = AddGaps()(stats.gap, shuffle_xor(stats.gap, 2));
+    stats = over_lanes(threadIdx.x % 4 == 0 ? stats : no_kl_stats(), f.scale);
     if (threadIdx.x != 0) return;
     if (f.parts == 1)
         put_result(f, row, stats);
@@ -164,9 +173,10 @@ struct RowGradient {
     };
     __device__ __forceinline__ Slopes of(float x_a, float x_b) const {
         if (none) return {0.0f, 0.0f};
-        const float l_a = (x_a - a.start) * a.scale + a.rest, l_b = (x_b - b.start) * b.scale + b.rest;
-        const float p_a = exp_nonpositive_f32(l_a);
-        return {upstream * kl_slope_a(p_a, l_a, l_b, kl), upstream * (exp_nonpositive_f32(l_b) - p_a)};
+        const float l_a = a(x_a), l_b = b(x_b), p_a = exp_nonpositive_f32(l_a);
+        const bool likely = l_a > KL_LOG_HALF && l_b > KL_LOG_HALF;
+        const float slope_b = likely ? kl_likely_slope_b(l_a, l_b) : exp_nonpositive_f32(l_b) - p_a;
+        return {upstream * kl_slope_a(p_a, l_a, l_b, kl), upstream * slope_b};
     }
 };
 

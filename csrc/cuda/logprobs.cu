@@ -93,7 +93,8 @@ __device__ __forceinline__ bool settled(const Forward& f, int64_t row, int64_t l
 __device__ __forceinline__ RowStats over_lanes(RowStats own) {
     const float max = over_warp(own.max, Larger());
     const RowStats raised = raise_max(own, max);
-    return {max, over_warp(raised.sum, Add()), over_warp(raised.weighted, Add())};
+    const double seconds = beyond_first(own.max == max && max != -INF);
+    return {max, over_warp(raised.rest, Add()) + seconds, over_warp(raised.weighted, Add())};
 }
 
 template <Transform F, bool Entropy, class S>
@@ -121,14 +122,16 @@ __global__ void __launch_bounds__(THREADS) statistics_kernel(Forward f) {
     max = over_warp(max, Larger());
     const float start = start_of(max);
     float sum[SUMS] = {}, weighted[SUMS] = {};
+    int top = 0;  // entries at the maximum
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
         const float d = z[i] - start;
         const float e = exp2f(d * LOG2_E);
-        sum[i % SUMS] += e;
+        top += d == 0.0f;
+        sum[i % SUMS] += d == 0.0f ? 0.0f : e;
         if (Entropy) weighted[i % SUMS] += e * fmaxf(d, EXP_FLOOR);  // not 0 * -inf
     }
-    sums.put((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    sums.put((sum[0] + sum[1]) + (sum[2] + sum[3]) + others_at_max(top));
     if (Entropy) weights.put((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));
     if (threadIdx.x % WARP == 0) maxima[threadIdx.x / WARP] = max;
     __syncthreads();
@@ -139,11 +142,13 @@ __global__ void __launch_bounds__(THREADS) statistics_kernel(Forward f) {
         stats.max = maxima[threadIdx.x / 4];
 #pragma unroll
         for (int step = 0; step < PER_THREAD_STEPS; ++step) {
-            stats.sum += (double)sums.get(step);
+            stats.rest += (double)sums.get(step);
             if (Entropy) stats.weighted += (double)weights.get(step);
         }
     }
-    stats = over_lanes(stats);
+    stats.rest = over_four(stats.rest);
+    if (Entropy) stats.weighted = over_four(stats.weighted);
+    stats = over_lanes(threadIdx.x % 4 == 0 ? stats : no_stats());
     if (threadIdx.x != 0) return;
     const double label_logit = (double)transform(F, at_label, scale);
     if (f.parts == 1)

@@ -127,6 +127,24 @@ struct PerThread {
 };
 constexpr int PER_THREAD_STEPS = WARP / 4;
 
+// The sum over lanes 4 w to 4 w + 3, which each of them gets. All lanes must call, as for the next two.
+__device__ __forceinline__ double over_four(double x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+}
+
+// How many lanes `have`, the first one not counted.
+__device__ __forceinline__ double beyond_first(bool have) {
+    const int count = __popc(__ballot_sync(WHOLE_WARP, have));
+    return count > 1 ? (double)(count - 1) : 0.0;
+}
+
+// Of this thread's entries at the warp's maximum, those that are not the first one of the warp.
+__device__ __forceinline__ float others_at_max(int count) {
+    const int first = __ffs((int)__ballot_sync(WHOLE_WARP, count > 0)) - 1;
+    return (float)((int)(threadIdx.x % WARP) == first ? count - 1 : count);
+}
+
 struct Larger {  // a NaN loses: sums carry it
     __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };

@@ -89,28 +89,30 @@ RK_HD T exp2_nonpositive_f32(T x) {
     return x < splat<T>(-125.5f) ? T{} : value;
 }
 
-// What KL(a || b) needs of the logits x_a and x_b seen so far, where exp(z - max z) = 2^(scale (x - max)). Nothing but
-// -inf has maximum -inf and sum 0.
+// What KL(a || b) needs of the logits x_a and x_b seen so far, with d = x - max and exp(z - max z) = 2^(scale d). Nothing
+// but -inf has maximum -inf and rest 0.
 struct KlStats {
-    float max_a, max_b;   // of x
-    double sum_a, sum_b;  // sum exp(z - max z)
-    double gap;           // sum exp(z_a - max z_a) (x_a - x_b); inf where a has probability and b has none
+    float max_a, max_b;     // of x
+    double rest_a, rest_b;  // sum exp(z - max z) over the others than the maximum, as in logprobs.h
+    double gap;             // sum exp(z_a - max z_a) (d_a - d_b); inf where a has probability and b has none
 };
 
 RK_HD KlStats no_kl_stats() { return {-__builtin_inff(), -__builtin_inff(), 0.0, 0.0, 0.0}; }
 
-// The same statistics told from maxima that are higher, if these are.
+// The same statistics told from maxima that are higher, if these are: the old ones join the others.
 RK_HD KlStats raise_kl_max(KlStats s, float max_a, float max_b, float scale) {
-    if (max_a > s.max_a) {
-        const double factor = s.sum_a == 0.0 ? 0.0 : __builtin_exp2(((double)s.max_a - (double)max_a) * (double)scale);
-        s.max_a = max_a;
-        s.sum_a *= factor;
-        s.gap = s.gap == __builtin_inf() ? s.gap : s.gap * factor;
+    const bool some_a = s.max_a != -__builtin_inff(), some_b = s.max_b != -__builtin_inff();
+    const double sum_a = s.rest_a + (some_a ? 1.0 : 0.0);
+    const double fall_b = some_b && max_b > s.max_b ? (double)s.max_b - (double)max_b : 0.0;
+    const double fall_a = some_a && max_a > s.max_a ? (double)s.max_a - (double)max_a : 0.0;
+    if (fall_a < 0.0 || fall_b < 0.0) {
+        const double factor = __builtin_exp2(fall_a * (double)scale);
+        if (s.gap != __builtin_inf()) s.gap = factor * (s.gap + sum_a * (fall_a - fall_b));
+        if (fall_a < 0.0) s.rest_a = factor * sum_a;
+        if (fall_b < 0.0) s.rest_b = __builtin_exp2(fall_b * (double)scale) * (1.0 + s.rest_b);
     }
-    if (max_b > s.max_b) {
-        s.sum_b *= s.sum_b == 0.0 ? 0.0 : __builtin_exp2(((double)s.max_b - (double)max_b) * (double)scale);
-        s.max_b = max_b;
-    }
+    s.max_a = max_a > s.max_a ? max_a : s.max_a;
+    s.max_b = max_b > s.max_b ? max_b : s.max_b;
     return s;
 }
 
@@ -128,42 +130,48 @@ RK_HD KlTerms<T> kl_terms(T d_a, T d_b, float scale) {
     return {e_a, exp2_nonpositive_f32(d_b * scale), y_a < splat<T>(-125.5f) ? T{} : e_a * (d_a - d_b)};
 }
 
-struct KlSide {  // max z, rounded, and log sum exp(z - that); -inf and 0 for nothing but -inf
+struct KlSide {  // max x and log sum exp(z - max z); -inf and 0 for nothing but -inf
     float max, log_sum;
 };
 
-RK_HD KlSide kl_side(float max, double sum, double temperature) {
-    if (sum == 0.0) return {-__builtin_inff(), 0.0f};
-    const double exact = (double)max / temperature;
-    const float rounded = (float)exact;
-    return {rounded, (float)(__builtin_log(sum) + (exact - (double)rounded))};
-}
+RK_HD KlSide kl_side(float max, double rest) { return {max, (float)__builtin_log1p(rest)}; }
 
-// KL = (gap / sum_a - (max_a - max_b)), in units of z, - log(sum_a / sum_b), and at least 0; 0 where a is no
-// distribution. NaN stays NaN.
+// KL = gap / sum_a, in units of z, - log(sum_a / sum_b), and at least 0; 0 where a is no distribution. NaN stays NaN. Of
+// two distributions that are nearly certain of the same token each term is as small as what they leave to the others.
 RK_HD float finish_kl(KlStats s, float scale) {
-    if (s.sum_a == 0.0) return s.sum_b == s.sum_b ? 0.0f : (float)s.sum_b;
+    if (s.max_a == -__builtin_inff() && s.rest_a == 0.0) return s.rest_b == s.rest_b ? 0.0f : (float)s.rest_b;
     if (s.gap == __builtin_inf()) return __builtin_inff();
-    const double gap = s.gap / s.sum_a - ((double)s.max_a - (double)s.max_b);
-    const double kl = gap * (0.6931471805599453 * (double)scale) - (__builtin_log(s.sum_a) - __builtin_log(s.sum_b));
+    const double gap = s.gap / (1.0 + s.rest_a) * (0.6931471805599453 * (double)scale);
+    const double kl = gap - (__builtin_log1p(s.rest_a) - __builtin_log1p(s.rest_b));
     return kl < 0.0 ? 0.0f : (float)kl;
 }
 
-// log p = (x - start) * scale + rest: near the maximum the difference is exact, so that nothing of its size is lost.
+// log p = (x - start) * scale - log_sum.
 struct KlLine {
-    float start, scale, rest;
+    float start, scale, log_sum;
+
+    template <class T>
+    RK_HD T operator()(T x) const {
+        return (x - start) * scale - log_sum;
+    }
 };
 
 RK_HD KlLine kl_line(KlSide side, double temperature) {
-    const float start = (float)((double)side.max * temperature);
-    const double offset = (double)start / temperature - (double)side.max;
-    return {start, (float)(1.0 / temperature), (float)(offset - (double)side.log_sum)};
+    return {side.max == -__builtin_inff() ? 0.0f : side.max, (float)(1.0 / temperature), side.log_sum};
 }
 
-// d KL(a || b) / d z_a = a (log a - log b - KL) and d KL / d z_b = b - a of an entry with these log-probs.
+// d KL(a || b) / d z_a = a (log a - log b - KL) of an entry with these log-probs.
 template <class T>
 RK_HD T kl_slope_a(T a, T log_a, T log_b, float kl) {
     return log_a < splat<T>(-87.0f) ? T{} : a * (log_a - log_b - kl);
+}
+
+// d KL / d z_b is b - a. Where both are above a half, that is (b - 1) - (a - 1), which keeps its digits next to 1.
+constexpr float KL_LOG_HALF = -0.69314718f;
+
+template <class T>
+RK_HD T kl_likely_slope_b(T log_a, T log_b) {
+    return expm1_nonpositive_f32(log_b) - expm1_nonpositive_f32(log_a);
 }
 
 }  // namespace RK_ISA

@@ -20,39 +20,43 @@ struct Planes {
     }
 };
 
-// Statistics of some of a row's entries z: max, sum exp(z - max), sum exp(z - max) (z - max). Nothing but -inf: {-inf, 0, 0}.
+// Statistics of some of a row's entries z: max, sum exp(z - max) over the others than the maximum, so that the sum keeps
+// its digits where it is far below 1, and sum exp(z - max) (z - max). Equal maxima: all but one are others. Nothing but
+// -inf: {-inf, 0, 0}.
 struct RowStats {
     float max;
-    double sum;
+    double rest;
     double weighted;
 };
 
 RK_HD RowStats no_stats() { return {-__builtin_inff(), 0.0, 0.0}; }
 
-// The same statistics told from another, higher maximum.
+// The same statistics told from another, higher maximum: the old one joins the others.
 RK_HD RowStats raise_max(RowStats s, float max) {
-    if (s.max == max || s.sum == 0.0) return {max, s.sum, s.weighted};
-    const double gap = (double)s.max - (double)max;
+    if (s.max == max || s.max == -__builtin_inff()) return {max, s.rest, s.weighted};
+    const double gap = (double)s.max - (double)max, sum = 1.0 + s.rest;
     const double factor = __builtin_exp(gap);
-    return {max, s.sum * factor, factor * (s.weighted + s.sum * gap)};
+    return {max, factor * sum, factor * (s.weighted + sum * gap)};
 }
 
 RK_HD RowStats merge_stats(RowStats a, RowStats b) {
     const float max = a.max > b.max ? a.max : b.max;
     const RowStats left = raise_max(a, max), right = raise_max(b, max);
-    return {max, left.sum + right.sum, left.weighted + right.weighted};
+    const double second = a.max == b.max && max != -__builtin_inff() ? 1.0 : 0.0;
+    return {max, left.rest + right.rest + second, left.weighted + right.weighted};
 }
 
 struct RowResult {
     float logprob, entropy, max, log_sum;
 };
 
-// log p = (z_label - max) - log(sum),  entropy = log(sum) - weighted / sum; a row of nothing but -inf has -inf and 0.
+// log p = (z_label - max) - log(sum),  entropy = log(sum) - weighted / sum,  sum = 1 + rest; a row of nothing but -inf has
+// -inf and 0.
 RK_HD RowResult finish_stats(RowStats s, double label_logit) {
-    if (s.sum == 0.0) return {-__builtin_inff(), 0.0f, -__builtin_inff(), 0.0f};
-    const double log_sum = __builtin_log(s.sum);
+    if (s.max == -__builtin_inff() && s.rest == 0.0) return {-__builtin_inff(), 0.0f, -__builtin_inff(), 0.0f};
+    const double log_sum = __builtin_log1p(s.rest);
     const double logprob = label_logit - (double)s.max - log_sum;
-    return {logprob > 0.0 ? 0.0f : (float)logprob, (float)(log_sum - s.weighted / s.sum), s.max,
+    return {logprob > 0.0 ? 0.0f : (float)logprob, (float)(log_sum - s.weighted / (1.0 + s.rest)), s.max,
             (float)log_sum};
 }
 

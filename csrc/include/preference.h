@@ -37,19 +37,6 @@ RK_HD Sigmoid<T> sigmoid_of(T x) {
     return {loss, x < T{} ? small : large, x < T{} ? large : small};
 }
 
-// e^x - 1 for x <= 0. At most 1.5 ulp: above -0.35 its Taylor series to x^8, remainder 3e-10 relative.
-template <class T>
-RK_HD T expm1_nonpositive_f32(T x) {
-    T p = x * (1.0f / 40320.0f) + 1.0f / 5040.0f;
-    p = p * x + 1.0f / 720.0f;
-    p = p * x + 1.0f / 120.0f;
-    p = p * x + 1.0f / 24.0f;
-    p = p * x + 1.0f / 6.0f;
-    p = p * x + 0.5f;
-    const T near = x + x * x * p;
-    return x > splat<T>(-0.35f) ? near : exp_f32(x) - 1.0f;
-}
-
 // log v for normal v in (0, 1]. At most 2 ulp: v = m 2^e with m in [0.71, 1.42), log m = 2 atanh((m - 1) / (m + 1)),
 // the series in s^2 <= 0.0295, remainder 1e-9 relative.
 template <class T>

@@ -27,7 +27,7 @@ class _Kernels(walk.Kernels):
         run(
             "linear_fold_f32", chunk.logits, chunk.logits.stride(0), *chunk.logits.shape, chunk.first, chunk.bias,
             chunk.temperatures, chunk.temperature, chunk.softcap or 0.0, chunk.labels, chunk.kept, state.max,
-            state.sum, state.weighted, state.label_logit, state.here,
+            state.rest, state.weighted, state.label_logit, state.here,
         )  # fmt: skip
 
     @staticmethod

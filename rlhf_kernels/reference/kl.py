@@ -6,7 +6,8 @@ Exact, with p = softmax(logits / temperature) and q = softmax(ref_logits / tempe
 
     d KL(a || b) / d logits of a = a_j (log a_j - log b_j - KL)       d KL(a || b) / d logits of b = b_j - a_j
 
-Entries with a_j = 0 add 0. Where a_j > 0 = b_j the divergence is +inf, and the row gets no gradient.
+Where both are above a half, b_j - a_j is (b_j - 1) - (a_j - 1): next to 1 the difference keeps its digits. Entries with
+a_j = 0 add 0. Where a_j > 0 = b_j the divergence is +inf, and the row gets no gradient.
 
 Estimated from a token sampled from p, with d = log p - log q: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. The means
 of k1 and k3 under p are KL(p || q) exactly; k2's is close where p and q are.
@@ -25,8 +26,8 @@ CASES = ("small", "batched", "masked_logits", "warm", "wide", "one_entry", "empt
 
 def row_statistics(z):
     """(maximum, log of sum exp(z - maximum)) of rows z [..., V]; (-inf, 0) for nothing but -inf."""
-    row_max, total, _ = partial_statistics(z, False)
-    return row_max, finish_statistics(row_max, total, None, None)[2]
+    row_max, rest, _ = partial_statistics(z, False)
+    return row_max, finish_statistics(row_max, rest, None, None)[2]
 
 
 def log_softmax_rows(z, statistics=None):
@@ -39,13 +40,12 @@ def log_softmax_rows(z, statistics=None):
 
 
 def divergence(z_a, z_b, statistics_a=None, statistics_b=None):
-    """KL(a || b) of rows of scaled logits [..., V], and what its gradients need: (kl, a, b, log a - log b)."""
+    """KL(a || b) of rows of scaled logits [..., V], and what its gradients need: (kl, log a, a, log b, b)."""
     log_a, a = log_softmax_rows(z_a, statistics_a)
     log_b, b = log_softmax_rows(z_b, statistics_b)
     impossible = ((z_b == -math.inf) & (z_a != -math.inf)).any(-1)
-    difference = log_a - log_b
-    kl = torch.clamp((a * difference).sum(-1), min=0.0)
-    return torch.where(impossible, math.inf, kl), a, b, difference
+    kl = torch.clamp((a * (log_a - log_b)).sum(-1), min=0.0)
+    return torch.where(impossible, math.inf, kl), log_a, a, log_b, b
 
 
 def divergence_gradient(grad, z_a, z_b, kl=None, statistics_a=None, statistics_b=None):
@@ -53,14 +53,16 @@ def divergence_gradient(grad, z_a, z_b, kl=None, statistics_a=None, statistics_b
 
     kl and the statistics may be those of longer rows, of which z_a and z_b are some columns.
     """
-    again, a, b, difference = divergence(z_a, z_b, statistics_a, statistics_b)
+    again, log_a, a, log_b, b = divergence(z_a, z_b, statistics_a, statistics_b)
     kl = again if kl is None else kl
     infinite = (kl == math.inf).unsqueeze(-1)
     grad = grad.unsqueeze(-1)
-    d_a = torch.where(infinite, 0.0, grad * (a * (difference - kl.unsqueeze(-1))))
+    d_a = torch.where(infinite, 0.0, grad * (a * (log_a - log_b - kl.unsqueeze(-1))))
     row_max = z_a.amax(-1) if statistics_a is None else statistics_a[0]
     nothing = (row_max == -math.inf).unsqueeze(-1)
-    d_b = torch.where(infinite | nothing | (z_b == -math.inf), 0.0, grad * (b - a))
+    likely = (a > 0.5) & (b > 0.5)
+    more = torch.where(likely, torch.expm1(log_b) - torch.expm1(log_a), b - a)
+    d_b = torch.where(infinite | nothing | (z_b == -math.inf), 0.0, grad * more)
     return torch.where(z_a == -math.inf, 0.0, d_a), d_b
 
 
@@ -72,23 +74,25 @@ def kl_divergence(logits, ref_logits, *, temperature=1.0, direction="reverse"):
     return divergence(z_p, z_q)[0] if direction == "reverse" else divergence(z_q, z_p)[0]
 
 
-def _scaled_blocks(logits, ref_logits, temperature):
-    """(rows of the block, z of the policy, z of the reference), block by block."""
+def _blocks(logits, ref_logits):
+    """(rows of the block, the policy's logits [n, V], the reference's), block by block, in fp32 or fp64."""
     dtype = accumulator_dtype(logits, ref_logits)
     vocab = logits.shape[-1]
     sides = planes(logits, ref_logits)
     for part, place in blocks(sides[0], logprobs.BLOCK_ELEMENTS):
-        yield part, *(x[place].reshape(-1, vocab).to(dtype) / temperature for x in sides)
+        yield part, *(x[place].reshape(-1, vocab).to(dtype) for x in sides)
 
 
 def kl_fwd(logits, ref_logits, temperature, reverse):
-    """(exact KL, row maximum and log of the row's sum of the policy, the same two of the reference), each [...]."""
+    """(exact KL, the policy's largest logit and log of its row's sum, the same two of the reference), each [...]."""
     shape, dtype = logits.shape[:-1], accumulator_dtype(logits, ref_logits)
     out = [logits.new_zeros(shape, dtype=dtype) for _ in range(5)]
-    for part, z_p, z_q in _scaled_blocks(logits, ref_logits, temperature):
+    for part, *sides in _blocks(logits, ref_logits):
+        z_p, z_q = (x / temperature for x in sides)
         p, q = row_statistics(z_p), row_statistics(z_q)
         kl = divergence(z_p, z_q, p, q)[0] if reverse else divergence(z_q, z_p, q, p)[0]
-        for target, value in zip(out, (kl, *p, *q), strict=True):
+        results = (kl, sides[0].amax(-1), p[1], sides[1].amax(-1), q[1])
+        for target, value in zip(out, results, strict=True):
             target.view(-1)[part] = value
     return tuple(out)
 
@@ -102,9 +106,10 @@ def kl_bwd(
     sides, needs = (logits, ref_logits), (need_logits, need_ref)
     out = [x.new_zeros((x.numel() // vocab, vocab) if need else 0) for x, need in zip(sides, needs, strict=True)]
     per_row = [x.reshape(-1) for x in (grad, kl, row_max, log_sum, ref_row_max, ref_log_sum)]
-    for part, z_p, z_q in _scaled_blocks(logits, ref_logits, temperature):
+    for part, *rows in _blocks(logits, ref_logits):
+        z_p, z_q = (x / temperature for x in rows)
         upstream, total, *statistics = (x[part] for x in per_row)
-        p, q = statistics[:2], statistics[2:]
+        p, q = ((largest / temperature, log_sum) for largest, log_sum in (statistics[:2], statistics[2:]))
         if reverse:
             d_p, d_q = divergence_gradient(upstream, z_p, z_q, total, p, q)
         else:

@@ -8,8 +8,8 @@ products of the inputs, turned into statistics, and, where a gradient is wanted,
 d hidden and d weight are summed in fp32 and rounded once. Log-probs and KL recompute the logits in the backward;
 cross-entropy and PPO know their loss in the forward and make the gradients there. So do log-probs and KL for a head
 that is not trained: d log p_i / d h_i is known in the forward, and the backward only multiplies it ("slopes"). With a
-process group the columns of the head are spread over ranks: (max, sum, label's logit, weighted sum) of each row are
-merged by all-reduce, and d hidden is summed over the ranks.
+process group the columns of the head are spread over ranks: (max, sum of the others, label's logit, ...) of each row
+are merged by all-reduce, and d hidden is summed over the ranks.
 
 Rows whose label is ignored are replaced by 0 before any arithmetic, so their hidden states may be NaN. `fast` lets a
 backend round its products; this one, the definition, never does.
@@ -152,26 +152,26 @@ def _local_labels(labels, head, vocab_start):
 
 
 def _statistics(z, local, with_entropy):
-    """A chunk's (max, sum, label's logit, whether the label is here, weighted sum), each [n]."""
-    row_max, total, weighted = row_reference.partial_statistics(z, with_entropy)
+    """A chunk's (max, sum of the others, label's logit, whether the label is here, weighted sum), each [n]."""
+    row_max, rest, weighted = row_reference.partial_statistics(z, with_entropy)
     here = local >= 0
     label_logit = z.gather(-1, local.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     label_logit = torch.where(here, label_logit, 0.0)
-    return row_max, total, label_logit, here.to(z.dtype), torch.zeros_like(total) if weighted is None else weighted
+    return row_max, rest, label_logit, here.to(z.dtype), torch.zeros_like(rest) if weighted is None else weighted
 
 
 def _merge(statistics, group):
     """The same statistics over the columns of all ranks: one all-reduce of the maxima, one of the sums."""
     if group is None:
         return statistics
-    row_max, total, label_logit, here, weighted = statistics
+    row_max, rest, label_logit, here, weighted = statistics
     highest = row_max.clone()
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    shift = torch.where(row_max == -math.inf, 0.0, row_max - highest)
-    factor = torch.where(row_max == -math.inf, 0.0, torch.exp(shift))
-    sums = torch.stack([total * factor, label_logit, here, factor * (weighted + total * shift)])
+    joined, top, fall = row_reference.raised(row_max, rest, highest)
+    weighted = torch.exp(fall) * (weighted + (1.0 + rest) * fall)
+    sums = torch.stack([joined, top, label_logit, here, weighted])
     dist.all_reduce(sums, group=group)
-    return highest, *sums.unbind()
+    return highest, row_reference.whole_rest(sums[0], sums[1]), *sums[2:].unbind()
 
 
 def gaps(row_max, total, count, group):
@@ -185,8 +185,8 @@ def gaps(row_max, total, count, group):
 
 def _row_results(statistics, kept, astray, with_entropy):
     """`Rows` without sums: 0 where not kept, NaN where the label or row is nowhere."""
-    row_max, total, label_logit, here, weighted = statistics
-    results = row_reference.finish_statistics(row_max, total, weighted if with_entropy else None, label_logit)
+    row_max, rest, label_logit, here, weighted = statistics
+    results = row_reference.finish_statistics(row_max, rest, weighted if with_entropy else None, label_logit)
     logprob, entropy, log_sum = results
     outside = kept & ((here == 0) | astray)
     return Rows(
@@ -365,26 +365,29 @@ def linear_policy_fwd(
     return policy_reference.total_loss(losses, settings._replace(value_scale=0.0)), losses, stats, *gradients
 
 
-def merge_divergence(results, group):
+def merge_divergence(results, group, temperature=1.0):
     """(KL(a || b), max and log sum of a, the same two of b) [n] over the columns of all ranks, from those of each rank.
 
-    With A and B the shares of a shard in the two distributions: KL = sum over shards of A (KL in the shard + log A/B).
+    The maxima are of z times `temperature`. With d = z - max z and e = exp(d), KL + log s_a - log s_b is
+    (sum e_a (d_a - d_b)) / s_a, in a shard and in the whole row; told from the whole row's maxima these sums add up.
     """
     if group is None:
         return results
-    kl, *statistics = (x.double() for x in results)
-    maxima, log_sums = torch.stack(statistics[::2]), torch.stack(statistics[1::2])
-    highest = maxima.clone()
+    kl, max_a, log_sum_a, max_b, log_sum_b = (x.double() for x in results)
+    highest = torch.stack((max_a, max_b))
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    dead = maxima == -math.inf
-    log_mass = torch.where(dead, -math.inf, maxima - highest + log_sums)  # of the shard, beside the highest maximum
-    mass = torch.exp(log_mass)
-    dist.all_reduce(mass, group=group)
-    log_total = torch.where(mass == 0.0, 0.0, torch.log(mass))
-    share_a, share_b = torch.where(dead, -math.inf, log_mass - log_total)
-    part = torch.where(share_a == -math.inf, 0.0, torch.exp(share_a) * (kl + share_a - share_b))
-    dist.all_reduce(part, group=group)
-    merged = (part.clamp(min=0.0), highest[0], log_total[0], highest[1], log_total[1])
+    maxima, rests = torch.stack((max_a, max_b)), torch.expm1(torch.stack((log_sum_a, log_sum_b)))
+    joined, tops, falls = row_reference.raised(maxima / temperature, rests, highest / temperature)
+    sum_a = torch.where(max_a == -math.inf, rests[0], 1.0 + rests[0])
+    gap = sum_a * (kl + log_sum_a - log_sum_b + falls[0] - falls[1])
+    gap = torch.where(kl == math.inf, kl, torch.exp(falls[0]) * gap)
+    sums = torch.cat((joined, tops, gap.unsqueeze(0)))
+    dist.all_reduce(sums, group=group)
+    rest_a, rest_b = row_reference.whole_rest(sums[:2], sums[2:4])
+    log_sum_a, log_sum_b = torch.log1p(rest_a), torch.log1p(rest_b)
+    kl = torch.clamp(sums[4] / (1.0 + rest_a) - (log_sum_a - log_sum_b), min=0.0)
+    kl = torch.where(highest[0] == -math.inf, sums[4], kl)
+    merged = (kl, highest[0], log_sum_a, highest[1], log_sum_b)
     return tuple(x.to(old.dtype) for x, old in zip(merged, results, strict=True))
 
 

@@ -1,8 +1,10 @@
 """Log-probs and entropy of rows of logits: the definition that every backend is tested against.
 
     z = softcap * tanh(logits / softcap) / temperature        (no softcap: z = logits / temperature)
-    log p_j = (z_j - m) - log s,    m = max_j z_j,    s = sum_j exp(z_j - m)
+    log p_j = (z_j - m) - log s,    m = max_j z_j = z_k,    s = 1 + r,    r = sum_{j != k} exp(z_j - m)
     entropy = -sum_j p_j log p_j = log s - sum_j p_j (z_j - m)
+
+The maximum's own 1 stays out of r, and log s is log1p(r): where one entry is nearly certain, r keeps its digits.
 
     d log p_y / d z_j = [j = y] - p_j            d entropy / d z_j = -p_j (log p_j + entropy)
     d log sum exp(z) / d z_j = p_j
@@ -42,17 +44,17 @@ def scale_logits(logits, temperature, softcap):
 
 
 def partial_statistics(z, with_entropy):
-    """(m, s, w) of rows z [..., V]: max, sum exp(z - m), sum exp(z - m) (z - m); they merge over parts of a row.
+    """(m, r, w) of rows z [..., V]: max, sum exp(z - m) without the maximum's own 1, sum exp(z - m) (z - m).
 
-    A row of nothing but -inf has m = -inf, s = w = 0. Without entropy w is None.
+    They merge over parts of a row. A row of nothing but -inf has m = -inf, r = w = 0. Without entropy w is None.
     """
-    row_max = z.detach().amax(-1)
-    shift = torch.where(row_max == -math.inf, 0.0, row_max).unsqueeze(-1)
-    e = torch.exp(z - shift)
-    if not with_entropy:
-        return row_max, e.sum(-1), None
-    offset = torch.where(z == -math.inf, 0.0, z - shift)
-    return row_max, e.sum(-1), (e * offset).sum(-1)
+    row_max, where = z.max(-1, keepdim=True)
+    offset = z - torch.where(row_max == -math.inf, 0.0, row_max)
+    at_max = offset.detach().gather(-1, where)  # 0, or NaN for a maximum of inf: that stays
+    offset = offset.scatter(-1, where, at_max - math.inf)
+    e = torch.exp(offset)
+    rest, row_max = e.sum(-1), row_max.squeeze(-1)
+    return row_max, rest, (e * torch.where(offset == -math.inf, 0.0, offset)).sum(-1) if with_entropy else None
 
 
 def row_sums(z):
@@ -67,17 +69,33 @@ def gap_below(row_max, total, count):
     return torch.where(count == 0.0, 0.0, gap).to(row_max.dtype)
 
 
-def finish_statistics(row_max, total, weighted, label_logit):
+def raised(row_max, rest, highest):
+    """(r, 1 if m is the highest or else 0, m - highest) of a part whose m is at most `highest`.
+
+    A lower maximum joins the others. So the whole row's r is the sum of its parts', and 1 for each m beyond the first
+    that is the highest: `whole_rest`.
+    """
+    some = row_max != -math.inf
+    fall = torch.where(some, row_max - highest, 0.0)
+    top = some & (fall == 0.0)
+    return torch.where(some & ~top, torch.exp(fall) * (1.0 + rest), rest), top.to(rest.dtype), fall
+
+
+def whole_rest(rests, tops):
+    """r of a row from the sums over its parts that `raised` gives."""
+    return rests + (tops - 1.0).clamp(min=0.0)
+
+
+def finish_statistics(row_max, rest, weighted, label_logit):
     """(log-prob of the label, entropy, log s) from merged statistics; entropy and log-prob are None where unasked."""
-    dead = row_max == -math.inf
-    safe_total = torch.where(dead, 1.0, total)
-    log_sum = torch.log(safe_total)
+    dead = (row_max == -math.inf) & (rest == 0.0)
+    log_sum = torch.log1p(rest)
     logprob = entropy = None
     if label_logit is not None:
         centred = torch.where(dead, 0.0, label_logit) - torch.where(dead, 0.0, row_max)
         logprob = torch.where(dead, -math.inf, centred - log_sum)
     if weighted is not None:
-        entropy = torch.where(dead, 0.0, log_sum - weighted / safe_total)
+        entropy = torch.where(dead, 0.0, log_sum - weighted / (1.0 + rest))
     return logprob, entropy, log_sum
 
 
@@ -99,13 +117,13 @@ def logprobs_and_entropy(logits, labels=None, *, temperature=1.0, softcap=None, 
         rows, astray = (kept.any(-1), outside.any(-1)) if several else (kept, outside)
         logits = torch.where(rows.unsqueeze(-1), logits, 0.0)
     z = scale_logits(logits, temperature, softcap)[0].masked_fill(logits == -math.inf, -math.inf)
-    row_max, total, weighted = partial_statistics(z, True)
+    statistics = partial_statistics(z, True)
     if labels is None:
-        return None, finish_statistics(row_max, total, weighted, None)[1]
+        return None, finish_statistics(*statistics, None)[1]
     label_logits = z.gather(-1, safe if several else safe.unsqueeze(-1))
-    logprobs = [finish_statistics(row_max, total, None, z_label)[0] for z_label in label_logits.unbind(-1)]
+    logprobs = [finish_statistics(*statistics[:2], None, z_label)[0] for z_label in label_logits.unbind(-1)]
     logprob = torch.stack(logprobs, -1) if several else logprobs[0]
-    entropy = finish_statistics(row_max, total, weighted, None)[1]
+    entropy = finish_statistics(*statistics, None)[1]
     poison = torch.where(astray, math.nan, 0.0).to(entropy.dtype)
     logprob = torch.where(kept, logprob + (poison.unsqueeze(-1) if several else poison), 0.0)
     return logprob, torch.where(rows, entropy, 0.0) + poison
@@ -137,8 +155,8 @@ def logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_inde
         if labels is not None:
             kept, outside, safe = label_state(_flat(labels, part), vocab, ignore_index)
             label_logit = z.gather(-1, safe.unsqueeze(-1)).squeeze(-1)
-        row_max, total, weighted = partial_statistics(z, with_entropy)
-        logprob, entropy, log_sum = finish_statistics(row_max, total, weighted, label_logit)
+        row_max, rest, weighted = partial_statistics(z, with_entropy)
+        logprob, entropy, log_sum = finish_statistics(row_max, rest, weighted, label_logit)
         for target, value in zip(out, (logprob, entropy, row_max, log_sum), strict=True):
             if value is not None:
                 if labels is not None:

@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(float("inf"))
 NEG_INF = tl.constexpr(float("-inf"))
+FLOOR = tl.constexpr(-1e30)  # of a fall of the maximum: its exp is 0, and times a sum it stays finite
 
 
 @triton.jit
@@ -88,14 +90,55 @@ def scaled_slope(x, scale, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def add_block(row_max, total, weighted, z, WITH_ENTROPY: tl.constexpr):
-    """A row's running maximum and sums, lane by lane, with one more block of z: one maximum, one exp an entry."""
-    higher = tl.maximum(row_max, tl.max(z, 0))
-    shift = tl.where(higher == NEG_INF, 0.0, higher)
-    gap = tl.where(row_max == NEG_INF, 0.0, row_max - shift)
-    factor = exp_f32(gap)
-    d = z - shift
+def with_former(rest, row_max, lanes):
+    """The sums of the others, lane by lane, with a former maximum, which is one of them from now on."""
+    return rest + tl.where(lanes == 0, tl.where(row_max == NEG_INF, 0.0, 1.0), 0.0)
+
+
+@triton.jit
+def first_lane(z, block_max, lanes, BLOCK: tl.constexpr):
+    """The first lane at a block's maximum; none for inf, which stays in the sum and makes it NaN."""
+    return tl.where(block_max == INF, BLOCK, tl.min(tl.where(z == block_max, lanes, BLOCK), 0))
+
+
+@triton.jit
+def add_block(row_max, rest, weighted, z, lanes, WITH_ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+    """A row's running maximum and sums, lane by lane, with one more block of z: one maximum, one exp an entry.
+
+    `rest` leaves out one entry at the maximum. Only a block that brings a new one pays for that and for rescaling.
+    """
+    block_max = tl.max(z, 0)
+    if block_max > row_max:
+        fall = tl.where(row_max == NEG_INF, 0.0, tl.maximum(row_max - block_max, FLOOR))
+        factor = exp_f32(fall)
+        total = with_former(rest, row_max, lanes)
+        if WITH_ENTROPY:
+            weighted = factor * (weighted + total * fall)
+        rest = factor * total
+        z = tl.where(lanes == first_lane(z, block_max, lanes, BLOCK), NEG_INF, z)
+        row_max = block_max
+    d = z - tl.where(row_max == NEG_INF, 0.0, row_max)
     e = exp_f32(d)
     if WITH_ENTROPY:
-        weighted = factor * (weighted + total * gap) + e * tl.where(z == NEG_INF, 0.0, d)
-    return higher, factor * total + e, weighted
+        weighted += e * tl.where(z == NEG_INF, 0.0, d)
+    return row_max, rest + e, weighted
+
+
+@triton.jit
+def raised(part_max, part_rest, highest, scale=1.0):
+    """(rest, 1 if the maximum is the highest or else 0, maximum - highest) of parts whose maximum is at most `highest`.
+
+    Exps are of differences times scale. A lower maximum joins the others, so the whole's rest is the sum of the parts',
+    and 1 for each that is the highest beyond the first: `whole_rest`.
+    """
+    some = part_max != NEG_INF
+    fall = tl.where(some, tl.maximum(part_max - highest, FLOOR), 0.0)
+    top = some & (fall == 0.0)
+    joined = tl.where(some & (fall != 0.0), exp_f32(fall * scale) * (1.0 + part_rest), part_rest)
+    return joined, top.to(tl.float32), fall
+
+
+@triton.jit
+def whole_rest(rests, tops):
+    """The rest of a whole from the sums over its parts that `raised` gives."""
+    return rests + tl.maximum(tops - 1.0, 0.0)

@@ -16,7 +16,19 @@ from .._native import KL_ESTIMATORS
 from .._planes import places, planes
 from . import _launch
 from ._launch import pieces, power_of_two, rows_of, warps
-from ._math import LOG2_E, NEG_INF, exp_f32, row_at
+from ._math import (
+    INF,
+    LOG2_E,
+    NEG_INF,
+    exp_f32,
+    expm1_f32,
+    first_lane,
+    log1p_f32,
+    raised,
+    row_at,
+    whole_rest,
+    with_former,
+)
 
 PART = 32768  # columns whose statistics one program takes
 BLOCK = 2048  # columns of both sides that it holds in registers at a time
@@ -24,23 +36,22 @@ GRADIENT_BLOCK = 2048  # columns of a program of the backward
 MERGED = 256  # parts, of one or more rows, that a program of the merge holds
 TOKENS = 1024  # entries of a program of the estimators
 
-INF = tl.constexpr(float("inf"))
 FLOOR = tl.constexpr(-1e36)  # of a difference of logits in a sum: finite sums stay finite, and inf means "impossible"
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def rise(before, after):
+def fall(before, after):
     """before - after of running maxima, as finite; 0 if nothing came before."""
     return tl.where(before == NEG_INF, 0.0, tl.maximum(before - after, FLOOR))
 
 
 @triton.jit
 def statistics_kernel(
-    a, T, batch_a, stride_a, b, batch_b, stride_b, vocab, parts, scale, out_max_a, out_sum_a, out_max_b, out_sum_b,
-    out_gap,
-    PART: tl.constexpr, BLOCK: tl.constexpr,
+    a, T, batch_a, stride_a, b, batch_b, stride_b, vocab, parts, scale, out_max_a, out_rest_a, out_max_b, out_rest_b,
+    out_gap, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One part of a row: max x and sum e, e = exp(scale (x - max x)), of both sides, and sum e_a (d_a - d_b).
+    """One part of a row: max x and sum e less 1, e = exp(scale (x - max x)), of both sides, and sum e_a (d_a - d_b).
 
     d = x - max x. The last sum is inf where a has probability and b has none. out_* [N, parts].
     """
@@ -50,8 +61,8 @@ def statistics_kernel(
     end = tl.minimum(first + PART, vocab)
     max_a = tl.full([], NEG_INF, tl.float32)
     max_b = tl.full([], NEG_INF, tl.float32)
-    sum_a = tl.zeros([BLOCK], tl.float32)
-    sum_b = tl.zeros([BLOCK], tl.float32)
+    rest_a = tl.zeros([BLOCK], tl.float32)
+    rest_b = tl.zeros([BLOCK], tl.float32)
     gap = tl.zeros([BLOCK], tl.float32)
     lanes = tl.arange(0, BLOCK)
     a += row_at(row, T, batch_a, stride_a)
@@ -60,98 +71,95 @@ def statistics_kernel(
         columns = start + lanes
         x_a = tl.load(a + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
         x_b = tl.load(b + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
-        higher_a = tl.maximum(max_a, tl.max(x_a, 0))
-        higher_b = tl.maximum(max_b, tl.max(x_b, 0))
-        if (higher_a > max_a) | (higher_b > max_b):
-            rise_a, rise_b = rise(max_a, higher_a), rise(max_b, higher_b)
-            factor = exp_f32(rise_a * scale)
-            delta = tl.where(factor == 0.0, 0.0, rise_a - rise_b)
-            gap = tl.where(gap == INF, gap, factor * (gap + sum_a * delta))
-            sum_a = factor * sum_a
-            sum_b = exp_f32(rise_b * scale) * sum_b
+        block_a, block_b = tl.max(x_a, 0), tl.max(x_b, 0)
+        left_out_a = tl.full([], -1, tl.int32)  # the lane of a new maximum
+        left_out_b = tl.full([], -1, tl.int32)
+        if (block_a > max_a) | (block_b > max_b):
+            higher_a, higher_b = tl.maximum(max_a, block_a), tl.maximum(max_b, block_b)
+            fall_a, fall_b = fall(max_a, higher_a), fall(max_b, higher_b)
+            factor = exp_f32(fall_a * scale)
+            delta = tl.where(factor == 0.0, 0.0, fall_a - fall_b)
+            gap = tl.where(gap == INF, gap, factor * (gap + with_former(rest_a, max_a, lanes) * delta))
+            if block_a > max_a:
+                rest_a = factor * with_former(rest_a, max_a, lanes)
+                left_out_a = first_lane(x_a, block_a, lanes, BLOCK)
+            if block_b > max_b:
+                rest_b = exp_f32(fall_b * scale) * with_former(rest_b, max_b, lanes)
+                left_out_b = first_lane(x_b, block_b, lanes, BLOCK)
             max_a, max_b = higher_a, higher_b
         d_a = x_a - tl.where(max_a == NEG_INF, 0.0, max_a)
         d_b = x_b - tl.where(max_b == NEG_INF, 0.0, max_b)
         e_a = exp_f32(d_a * scale)
-        sum_a += e_a
-        sum_b += exp_f32(d_b * scale)
+        rest_a += tl.where(lanes == left_out_a, 0.0, e_a)
+        rest_b += tl.where(lanes == left_out_b, 0.0, exp_f32(d_b * scale))
         term = e_a * (tl.maximum(d_a, FLOOR) - tl.maximum(d_b, FLOOR))
         gap += tl.where((x_b == NEG_INF) & (x_a != NEG_INF), INF, term)
     tl.store(out_max_a + program, max_a)
-    tl.store(out_sum_a + program, tl.sum(sum_a, 0))
+    tl.store(out_rest_a + program, tl.sum(rest_a, 0))
     tl.store(out_max_b + program, max_b)
-    tl.store(out_sum_b + program, tl.sum(sum_b, 0))
+    tl.store(out_rest_b + program, tl.sum(rest_b, 0))
     tl.store(out_gap + program, tl.sum(gap, 0))
 
 
 @triton.jit
-def merged_side(maxima, sums, scale):
-    """(max, exp(scale (maxima - max)) sums in fp64, maxima - max in fp64) of the parts [rows, parts] of a side."""
+def merged_side(part_max, part_rest, at, there, scale):
+    """(max x, rest) of a side's rows [rows], sums and falls of the maxima of their parts [rows, parts]."""
+    maxima = tl.load(part_max + at, mask=there, other=NEG_INF)
+    rests = tl.load(part_rest + at, mask=there, other=0.0).to(tl.float64)
     row_max = tl.max(maxima, 1)
-    gap = tl.where(maxima == NEG_INF, 0.0, maxima - tl.where(row_max == NEG_INF, 0.0, row_max)[:, None])
-    return row_max, exp_f32(gap * scale).to(tl.float64) * sums.to(tl.float64), gap.to(tl.float64)
+    joined, tops, falls = raised(maxima, rests, row_max[:, None], scale)
+    sums = rests + tl.where(maxima == NEG_INF, 0.0, 1.0)
+    return row_max, whole_rest(tl.sum(joined, 1), tl.sum(tops, 1)), sums, falls
 
 
 @triton.jit
-def store_side(out_max, out_log_sum, row, inside, row_max, total, scale):
-    """max z, rounded, and log sum exp(z - that); -inf and 0 for nothing but -inf. Returns log sum exp(z - max z)."""
-    dead = total == 0.0
-    log_sum = tl.log(tl.where(dead, 1.0, total))
-    exact = tl.where(dead, 0.0, row_max).to(tl.float64) * scale.to(tl.float64)
-    rounded = exact.to(tl.float32)
-    tl.store(out_max + row, tl.where(dead, NEG_INF, rounded), mask=inside)
-    tl.store(out_log_sum + row, (log_sum + (exact - rounded.to(tl.float64))).to(tl.float32), mask=inside)
+def store_side(out_max, out_log_sum, row, inside, row_max, rest):
+    """max x and log sum exp(z - max z); -inf and 0 for nothing but -inf. Returns the latter."""
+    log_sum = log1p_f32(rest)  # in fp64, as rest is
+    tl.store(out_max + row, row_max, mask=inside)
+    tl.store(out_log_sum + row, log_sum.to(tl.float32), mask=inside)
     return log_sum
 
 
 @triton.jit
 def merge_kernel(
-    rows, parts, scale, part_max_a, part_sum_a, part_max_b, part_sum_b, part_gap, kl, max_a, log_sum_a, max_b,
+    rows, parts, scale, part_max_a, part_rest_a, part_max_b, part_rest_b, part_gap, kl, max_a, log_sum_a, max_b,
     log_sum_b, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """KL = scale gap / sum_a - log(sum_a / sum_b) of each row, at least 0, and both sides' max z and log sum."""
+    """KL = scale gap / sum_a - log(sum_a / sum_b) of each row, at least 0, and both sides' max x and log sum."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     scale = tl.full([], 0.0, tl.float32) + scale
     columns = tl.arange(0, PARTS)
     at = row[:, None] * parts + columns[None, :]
     there = inside[:, None] & (columns[None, :] < parts)
-    highest_a, sums_a, rise_a = merged_side(
-        tl.load(part_max_a + at, mask=there, other=NEG_INF), tl.load(part_sum_a + at, mask=there, other=0.0), scale
-    )
-    highest_b, sums_b, rise_b = merged_side(
-        tl.load(part_max_b + at, mask=there, other=NEG_INF), tl.load(part_sum_b + at, mask=there, other=0.0), scale
-    )
+    highest_a, whole_a, sums_a, falls_a = merged_side(part_max_a, part_rest_a, at, there, scale)
+    highest_b, whole_b, _sums_b, falls_b = merged_side(part_max_b, part_rest_b, at, there, scale)
     gap = tl.load(part_gap + at, mask=there, other=0.0)
     impossible = tl.max((gap == INF).to(tl.int32), 1) > 0
-    factor = exp_f32(rise_a.to(tl.float32) * scale).to(tl.float64)
-    gaps = factor * tl.where(gap == INF, 0.0, gap).to(tl.float64) + sums_a * (rise_a - rise_b)
-    total_a, total_b, gap = tl.sum(sums_a, 1), tl.sum(sums_b, 1), tl.sum(gaps, 1)
-    logs_a = store_side(max_a, log_sum_a, row, inside, highest_a, total_a, scale)
-    logs_b = store_side(max_b, log_sum_b, row, inside, highest_b, total_b, scale)
-    dead = total_a == 0.0
-    value = gap / tl.where(dead, 1.0, total_a) * scale.to(tl.float64) - (logs_a - logs_b)
+    gap = tl.where(gap == INF, 0.0, gap).to(tl.float64)
+    gap = tl.sum(exp_f32(falls_a * scale) * (gap + sums_a * (falls_a.to(tl.float64) - falls_b.to(tl.float64))), 1)
+    logs_a = store_side(max_a, log_sum_a, row, inside, highest_a, whole_a)
+    logs_b = store_side(max_b, log_sum_b, row, inside, highest_b, whole_b)
+    value = gap / (1.0 + whole_a) * scale.to(tl.float64) - (logs_a - logs_b)
     value = tl.where(value < 0.0, 0.0, value)
-    value = tl.where(impossible & (total_a == total_a) & (total_b == total_b), INF, value)
-    value = tl.where(dead, tl.where(total_b == total_b, 0.0, total_b), value)
+    value = tl.where(impossible & (whole_a == whole_a) & (whole_b == whole_b), INF, value)
+    nothing = (highest_a == NEG_INF) & (whole_a == 0.0)
+    value = tl.where(nothing, tl.where(whole_b == whole_b, 0.0, whole_b), value)
     tl.store(kl + row, value.to(tl.float32), mask=inside)
 
 
 @triton.jit
-def log_probs_of(x, row_max, log_sum, temperature, scale):
-    """log p = (x - start) * scale + rest: near the maximum the difference is exact; 0 where x is -inf."""
-    safe = tl.where(row_max == NEG_INF, 0.0, row_max)
-    start = safe * temperature
-    offset = start.to(tl.float64) * scale.to(tl.float64) - safe.to(tl.float64)
-    rest = (offset - log_sum.to(tl.float64)).to(tl.float32)
-    return tl.where(x == NEG_INF, 0.0, (x - start) * scale + rest)
+def log_probs_of(x, row_max, log_sum, scale):
+    """log p; 0 where x is -inf."""
+    return tl.where(x == NEG_INF, 0.0, (x - tl.where(row_max == NEG_INF, 0.0, row_max)) * scale - log_sum)
 
 
 @triton.jit
 def gradient_kernel(
-    a, T, batch_a, stride_a, b, batch_b, stride_b, grad, kl, max_a, log_sum_a, max_b, log_sum_b, vocab, blocks,
-    temperature, scale, softcap, out_a, out_stride_a, out_b, out_stride_b, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    a, T, batch_a, stride_a, b, batch_b, stride_b, grad, kl, max_a, log_sum_a, max_b, log_sum_b, vocab, blocks, scale,
+    softcap, out_a, out_stride_a, out_b, out_stride_b, NEED_A: tl.constexpr, NEED_B: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """g a (log a - log b - KL) scale and g (b - a) scale of one block of a row; 0 where the divergence is infinite.
 
@@ -163,13 +171,13 @@ def gradient_kernel(
     inside = columns < vocab
     x_a = tl.load(a + row_at(row, T, batch_a, stride_a) + columns, mask=inside, other=NEG_INF).to(tl.float32)
     x_b = tl.load(b + row_at(row, T, batch_b, stride_b) + columns, mask=inside, other=NEG_INF).to(tl.float32)
-    temperature = tl.full([], 0.0, tl.float32) + temperature
     scale = tl.full([], 0.0, tl.float32) + scale
     divergence, upstream = tl.load(kl + row), tl.load(grad + row)
     highest_a, logs_a = tl.load(max_a + row), tl.load(log_sum_a + row)
     nothing = (highest_a == NEG_INF) & (logs_a == logs_a)  # a row of NaN has no maximum either
-    log_a = log_probs_of(x_a, highest_a, logs_a, temperature, scale)
-    log_b = log_probs_of(x_b, tl.load(max_b + row), tl.load(log_sum_b + row), temperature, scale)
+    logs_b = tl.load(log_sum_b + row)
+    log_a = log_probs_of(x_a, highest_a, logs_a, scale)
+    log_b = log_probs_of(x_b, tl.load(max_b + row), logs_b, scale)
     p_a = tl.where(x_a == NEG_INF, 0.0, exp_f32(log_a))
     if NEED_A:
         d = upstream * (p_a * (log_a - log_b - divergence)) * scale
@@ -180,7 +188,11 @@ def gradient_kernel(
         tl.store(out_a + row * out_stride_a + columns, d.to(out_a.dtype.element_ty), mask=inside)
     if NEED_B:
         p_b = tl.where(x_b == NEG_INF, 0.0, exp_f32(log_b))
-        d = upstream * (p_b - p_a) * scale
+        more = p_b - p_a
+        if (logs_a < LN_2) & (logs_b < LN_2):  # each side has an entry above a half: next to 1, 1 - p keeps its digits
+            likely = (log_a > -LN_2) & (log_b > -LN_2)
+            more = tl.where(likely, expm1_f32(log_b) - expm1_f32(log_a), more)
+        d = upstream * more * scale
         if CAPPED:
             t = x_b / softcap
             d = d * (1.0 - t * t)
@@ -306,8 +318,8 @@ def divergence_gradient(grad, a, b, results, temperature, out_a, out_b, softcap=
     outputs = [(x, 0 if x is None else x.stride(0)) for x in (out_a, out_b)]
     _launch.run(
         gradient_kernel, count * blocks, a, *places(a), b, *places(b)[1:], grad.to(torch.float32).contiguous(),
-        *(x.contiguous() for x in results), vocab, blocks, temperature, 1.0 / temperature, softcap or 0.0, *outputs[0],
-        *outputs[1], NEED_A=out_a is not None, NEED_B=out_b is not None, CAPPED=softcap is not None, BLOCK=block,
+        *(x.contiguous() for x in results), vocab, blocks, 1.0 / temperature, softcap or 0.0, *outputs[0], *outputs[1],
+        NEED_A=out_a is not None, NEED_B=out_b is not None, CAPPED=softcap is not None, BLOCK=block,
         num_warps=warps(block),
     )  # fmt: skip
 

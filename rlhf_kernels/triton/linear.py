@@ -23,7 +23,18 @@ from .. import _linear_walk as walk
 from .._linear_backend import Operators
 from . import _launch, kl
 from ._launch import pieces, power_of_two, warps
-from ._math import NEG_INF, add_block, exp_f32, expm1_f32, scale_of, scaled, scaled_slope, tanh_f32
+from ._math import (
+    NEG_INF,
+    add_block,
+    exp_f32,
+    expm1_f32,
+    raised,
+    scale_of,
+    scaled,
+    scaled_slope,
+    tanh_f32,
+    whole_rest,
+)
 from ._row_sums import add_row_sums
 
 TOKENS = 4096
@@ -49,33 +60,33 @@ def logits_of(logits, offset, bias, columns, inside):
 
 @triton.jit
 def statistics_kernel(
-    logits, stride, bias, temperatures, scale, softcap, kept, columns, parts, out_max, out_sum, out_weighted,
+    logits, stride, bias, temperatures, scale, softcap, kept, columns, parts, out_max, out_rest, out_weighted,
     WITH_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(max z, sum exp(z - max), sum exp(z - max) (z - max)) of one part of a chunk's row; out_* [n, parts]."""
+    """(max z, sum exp(z - max) less 1, sum exp(z - max) (z - max)) of one part of a chunk's row; out_* [n, parts]."""
     program = tl.program_id(0).to(tl.int64)
     row, part = program // parts, program % parts
     first = part * PART
     end = tl.where(tl.load(kept + row), tl.minimum(first + PART, columns), first)
     scale = scale_of(row, temperatures, scale)
     row_max = tl.full([], NEG_INF, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    rest = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     lanes = tl.arange(0, BLOCK)
     for start in range(first, end, BLOCK):
         x = logits_of(logits, row * stride, bias, start + lanes, start + lanes < end)
         z = scaled(x, scale, softcap, SCALED, CAPPED)
-        row_max, total, weighted = add_block(row_max, total, weighted, z, WITH_ENTROPY)
+        row_max, rest, weighted = add_block(row_max, rest, weighted, z, lanes, WITH_ENTROPY, BLOCK)
     tl.store(out_max + program, row_max)
-    tl.store(out_sum + program, tl.sum(total, 0))
+    tl.store(out_rest + program, tl.sum(rest, 0))
     if WITH_ENTROPY:
         tl.store(out_weighted + program, tl.sum(weighted, 0))
 
 
 @triton.jit
 def merge_kernel(
-    logits, stride, bias, temperatures, scale, softcap, labels, first, kept, rows, columns, parts, part_max, part_sum,
-    part_weighted, state_max, state_sum, state_weighted, label_logit, here, WITH_ENTROPY: tl.constexpr,
+    logits, stride, bias, temperatures, scale, softcap, labels, first, kept, rows, columns, parts, part_max, part_rest,
+    part_weighted, state_max, state_rest, state_weighted, label_logit, here, WITH_ENTROPY: tl.constexpr,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Add a chunk's parts to the rows' running statistics, and its label's z where the label is in the chunk."""
@@ -85,23 +96,20 @@ def merge_kernel(
     at = row[:, None] * parts + part[None, :]
     there = inside[:, None] & (part[None, :] < parts)
     maxima = tl.load(part_max + at, mask=there, other=NEG_INF)
-    sums = tl.load(part_sum + at, mask=there, other=0.0)
-    before = tl.load(state_max + row, mask=inside, other=NEG_INF)
-    row_max = tl.maximum(before, tl.max(maxima, 1))
-    shift = tl.where(row_max == NEG_INF, 0.0, row_max)
-    gap = tl.where(maxima == NEG_INF, 0.0, maxima - shift[:, None])
-    factor = exp_f32(gap).to(tl.float64)
-    gap_before = tl.where(before == NEG_INF, 0.0, before - shift)
-    factor_before = exp_f32(gap_before).to(tl.float64)
-    total = tl.load(state_sum + row, mask=inside, other=0.0)
+    rests = tl.load(part_rest + at, mask=there, other=0.0).to(tl.float64)
+    max_before = tl.load(state_max + row, mask=inside, other=NEG_INF)
+    rest_before = tl.load(state_rest + row, mask=inside, other=0.0)
+    row_max = tl.maximum(max_before, tl.max(maxima, 1))
+    joined, tops, fall = raised(maxima, rests, row_max[:, None])
+    joined_before, top_before, fall_before = raised(max_before, rest_before, row_max)
     if WITH_ENTROPY:
-        parts_weighted = tl.load(part_weighted + at, mask=there, other=0.0).to(tl.float64)
+        weights = tl.load(part_weighted + at, mask=there, other=0.0).to(tl.float64)
         weighted = tl.load(state_weighted + row, mask=inside, other=0.0)
-        weighted = factor_before * (weighted + total * gap_before.to(tl.float64))
-        weighted += tl.sum(factor * (parts_weighted + sums.to(tl.float64) * gap.to(tl.float64)), 1)
+        weighted = exp_f32(fall_before) * (weighted + (1.0 + rest_before) * fall_before)
+        weighted += tl.sum(exp_f32(fall) * (weights + (1.0 + rests) * fall), 1)
         tl.store(state_weighted + row, weighted, mask=inside)
-    total = factor_before * total + tl.sum(factor * sums.to(tl.float64), 1)
-    tl.store(state_sum + row, total, mask=inside)
+    rest = whole_rest(joined_before + tl.sum(joined, 1), top_before + tl.sum(tops, 1))
+    tl.store(state_rest + row, rest, mask=inside)
     tl.store(state_max + row, row_max, mask=inside)
     column = tl.load(labels + row, mask=inside, other=-1) - first
     found = inside & tl.load(kept + row, mask=inside, other=False) & (column >= 0) & (column < columns)
@@ -253,7 +261,7 @@ class _Kernels(walk.Kernels):
         )  # fmt: skip
         _launch.run(
             merge_kernel, pieces(rows, ROWS), *inputs, chunk.labels, chunk.first, chunk.kept, rows, columns, parts,
-            *statistics, state.max, state.sum, state.weighted, state.label_logit, state.here, ROWS=ROWS,
+            *statistics, state.max, state.rest, state.weighted, state.label_logit, state.here, ROWS=ROWS,
             PARTS=power_of_two(parts), num_warps=1, **options,
         )  # fmt: skip
 

@@ -1,9 +1,10 @@
 """Log-probs and entropy from logits.
 
-A row is cut into parts of PART columns, whose statistics (max, sum, weighted sum) are taken by one program each, in one
-read: a maximum per block of columns, one exp2 per entry, and sums that stay in registers until the part ends. A second,
-small kernel merges a row's parts and reads the label's logit. How a row is cut depends on V alone, so its bits do not
-depend on its neighbours. Backwards, each program turns one block of a row into its gradient: one read, one write.
+A row is cut into parts of PART columns, whose statistics (max, sum of the others, weighted sum) are taken by one
+program each, in one read: a maximum per block of columns, one exp2 per entry, and sums that stay in registers until the
+part ends. A second, small kernel merges a row's parts and reads the label's logit. How a row is cut depends on V alone,
+so its bits do not depend on its neighbours. Backwards, each program turns one block of a row into its gradient: one
+read, one write.
 """
 
 import torch
@@ -13,7 +14,19 @@ import triton.language as tl
 from .._planes import places, planes
 from . import _launch
 from ._launch import pieces, power_of_two, warps
-from ._math import NEG_INF, add_block, exp_f32, expm1_f32, row_at, scale_of, scaled, scaled_slope
+from ._math import (
+    NEG_INF,
+    add_block,
+    exp_f32,
+    expm1_f32,
+    log1p_f32,
+    raised,
+    row_at,
+    scale_of,
+    scaled,
+    scaled_slope,
+    whole_rest,
+)
 
 PART = 32768  # columns whose statistics one program takes
 BLOCK = 4096  # columns that it holds in registers at a time
@@ -23,11 +36,11 @@ ROWS = 32  # rows that a program of the merge finishes
 
 @triton.jit
 def statistics_kernel(
-    logits, T, batch_stride, stride, labels, vocab, parts, temperatures, scale, softcap, ignore_index, out_max, out_sum,
-    out_weighted, HAS_LABELS: tl.constexpr, WITH_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
-    PART: tl.constexpr, BLOCK: tl.constexpr,
+    logits, T, batch_stride, stride, labels, vocab, parts, temperatures, scale, softcap, ignore_index, out_max,
+    out_rest, out_weighted, HAS_LABELS: tl.constexpr, WITH_ENTROPY: tl.constexpr, SCALED: tl.constexpr,
+    CAPPED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(max z, sum exp(z - max), sum exp(z - max) (z - max)) of one part of a row; out_* [N, parts]."""
+    """(max z, sum exp(z - max) less 1, sum exp(z - max) (z - max)) of one part of a row; out_* [N, parts]."""
     program = tl.program_id(0).to(tl.int64)
     row, part = program // parts, program % parts
     first = part * PART
@@ -37,16 +50,16 @@ def statistics_kernel(
     logits += row_at(row, T, batch_stride, stride)
     scale = scale_of(row, temperatures, scale)
     row_max = tl.full([], NEG_INF, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
+    rest = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)
     lanes = tl.arange(0, BLOCK)
     for start in range(first, end, BLOCK):
         columns = start + lanes
         x = tl.load(logits + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
         z = scaled(x, scale, softcap, SCALED, CAPPED)
-        row_max, total, weighted = add_block(row_max, total, weighted, z, WITH_ENTROPY)
+        row_max, rest, weighted = add_block(row_max, rest, weighted, z, lanes, WITH_ENTROPY, BLOCK)
     tl.store(out_max + program, row_max)
-    tl.store(out_sum + program, tl.sum(total, 0))
+    tl.store(out_rest + program, tl.sum(rest, 0))
     if WITH_ENTROPY:
         tl.store(out_weighted + program, tl.sum(weighted, 0))
 
@@ -54,7 +67,7 @@ def statistics_kernel(
 @triton.jit
 def merge_kernel(
     logits, T, batch_stride, stride, labels, rows, vocab, parts, temperatures, scale, softcap, ignore_index, part_max,
-    part_sum, part_weighted, logprob, entropy, out_max, out_log_sum, HAS_LABELS: tl.constexpr,
+    part_rest, part_weighted, logprob, entropy, out_max, out_log_sum, HAS_LABELS: tl.constexpr,
     WITH_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """A row's results from the statistics of its parts; 0 where the label is ignored, NaN where it is no column."""
@@ -64,14 +77,13 @@ def merge_kernel(
     at = row[:, None] * parts + columns[None, :]
     there = inside[:, None] & (columns[None, :] < parts)
     maxima = tl.load(part_max + at, mask=there, other=NEG_INF)
-    sums = tl.load(part_sum + at, mask=there, other=0.0)
+    rests = tl.load(part_rest + at, mask=there, other=0.0)
     row_max = tl.max(maxima, 1)
     shift = tl.where(row_max == NEG_INF, 0.0, row_max)
-    gap = tl.where(maxima == NEG_INF, 0.0, maxima - shift[:, None])
-    factor = exp_f32(gap)
-    total = tl.sum(factor * sums, 1)
-    dead = total == 0.0
-    log_sum = tl.log(tl.where(dead, 1.0, total))
+    joined, tops, fall = raised(maxima, rests, row_max[:, None])
+    rest = whole_rest(tl.sum(joined, 1), tl.sum(tops, 1))
+    dead = (row_max == NEG_INF) & (rest == 0.0)
+    log_sum = log1p_f32(rest)
     kept = inside
     astray = row < 0
     if HAS_LABELS:
@@ -88,8 +100,8 @@ def merge_kernel(
         tl.store(logprob + row, tl.where(astray, float("nan"), value), mask=inside)
     if WITH_ENTROPY:
         weights = tl.load(part_weighted + at, mask=there, other=0.0)
-        weighted = tl.sum(factor * (weights + sums * gap), 1)
-        value = tl.where(dead | (kept == 0), 0.0, log_sum - weighted / tl.where(dead, 1.0, total))
+        weighted = tl.sum(exp_f32(fall) * (weights + (1.0 + rests) * fall), 1)
+        value = tl.where(dead | (kept == 0), 0.0, log_sum - weighted / (1.0 + rest))
         tl.store(entropy + row, tl.where(astray, float("nan"), value), mask=inside)
     tl.store(out_max + row, tl.where(astray, float("nan"), tl.where(kept, row_max, 0.0)), mask=inside)
     tl.store(out_log_sum + row, tl.where(astray, float("nan"), tl.where(kept, log_sum, 0.0)), mask=inside)

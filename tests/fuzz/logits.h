@@ -179,10 +179,10 @@ void linear(Source& s, Memory& m) {
     float* temperatures = with_temperatures ? m.array<float>(l.N, Use::input) : nullptr;
     for (int64_t n = 0; with_temperatures && n < l.N; ++n) temperatures[n] = 0.5f + s.unit();
     float *max = m.array<float>(l.N, Use::both), *label_logit = m.array<float>(l.N, Use::both);
-    double *sum = m.array<double>(l.N, Use::both), *weighted = with_entropy ? m.array<double>(l.N, Use::both) : nullptr;
+    double *rest = m.array<double>(l.N, Use::both), *weighted = with_entropy ? m.array<double>(l.N, Use::both) : nullptr;
     uint8_t* here = m.array<uint8_t>(l.N, Use::both);
     for (int64_t n = 0; n < l.N; ++n) {
-        max[n] = -INFINITY, sum[n] = 0.0, label_logit[n] = 0.0f, here[n] = 0;
+        max[n] = -INFINITY, rest[n] = 0.0, label_logit[n] = 0.0f, here[n] = 0;
         if (weighted) weighted[n] = 0.0;
     }
     const int64_t width = 1 + l.V / 5 + s.below(l.V);  // a few chunks
@@ -195,17 +195,17 @@ void linear(Source& s, Memory& m) {
             for (int64_t c = 0; !kept[n] && c < v; ++c) chunks.back().row(n)[c] = s.garbage();
         biases.push_back(with_bias ? m.numbers(v, bias_numbers) : nullptr);
         m.call("linear_fold_f32", chunks.back().data, chunks.back().stride, l.N, v, first, biases.back(), temperatures,
-               l.temperature, l.softcap, labels, kept, max, sum, weighted, label_logit, here);
+               l.temperature, l.softcap, labels, kept, max, rest, weighted, label_logit, here);
     }
     float *logprobs = m.array<float>(l.N, Use::input), *entropy = m.array<float>(l.N, Use::input);
     float* log_sum = m.array<float>(l.N, Use::input);
     for (int64_t n = 0; n < l.N; ++n) {
-        REQUIRE(kept[n] || (sum[n] == 0.0 && max[n] == -INFINITY), "a row that is not kept adds up to %g", sum[n]);
+        REQUIRE(kept[n] || (rest[n] == 0.0 && max[n] == -INFINITY), "a row that is not kept adds up to %g", rest[n]);
         REQUIRE(here[n] == kept[n], "label %ld was found %d times", (long)labels[n], here[n]);
-        const bool dead = sum[n] == 0.0;
-        log_sum[n] = dead ? 0.0f : (float)log(sum[n]);
+        const bool dead = max[n] == -INFINITY && rest[n] == 0.0;
+        log_sum[n] = (float)log1p(rest[n]);
         logprobs[n] = dead ? -INFINITY : label_logit[n] - max[n] - log_sum[n];
-        entropy[n] = dead || !weighted ? 0.0f : (float)(log(sum[n]) - weighted[n] / sum[n]);
+        entropy[n] = dead || !weighted ? 0.0f : (float)(log1p(rest[n]) - weighted[n] / (1.0 + rest[n]));
         if (l.tame && kept[n]) REQUIRE(logprobs[n] <= 1e-4f, "log-prob %g", logprobs[n]);
     }
     const float *for_logprobs = m.numbers(l.N, l.upstream), *for_entropy = with_entropy ? m.numbers(l.N, l.upstream) : nullptr;

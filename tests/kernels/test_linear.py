@@ -228,6 +228,14 @@ def test_masked_garbage(backend_name):
     assert torch.equal(results[1][3][[1, 3]], torch.zeros(2, 6))
 
 
+def test_garbage_in_a_row_that_counts(backend_name):
+    """NaN hidden states are NaN log-probs, of their row alone."""
+    hidden = normal(3, 6)
+    hidden[1] = math.nan
+    for x in rk.linear_logprobs(hidden, normal(11, 6, seed=1), torch.tensor([1, 2, 3]), return_entropy=True):
+        assert x.isnan().tolist() == [False, True, False]
+
+
 def test_edges(backend_name):
     hidden, head = normal(3, 6).requires_grad_(), normal(11, 6, seed=1).requires_grad_()
     nothing = torch.full((3,), -100)
