@@ -39,6 +39,13 @@ SHOWN = (  # of the README: an op's row, and the row whose time counts as 1 in t
     ("pack_responses-fwdbwd-fp32-512x64x9x768", "rows"),
     ("ppo_iteration-fwdbwd-fp32-64x53x2048x4-demo", "trl"),
 )
+# Functions that came after the last run of all benchmarks on the machine of the results file. Figures of one run on
+# another machine stand on the pages of their ops; a run of all of them empties this.
+UNMEASURED = (
+    "cross_entropy_from_logits", "kept_logprobs_from_logits", "linear_kept_logprobs", "linear_policy_loss",
+    "linear_preference_loss", "masked_whiten", "pad_kept", "policy_loss", "unpaired_preference_loss", "value_loss",
+    "wpo_weights",
+)  # fmt: skip
 SHORT_TEXT = (
     "fp32, forward + backward where not said otherwise. ms is ours; then, how many times as long the others take.",
     "All rows, goals, memory, errors and curves: [docs/benchmarks.md](docs/benchmarks.md).",

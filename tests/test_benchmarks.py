@@ -247,7 +247,10 @@ def test_readme_shows_every_op():
     if path is None:
         pytest.skip("no results file is committed yet")
     rows = plot.shown(plot.load(path)["groups"])
-    assert {group["op"] for group, _ in rows} == set(NAMES) and len(rows) == len(plot.SHOWN) <= len(NAMES) + 1
+    later = [name for name, _ in plot.SHOWN if name.partition("-")[0] in plot.UNMEASURED]
+    ops = {case.op for name in NAMES for case in module(name).CASES if case.function not in plot.UNMEASURED}
+    assert {group["op"] for group, _ in rows} == ops
+    assert len(rows) == len(plot.SHOWN) - len(later) and len(plot.SHOWN) <= len(NAMES) + 1
 
 
 def test_every_case_has_its_result_or_a_reason():
@@ -258,6 +261,9 @@ def test_every_case_has_its_result_or_a_reason():
     for name in NAMES:
         for case in module(name).CASES:
             group = groups.get(case.group)
+            if case.function in plot.UNMEASURED:
+                assert group is None, f"{case.group} is measured: take {case.function} out of plot.UNMEASURED"
+                continue
             assert group is not None, f"{path.name} lacks {case.group}: run `make bench OP={name}`"
             assert group["goals"] == [asdict(goal) for goal in case.goals], case.group
             for impl in case.impls:
