@@ -1,9 +1,9 @@
 """Preferences without a reward model: L_DPO = -log sigmoid(beta * (log pi/ref)(y_w) - beta * (log pi/ref)(y_l)).
 
-The closed form of the RL problem, solved for the reward (Rafailov et al. 2023); IPO, hinge, SimPO and ORPO are further
-losses on the same log-probs. KTO (Ethayarajh et al. 2024) needs no pairs: responses that are desired, or not, are held
-against z = max(0, KL(pi || ref)). The reference is the model at the start: its log-probs are computed once, before
-training.
+The closed form of the RL problem, solved for the reward (Rafailov et al. 2023); IPO, hinge, SimPO, ORPO and their kin
+are further losses on the same log-probs. KTO (Ethayarajh et al. 2024) needs no pairs: responses that are desired, or
+not, are held against z = max(0, KL(pi || ref)). The reference is the model at the start: its log-probs are computed
+once, before training.
 """
 
 from dataclasses import dataclass
@@ -14,33 +14,92 @@ import numpy
 import torch
 from accelerate.utils import gather_object
 
-from rlhf_kernels import preference_loss
+from rlhf_kernels import preference_loss, preferences
 
 from . import models, training
 from .data.mismatches import mismatched
 from .data.store import Mapped
-from .ranges import above, at_least, option, within
+from .ranges import FINITE, above, at_least, listed, option, within
 from .training import StageConfig, StageTrainer
-
-WITHOUT_REFERENCE = ("orpo", "simpo")
+from .training.sums import pair_log_probs, sums, weighted_pairs
 
 
 @dataclass
 class DPOConfig(StageConfig):
     """Settings of `rlhf dpo`."""
 
-    loss_type: Literal["sigmoid", "ipo", "hinge", "orpo", "simpo"] = option(
-        "sigmoid", "The loss: sigmoid is DPO; orpo and simpo need no reference."
+    loss_type: list[str] = option(
+        "sigmoid",
+        "The loss, or several: sigmoid (DPO), ipo, hinge, robust, exo_pair, discopop, nca_pair, bco_pair, sppo_hard, "
+        "aot, aot_unpaired, apo_zero, apo_down, sigmoid_norm, ipo_norm (by token: TRL's ipo); without reference: orpo, "
+        "simpo, sft.",
     )
+    loss_weights: list[float] | None = option(None, "Weight of each loss; default: 1 each.", FINITE)
     beta: float = option(0.1, "Weight of the tether to the reference (DPO paper: 0.1 to 0.5).", above(0))
     label_smoothing: float = option(
-        0.0, "Assumed share of wrong labels, in [0, 0.5); sigmoid and simpo.", within(0, 0.5, open_high=True)
+        0.0,
+        "Assumed share of wrong labels, in [0, 0.5); sigmoid, sigmoid_norm, simpo, robust, aot; exo_pair wants 1e-3.",
+        within(0, 0.5, open_high=True),
     )
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = option(
+        "reverse_kl", "Divergence from the reference; others for losses of the gap of two scores, such as sigmoid."
+    )
+    f_alpha_divergence_coef: float = option(0.5, "alpha of alpha_divergence: 1 is reverse_kl, 0 forward_kl.", FINITE)
+    discopop_tau: float = option(0.05, "Temperature of discopop.", above(0))
+    ld_alpha: float | None = option(
+        None, "Weight of the tokens beyond the shorter response of a pair (LD-DPO); default: all count.", within(0, 1)
+    )
+    use_weighting: bool = option(False, "Weight each pair by its probability under the policy (WPO).")
     learning_rate: float = option(1e-6, "Peak learning rate.", at_least(0))
 
     stage: ClassVar[str] = "dpo"
-    groups: ClassVar[dict] = {**StageConfig.groups, "the method": ("loss_type", "beta", "label_smoothing")}
+    groups: ClassVar[dict] = {
+        **StageConfig.groups,
+        "the method": (
+            "loss_type", "loss_weights", "beta", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
+            "discopop_tau", "ld_alpha", "use_weighting",
+        ),
+    }  # fmt: skip
     paper: ClassVar[dict] = {}
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type or ())
+        known = [name for name in preferences.BY_NAME if name != "kto"]
+        if not names or not set(names) <= set(known):
+            raise ValueError(f"loss_type: got {self.loss_type!r}, wants {listed(known)}, or several of them")
+        self.loss_type = names[0] if len(names) == 1 else names
+        weights = self.loss_weights or [1.0] * len(names)
+        if len(weights) != len(names):
+            raise ValueError(f"loss_weights: got {len(weights)} of them, wants {len(names)}, one for each loss_type")
+        given = [preferences.DiscoPOP(self.discopop_tau) if name == "discopop" else name for name in names]
+        fields = {"label_smoothing": self.label_smoothing or None}
+        self._losses = preferences.losses_of(list(zip(given, map(float, weights), strict=True)), fields, False)
+        self._check_losses()
+
+    def _check_losses(self):
+        for loss, _ in self._losses:
+            if self.f_divergence_type != "reverse_kl" and not loss.by_divergence:
+                raise ValueError(
+                    f"f_divergence_type: got {self.f_divergence_type!r}, wants 'reverse_kl' with loss_type {loss.name}"
+                )
+            if self.use_weighting and isinstance(loss, preferences.AOT):
+                raise ValueError(f"use_weighting: got True, wants False with loss_type {loss.name}, which sorts pairs")
+            if self.ld_alpha is not None and isinstance(loss, preferences.SFT):
+                raise ValueError(
+                    f"ld_alpha: got {self.ld_alpha}, wants None with loss_type sft, whose tokens all count"
+                )
+
+    @property
+    def losses(self):
+        """[(loss, weight)] of `rlhf_kernels.preferences`."""
+        return self._losses
+
+    @property
+    def divergence(self):
+        if self.f_divergence_type == "alpha_divergence":
+            return preferences.AlphaDivergence(self.f_alpha_divergence_coef)
+        return self.f_divergence_type
 
 
 @dataclass
@@ -50,7 +109,9 @@ class KTOConfig(StageConfig):
     dataset_name: str | None = option(
         None, "Responses: prompt, completion, label (true: desired); a pair of chosen and rejected is one of each."
     )
-    loss_type: Literal["kto"] = option("kto", "The loss.")
+    loss_type: Literal["kto", "apo_zero_unpaired"] = option(
+        "kto", "The loss; apo_zero_unpaired holds responses against the reference alone, without an estimate of the KL."
+    )
     beta: float = option(0.1, "Weight of the tether to the reference (KTO paper: 0.1).", above(0))
     desirable_weight: float = option(
         1.0, "Weight of a desired response; the paper: weights times counts of the two within 1 to 4/3.", above(0)
@@ -89,9 +150,7 @@ class ReferenceTrainer(StageTrainer):
             compute_metrics=compute_metrics, quantization_config=quantization_config,
         )  # fmt: skip
 
-    @property
-    def needs_reference(self):
-        return self.args.loss_type not in WITHOUT_REFERENCE
+    needs_reference = True
 
     def log_probs(self, model, batch):
         """[N, 2] fp32, differentiable: the two log-probs of each example that the reference's are held against."""
@@ -180,8 +239,25 @@ class DPOTrainer(ReferenceTrainer):
     def encode(self, rows, what):
         return training.encode_rows(self.tokenizer, rows, ("chosen", "rejected"), self.args, what=what)
 
+    @property
+    def needs_reference(self):
+        return any(loss.has_reference for loss, _ in self.args.losses)
+
+    @property
+    def has_likelihood(self):
+        return any(isinstance(loss, preferences.SFT) for loss, _ in self.args.losses)
+
     def log_probs(self, model, batch):
-        return pair_log_probs(model, batch)[0]
+        return pair_log_probs(model, batch, self.args.ld_alpha)[0]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The likelihood is a mean over the tokens of all chosen responses of a step, over all processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.has_likelihood:
+            tokens = sum(batch["cu_responses"].diff()[::2].sum() for batch in batches)
+            total = self.accelerator.reduce(torch.as_tensor(tokens, dtype=torch.float64, device=device), "sum")
+            batches = [{**batch, "mean_chosen_length": total / items} for batch in batches]
+        return batches, items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         result = self.loss_of(model, inputs, num_items_in_batch=num_items_in_batch)
@@ -189,28 +265,32 @@ class DPOTrainer(ReferenceTrainer):
         return self.global_mean(result.loss) if num_items_in_batch is not None else result.loss
 
     def loss_of(self, model, batch, **options):
-        log_probs, lengths = pair_log_probs(model, batch)
-        ref = batch.get("ref_log_probs", torch.zeros(0, 2, dtype=torch.float32))
-        free = self.args.loss_type in WITHOUT_REFERENCE
+        if self.args.use_weighting:
+            log_probs, lengths, options["weights"] = weighted_pairs(model, batch, self.args.ld_alpha)
+        else:
+            log_probs, lengths = pair_log_probs(model, batch, self.args.ld_alpha)
+        if self.needs_reference:
+            options |= dict(zip(("ref_chosen_logps", "ref_rejected_logps"), batch["ref_log_probs"].unbind(1)))
+        losses = self.args.losses
+        if any(loss.by_token for loss, _ in losses):
+            options |= dict(zip(("chosen_lengths", "rejected_lengths"), lengths.unbind(1)))
+        if "mean_chosen_length" in batch:
+            whole = preferences.SFT(mean_length=batch["mean_chosen_length"])
+            losses = [(whole if isinstance(loss, preferences.SFT) else loss, weight) for loss, weight in losses]
         return preference_loss(
-            log_probs[:, 0],
-            log_probs[:, 1],
-            *((None, None) if free else (ref[:, 0], ref[:, 1])),
-            loss_type=self.args.loss_type,
-            beta=self.args.beta,
-            label_smoothing=self.args.label_smoothing,
-            chosen_lengths=lengths[:, 0] if free else None,
-            rejected_lengths=lengths[:, 1] if free else None,
-            **options,
+            *log_probs.unbind(1), loss_type=losses, beta=self.args.beta, divergence=self.args.divergence, **options
         )
 
     def evaluate_rows(self, examples):
-        sums = {}
+        whole, totals = {}, {}
+        if self.has_likelihood:
+            chosen = [batch["cu_responses"].diff()[::2] for batch in self.batches(examples)]
+            whole["mean_chosen_length"] = torch.cat(chosen).double().mean()
         for batch in self.batches(examples):
-            result = self.loss_of(self.model, batch)
+            result = self.loss_of(self.model, {**batch, **whole})
             for name, value in {"loss": result.loss, **result.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * (len(batch["cu_groups"]) - 1)
-        return {name: total / len(examples) for name, total in sums.items()}
+                totals[name] = totals.get(name, 0.0) + float(value) * (len(batch["cu_groups"]) - 1)
+        return {name: total / len(examples) for name, total in totals.items()}
 
 
 class KTOTrainer(ReferenceTrainer):
@@ -231,8 +311,14 @@ class KTOTrainer(ReferenceTrainer):
     config_class, kind = KTOConfig, "unpaired"
     spare = None  # the training examples, for held-out rows of one prompt
 
+    @property
+    def wants_kl(self):
+        return self.args.loss_type == "kto"
+
     def encode(self, rows, what):
         examples = training.encode_rows(self.tokenizer, rows, ("completion",), self.args, what=what)
+        if not self.wants_kl:
+            return examples
         examples = mismatched(examples, self.args.max_length, self.spare)
         if what == "training":
             self.spare = examples
@@ -240,16 +326,19 @@ class KTOTrainer(ReferenceTrainer):
 
     def collate(self, examples):
         own = super().collate([one_of(example, 0) for example in examples])
-        other = super().collate([one_of(example, 1) for example in examples])
-        return {**own, "mismatched": other, **by_label(examples)}
+        if self.wants_kl:
+            own["mismatched"] = super().collate([one_of(example, 1) for example in examples])
+        return {**own, **by_label(examples)}
 
     def log_probs(self, model, batch):
-        return torch.stack([sums(model, batch), sums(model, batch["mismatched"])], dim=1)
+        own = sums(model, batch)
+        return torch.stack([own, sums(model, batch["mismatched"]) if self.wants_kl else torch.zeros_like(own)], dim=1)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.of_step(batches)
-        self.record({"kl": step["kl"]})
+        if self.wants_kl:
+            self.record({"kl": step["kl"]})
         return [{**batch, **step} for batch in batches], items
 
     @torch.no_grad()
@@ -257,8 +346,10 @@ class KTOTrainer(ReferenceTrainer):
         """What is told of all batches of a step, over all processes: z, and the counts of both labels."""
         total = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         for batch in map(self._prepare_inputs, batches):
-            with self.accelerator.autocast():
-                ratios = sums(self.model, batch["mismatched"]) - batch["ref_log_probs"][:, 1]
+            ratios = torch.zeros_like(batch["ref_log_probs"][:, 1])
+            if self.wants_kl:
+                with self.accelerator.autocast():
+                    ratios = sums(self.model, batch["mismatched"]) - batch["ref_log_probs"][:, 1]
             counts = (len(ratios), len(batch["desired"]), len(batch["undesired"]))
             total += torch.stack([ratios.double().sum(), *(total.new_tensor(count) for count in counts)])
         total = self.accelerator.reduce(total, "sum")
@@ -279,7 +370,7 @@ class KTOTrainer(ReferenceTrainer):
             log_probs[undesired],
             ref[desired],
             ref[undesired],
-            loss_type=self.args.loss_type,
+            loss_type="kto",  # apo_zero_unpaired is the same at kl = 0
             beta=self.args.beta,
             kl=kl,
             desirable_weight=self.args.desirable_weight,
@@ -302,19 +393,8 @@ class KTOTrainer(ReferenceTrainer):
         log_probs, ref = map(torch.cat, zip(*found, strict=True))
         kl = (log_probs - ref)[:, 1].mean().clamp(min=0)
         result = self.loss_of(log_probs[:, 0], ref[:, 0], self._prepare_inputs(by_label(examples)), kl)
-        metrics = {"loss": result.loss, "kl": kl, **result.metrics}
+        metrics = {"loss": result.loss, **({"kl": kl} if self.wants_kl else {}), **result.metrics}
         return {name: float(value) for name, value in metrics.items() if not value.isnan()}
-
-
-def sums(model, batch):
-    """[S] fp32, differentiable: the summed log-prob of each response of a batch."""
-    log_probs = training.response_log_probs(model, batch)
-    return torch.segment_reduce(log_probs, "sum", lengths=batch["cu_responses"].diff())
-
-
-def pair_log_probs(model, batch):
-    """Summed log-probs [N, 2] fp32 (chosen, rejected), differentiable, and the token counts [N, 2]."""
-    return sums(model, batch).view(-1, 2), batch["cu_responses"].diff().view(-1, 2)
 
 
 def by_label(examples):

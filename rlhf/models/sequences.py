@@ -10,6 +10,7 @@ from rlhf_kernels import (
     linear_logprobs,
     linear_policy_loss,
     logprobs_and_entropy_from_logits,
+    logprobs_from_logits,
     pack_responses,
 )
 from rlhf_kernels import policy_loss as of_tokens
@@ -171,6 +172,29 @@ def label_log_probs(model, inputs, labels, rows, *, temperature=1.0, return_entr
     logits = model(**inputs).logits.flatten(0, 1)[rows]
     log_probs, entropy = logprobs_and_entropy_from_logits(logits, labels, temperature=temperature)
     return (log_probs, entropy) if return_entropy else log_probs
+
+
+def aligned_log_probs(model, inputs, labels, rows):
+    """log p of labels [N], differentiable, and log p - log sum p^2, a constant: what WPO's weights are means of.
+
+    Arguments as in `label_log_probs`. sum p^2 is p(label)^2 over the label's probability at half the temperature.
+    """
+    inputs = model_inputs(model, *inputs)
+
+    def of_hidden(hidden, head):
+        found = []
+        for part, temperature in ((hidden, 1.0), (hidden.detach(), 0.5)):
+            options = {"bias": head.bias, **head.options(temperature)}
+            found.append(linear_logprobs(part.flatten(0, 1), head.weight, labels, rows=rows, **options))
+        return found
+
+    if linear_head(model) is not None:
+        log_probs, halved = call_with_head(model, of_hidden, **inputs)
+    else:
+        logits = model(**inputs).logits.flatten(0, 1)[rows]
+        log_probs = logprobs_from_logits(logits, labels)
+        halved = logprobs_from_logits(logits.detach(), labels, temperature=0.5)
+    return log_probs, (halved - log_probs).detach()
 
 
 def label_loss(model, inputs, labels, rows, **options) -> torch.Tensor:
