@@ -186,7 +186,7 @@ def aligned_log_probs(model, inputs, labels, rows):
         for part, temperature in ((hidden, 1.0), (hidden.detach(), 0.5)):
             options = {"bias": head.bias, **head.options(temperature)}
             found.append(linear_logprobs(part.flatten(0, 1), head.weight, labels, rows=rows, **options))
-        return found
+        return tuple(found)
 
     if linear_head(model) is not None:
         log_probs, halved = call_with_head(model, of_hidden, **inputs)

@@ -163,6 +163,32 @@ def test_training_learns_the_labels(settings, tmp_path):
     models.load_policy(run)
 
 
+def test_apo_zero_holds_responses_against_the_reference_alone(settings):
+    """1 - sigmoid(beta r) of a desired response, sigmoid(beta r) of another, without mismatched responses."""
+    trainer = make_trainer(settings(loss_type="apo_zero_unpaired", beta=0.5, dtype="float64"))
+    rows = trainer.train_dataset[:6]
+    batch = trainer.collate(rows)
+    assert "mismatched" not in batch and all(len(row["responses"]) == 1 for row in rows)
+    move(trainer.model, 1)
+    losses = []
+    for row in rows:
+        r = summed_log_prob(trainer.model, row["prompt"], row["responses"][0]) - row["ref_log_probs"][0]
+        losses.append(torch.sigmoid(-0.5 * r if row["row"]["label"] else 0.5 * r))
+    expected = torch.stack(losses).mean()
+    found = trainer.compute_loss(trainer.model, batch)
+    reference = max(abs(row["ref_log_probs"][0]) for row in rows)
+    assert_same(found.item(), expected.item(), STORED * reference)
+    weight = trainer.model.get_input_embeddings().weight
+    ours, theirs = (torch.autograd.grad(loss, weight)[0] for loss in (found, expected))
+    assert_same(ours, theirs, STORED * reference)
+
+
+def test_apo_zero_learns(settings):
+    run = train_kto(settings(loss_type="apo_zero_unpaired", num_train_epochs=4, learning_rate=1e-2, eval_fraction=0.25))
+    summary = json.loads((run / "run.json").read_text())["summary"]
+    assert summary["eval/loss"] < 0.48 and "eval/kl" not in summary  # 0.5 at the start
+
+
 @pytest.mark.parametrize("label", [True, False])
 def test_one_label_alone_trains(settings, tmp_path, label):
     rows = write_jsonl(tmp_path / "one.jsonl", [{**row, "label": label} for row in judged(8)])
