@@ -30,6 +30,7 @@ SHOWN = (  # of the README: an op's row, and the row whose time counts as 1 in t
     ("kl_from_logits-fwd-fp32-512x151936", "eager"),
     ("cross_entropy_from_logits-fwdbwd-fp32-512x151936", "eager"),
     ("linear_cross_entropy-fwdbwd-fp32-2048x768x50257", "eager"),
+    ("linear_jsd-fwdbwd-fp32-512x768x50257", "eager"),
     ("gae-fwd-fp32-1024x8192", "eager"),
     ("ppo_loss-fwdbwd-fp32-512x1024", "eager"),
     ("bradley_terry_loss-fwdbwd-fp32-16384x9", "eager"),
@@ -42,9 +43,9 @@ SHOWN = (  # of the README: an op's row, and the row whose time counts as 1 in t
 # Functions that came after the last run of all benchmarks on the machine of the results file. Figures of one run on
 # another machine stand on the pages of their ops; a run of all of them empties this.
 UNMEASURED = (
-    "cross_entropy_from_logits", "kept_logprobs_from_logits", "linear_kept_logprobs", "linear_policy_loss",
-    "linear_preference_loss", "masked_whiten", "pad_kept", "policy_loss", "unpaired_preference_loss", "value_loss",
-    "wpo_weights",
+    "cross_entropy_from_logits", "kept_logprobs_from_logits", "linear_jsd", "linear_kept_logprobs",
+    "linear_policy_loss", "linear_preference_loss", "linear_topk_kl", "masked_whiten", "pad_kept", "policy_loss",
+    "unpaired_preference_loss", "value_loss", "wpo_weights",
 )  # fmt: skip
 SHORT_TEXT = (
     "fp32, forward + backward where not said otherwise. ms is ours; then, how many times as long the others take.",

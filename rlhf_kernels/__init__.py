@@ -5,6 +5,7 @@ from .aggregation import aggregate_loss
 from .bradley_terry import RankingLoss, bradley_terry_loss, plackett_luce_loss
 from .cross_entropy import cross_entropy_from_logits, linear_cross_entropy
 from .dispatch import backend, backends
+from .distillation import linear_jsd, linear_topk_kl
 from .group_advantages import group_advantages
 from .importance import Gate, ImportanceWeights, high_entropy_mask, importance_weights, off_policy_mask
 from .kept import kept_logprobs_from_logits, linear_kept_logprobs, pad_kept
@@ -78,6 +79,7 @@ __all__ = [
     "kept_logprobs_from_logits",
     "kl_from_logits",
     "linear_cross_entropy",
+    "linear_jsd",
     "linear_kept_logprobs",
     "linear_kl",
     "linear_logprobs",
@@ -85,6 +87,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_ppo_loss",
     "linear_preference_loss",
+    "linear_topk_kl",
     "logprobs_and_entropy_from_logits",
     "logprobs_from_logits",
     "masked_whiten",

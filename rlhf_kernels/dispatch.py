@@ -36,6 +36,7 @@ TABLE: dict[str, list[tuple[str, Applies]]] = {
     "bradley_terry": [_CPU, _TRITON, _CUDA, _REFERENCE],
     "preference": [_CPU, _TRITON, _REFERENCE],
     "kept": [_REFERENCE],
+    "distillation": [_REFERENCE],
     "packing": [_REFERENCE],
 }
 

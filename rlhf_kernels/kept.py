@@ -140,7 +140,7 @@ def linear_kept_logprobs(
     labels, kept = _check_tokens(labels, kept, shape, weight.shape[0], ignore_index)
     check_same_device(hidden_states=hidden, labels=labels, kept=kept)
     counts = torch.where((labels != ignore_index).unsqueeze(-1), kept, -1)
-    x = _kept_logits(hidden, weight, counts.reshape(-1, kept.shape[-1]), bias).view(kept.shape)
+    x = kept_logits(hidden, weight, counts.reshape(-1, kept.shape[-1]), bias).view(kept.shape)
     return _of_kept(x, labels, kept, temperature, softcap, ignore_index, return_entropy)
 
 
@@ -213,6 +213,4 @@ def _backward(ctx, grad):
     return grads[0], grads[1], None, grads[2]
 
 
-_kept_logits = register(
-    kept_logits_fwd, _backward, _setup_context, keeps_inputs=True, hidden_states=0, weight=1, bias=3
-)
+kept_logits = register(kept_logits_fwd, _backward, _setup_context, keeps_inputs=True, hidden_states=0, weight=1, bias=3)

@@ -164,6 +164,11 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "kept_logprobs_from_logits": Call(
             "kept", lambda x: [rk.kept_logprobs_from_logits(x, labels, kept)], [randn(4, 7)]
         ),
+        "linear_jsd": Call(
+            "distillation",
+            lambda h, w, b: [rk.linear_jsd(h, w, ref_hidden, ref_head, bias=b, beta=0.3)],
+            [randn(4, 4), randn(7, 4), randn(7)],
+        ),
         "bradley_terry_loss": Call(
             "bradley_terry",
             lambda s: numbers_of(rk.bradley_terry_loss(s, ranks, margins=0.2, ties="half")),
