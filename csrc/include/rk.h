@@ -50,29 +50,21 @@ enum DType { F32 = 0, BF16 = 1, F16 = 2 };  // as in _native.py
 
 namespace RK_ISA {
 
-struct Bf16 {
-    uint16_t bits;
-};
-struct Half {
-    uint16_t bits;
-};
+struct Bf16 { uint16_t bits; };
+struct Half { uint16_t bits; };
 
 // The arithmetic is written once for T = float and, on a CPU, T = Lanes: one vector register. A comparison of Lanes gives
 // an integer lane of all ones for true, and `condition ? a : b` chooses lane by lane.
 template <class T>
 struct Bits;
 template <>
-struct Bits<float> {
-    using type = int32_t;
-};
+struct Bits<float> { using type = int32_t; };
 
 #ifndef __CUDACC__
 typedef float Lanes __attribute__((vector_size(4 * RK_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * RK_LANES)));
 template <>
-struct Bits<Lanes> {
-    using type = Ints;
-};
+struct Bits<Lanes> { using type = Ints; };
 
 RK_HD Lanes load(const float* from) {
     Lanes lanes;

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.models import sequences
 from rlhf.models.sequences import cheapest_cut, join, policy_loss
+from rlhf_kernels import Clip
 from tests.roundings import assert_same
 from tests.tiny_ppo import make_config
 
@@ -60,8 +61,9 @@ def test_policy_loss(mode, linear, monkeypatch):
     old, advantages = torch.full((2, 6), torch.nan), torch.full((2, 6), torch.nan)
     old[batch.response_mask] = -torch.rand(6) - 3.5
     advantages[batch.response_mask] = torch.randn(6)
-    options = {"cliprange": 0.2, "entropy_coef": 0.1, "loss_agg_mode": mode, "num_items_in_batch": 40}
-    found = policy_loss(model, batch, old, advantages, temperature=0.7, **options)
+    options = {"entropy_coef": 0.1, "loss_agg_mode": mode, "num_items_in_batch": 40}
+    options |= {"entropy_agg_mode": mode, "entropy_num_items_in_batch": 40}
+    found = policy_loss(model, batch, old, advantages, temperature=0.7, objective=Clip(0.2), **options)
     found.loss.backward()
     expected = expected_loss(judge, prompts, responses, old.double(), advantages.double(), mode, 0.7)
     expected.backward()
