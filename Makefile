@@ -1,5 +1,5 @@
 # make demo [MODEL=smollm2|PATH] [DATA=FILE] [OUT=DIR] [SEED=N]   all three stages, then a table and a report
-# make test                                                       the quick tests: about 9 minutes, with .venv's set-up
+# make test                                                       the quick tests: about 15 minutes, with .venv's set-up
 # make test OP=name                                               all tests of one op, the exhaustive ones too
 # make test-all [ARGS="-m slow"]                                  every test (the exhaustive ones alone)
 # make test-models [MODEL=name]                                   every language model of transformers, tiny: docs/models.md's table
