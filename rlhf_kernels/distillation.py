@@ -9,7 +9,7 @@ from . import dispatch
 from ._autograd import register
 from ._checks import FLOATS, check_dtype, check_in, check_index, check_range, check_same_device, check_shape
 from ._linear_checks import check_execution, check_head, check_scale
-from .kept import kept_logits
+from .kept import check_tokens, kept_logits
 from .linear import linear_logprobs
 from .reference.logprobs import accumulator_dtype
 
@@ -104,7 +104,8 @@ def linear_topk_kl(
     Returns:
         [...] fp32 (fp64 for fp64), in nats; >= 0 but for "drop". Differentiable in hidden_states, weight and bias.
     Raises:
-        ValueError: shapes, dtypes or devices do not fit; a number or a token out of range; unknown tail.
+        ValueError: shapes, dtypes or devices do not fit; a number out of range; unknown tail; a token outside [0, V),
+            checked on the CPU, and elsewhere only with RLHF_KERNELS_CHECK=1; without it the row becomes NaN.
     Cost: as `linear_logprobs`, and 6NKH for the K tokens' logits; only those rows of the head are gathered.
     Example:
         >>> import torch
@@ -118,6 +119,7 @@ def linear_topk_kl(
     check_shape("teacher_ids", ids, (*shape, None), "[..., K], the teacher's tokens")
     if ids.shape[-1] < 1:
         raise ValueError(f"teacher_ids has shape {list(ids.shape)}, expected [..., K] with K >= 1")
+    check_tokens("teacher_ids", ids, 0, weight.shape[0])
     check_dtype("teacher_log_probs", teacher_log_probs, FLOATS)
     check_shape("teacher_log_probs", teacher_log_probs, tuple(ids.shape), "the shape of teacher_ids")
     check_same_device(hidden_states=flat, teacher_ids=ids, teacher_log_probs=teacher_log_probs)

@@ -150,13 +150,20 @@ def _check_tokens(labels, kept, shape, vocab, ignore_index):
     check_shape("kept", kept, (*shape, None), "[..., K], the kept tokens of each row, padded with -1")
     if kept.shape[-1] < 1:
         raise ValueError(f"kept has shape {list(kept.shape)}, expected [..., K] with K >= 1")
-    if reads_values(kept):
-        outside = (kept < -1) | (kept >= vocab)
-        if bool(outside.any()):
-            place = tuple(outside.nonzero()[0].tolist())
-            wanted = f"values in [0, {vocab}) or -1 for none"
-            raise ValueError(f"kept holds {int(kept[place])} at position {list(place)}, expected {wanted}")
+    check_tokens("kept", kept, -1, vocab, " or -1 for none")
     return labels, kept
+
+
+def check_tokens(name, tokens, least, vocab, also=""):
+    """Raise if a token is below `least` or not below vocab, where values may be read."""
+    if not reads_values(tokens):
+        return
+    outside = (tokens < least) | (tokens >= vocab)
+    if bool(outside.any()):
+        place = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} holds {int(tokens[place])} at position {list(place)}, expected values in [0, {vocab}){also}"
+        )
 
 
 def _of_kept(x, labels, kept, temperature, softcap, ignore_index, return_entropy):

@@ -10,9 +10,9 @@ from ._autograd import needs_grad
 from ._checks import FLOATS, check_dtype, check_mask, check_range, check_same_device, check_shape
 from ._linear_checks import check_execution, check_head, check_labels, check_scale
 from .linear import linear_logprobs
-from .objectives import Clip, KLTerm, Objective
+from .objectives import Clip, ClipCov, KLTerm, Objective
 from .policy import PolicyLoss, check_kl, normalizer_of, per_token, policy_metrics, policy_settings, with_selection
-from .ppo import PPOLoss, _check_numbers, _metrics, _normalizer
+from .ppo import PPOLoss, _check_numbers, _metrics
 from .reference.policy import Tensors
 
 
@@ -94,7 +94,7 @@ def linear_ppo_loss(
     check_same_device(hidden_states=hidden, old_log_probs=old_log_probs, advantages=advantages, response_mask=mask)
     _check_numbers(cliprange, cliprange_high, dual_clip, None, 0.0)
     check_range("entropy_coef", entropy_coef, 0)
-    normalizer = _normalizer(num_items_in_batch, loss_agg_mode, hidden)
+    normalizer = normalizer_of("num_items_in_batch", num_items_in_batch, "loss_agg_mode", loss_agg_mode, hidden)
     if labels.dim() != 2 and not (labels.dim() == 1 and loss_agg_mode.startswith("token")):
         wanted = "[B, T], or [N] with loss_agg_mode token-mean or token-sum"
         raise ValueError(f"labels has shape {list(labels.shape)}, expected {wanted}; got {loss_agg_mode!r}")
@@ -171,7 +171,7 @@ def linear_policy_loss(
         as in `policy_loss` with entropy.
     Raises:
         ValueError: as `linear_logprobs` and `policy_loss`; packed labels with a "seq-*" mode or an objective of whole
-            sequences.
+            sequences; process_group with `ClipCov`, whose ranks would draw different tokens.
     Cost: 6NVH floating-point operations for forward and backward together, with KL and weights too. Objectives of
         whole sequences (`GSPO`, `GMPO`, `RLOO` with a clip) and those that choose tokens over the batch (`ClipCov`,
         `KLCov`) need the log-probs first: 2NVH more. Memory as `linear_cross_entropy`. No host sync on a GPU.
@@ -214,6 +214,8 @@ def linear_policy_loss(
         wanted = "[B, T], or [N] with token-mean or token-sum and an objective of single tokens"
         raise ValueError(f"labels has shape {list(labels.shape)}, expected {wanted}; got {modes} and {objective!r}")
     execution = check_execution(chunk_size, precision, process_group, vocab_start_index)
+    if process_group is not None and isinstance(objective, ClipCov):
+        raise ValueError("process_group is given, expected None with ClipCov: its ranks would draw different tokens")
     if objective.selects:
         options = {"rows": flat_rows if rows is None else rows, "bias": bias, "softcap": softcap}
         with torch.no_grad():

@@ -113,7 +113,7 @@ def policy_loss(
         >>> new.grad  # -A clip(r) / 2: the clipped token keeps a gradient
         tensor([[-0.3250, -0.3900]])
     """
-    mask = check_policy(log_probs, old_log_probs, advantages, response_mask)
+    mask = check_policy(log_probs, old_log_probs, response_mask)
     kl_numbers = check_kl(ref_log_probs, kl, log_probs, "log_probs")
     if weights is not None:
         weights = per_token("weights", weights, log_probs)
@@ -172,14 +172,7 @@ def value_loss(
     """
     check_dtype("values", values, FLOATS)
     check_shape("values", values, (None, None), "[B, T]")
-    check_like("returns", returns, values, "values")
-    if old_values is not None:
-        check_like("old_values", old_values, values, "values")
-    elif cliprange_value is not None:
-        raise ValueError(
-            f"old_values is None, but cliprange_value={cliprange_value!r} clips around them; "
-            "give old_values, or cliprange_value=None"
-        )
+    check_targets(values, old_values, returns, cliprange_value)
     if cliprange_value is not None:
         check_range("cliprange_value", cliprange_value, 0, low_open=True)
     tensors = Tensors(
@@ -205,7 +198,19 @@ def check_like(name, x, like, of):
     check_shape(name, x, like.shape, f"the shape of {of}")
 
 
-def check_policy(log_probs, old_log_probs, advantages, response_mask):
+def check_targets(values, old_values, returns, cliprange_value):
+    """Check what the values are held against."""
+    check_like("returns", returns, values, "values")
+    if old_values is not None:
+        check_like("old_values", old_values, values, "values")
+    elif cliprange_value is not None:
+        raise ValueError(
+            f"old_values is None, but cliprange_value={cliprange_value!r} clips around them; "
+            "give old_values, or cliprange_value=None"
+        )
+
+
+def check_policy(log_probs, old_log_probs, response_mask):
     """Check what every policy loss takes; return the mask as bool."""
     check_dtype("log_probs", log_probs, FLOATS)
     check_shape("log_probs", log_probs, (None, None), "[B, T]")

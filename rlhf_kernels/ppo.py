@@ -8,17 +8,9 @@ from torch import Tensor
 
 from . import dispatch
 from ._autograd import register
-from ._checks import (
-    FLOATS,
-    check_dtype,
-    check_in,
-    check_mask,
-    check_range,
-    check_same_device,
-    check_shape,
-    reads_values,
-)
-from .reference.ppo import AGG_MODES, STATS, accumulator_dtype
+from ._checks import check_range, check_same_device, reads_values
+from .policy import check_entropy, check_like, check_policy, check_targets, normalizer_of
+from .reference.ppo import STATS, accumulator_dtype
 
 _VALUE_STATS = ("value_clip_fraction", "explained_variance", "value_mean", "return_mean")
 
@@ -102,9 +94,10 @@ def ppo_loss(
         >>> new.grad  # the clipped token has none
         tensor([[-0.3250,  0.0000]])
     """
-    mask = _check_policy(log_probs, old_log_probs, advantages, response_mask)
+    mask = check_policy(log_probs, old_log_probs, response_mask)
+    check_like("advantages", advantages, log_probs, "log_probs")
     _check_values(log_probs, values, old_values, returns, cliprange_value)
-    _check_entropy(log_probs, entropy, entropy_coef)
+    check_entropy(log_probs, entropy, entropy_coef)
     _check_numbers(cliprange, cliprange_high, dual_clip, cliprange_value, vf_coef)
     tensors = {
         "log_probs": log_probs,
@@ -117,7 +110,7 @@ def ppo_loss(
         "entropy": entropy,
     }
     check_same_device(**tensors)
-    normalizer = _normalizer(num_items_in_batch, loss_agg_mode, log_probs)
+    normalizer = normalizer_of("num_items_in_batch", num_items_in_batch, "loss_agg_mode", loss_agg_mode, log_probs)
     numbers = [
         float(cliprange),
         float(cliprange if cliprange_high is None else cliprange_high),
@@ -133,44 +126,16 @@ def ppo_loss(
     return PPOLoss(loss, policy_loss, None if values is None else value_loss, metrics)
 
 
-def _check_policy(log_probs, old_log_probs, advantages, response_mask):
-    check_dtype("log_probs", log_probs, FLOATS)
-    check_shape("log_probs", log_probs, (None, None), "[B, T]")
-    for name, x in (("old_log_probs", old_log_probs), ("advantages", advantages)):
-        _check_like(name, x, log_probs)
-    return check_mask("response_mask", response_mask, log_probs.shape)
-
-
-def _check_like(name, x, log_probs):
-    check_dtype(name, x, FLOATS)
-    check_shape(name, x, log_probs.shape, "[B, T], like log_probs")
-
-
 def _check_values(log_probs, values, old_values, returns, cliprange_value):
     if values is None:
         for name, x in (("old_values", old_values), ("returns", returns)):
             if x is not None:
                 raise ValueError(f"{name} is given but values is None; give both, or neither")
         return
-    _check_like("values", values, log_probs)
+    check_like("values", values, log_probs, "log_probs")
     if returns is None:
         raise ValueError("returns is None, but values is given: the value loss needs [B, T] returns")
-    _check_like("returns", returns, log_probs)
-    if old_values is not None:
-        _check_like("old_values", old_values, log_probs)
-    elif cliprange_value is not None:
-        raise ValueError(
-            f"old_values is None, but cliprange_value={cliprange_value!r} clips around them; "
-            "give old_values, or cliprange_value=None"
-        )
-
-
-def _check_entropy(log_probs, entropy, entropy_coef):
-    check_range("entropy_coef", entropy_coef, 0)
-    if entropy is not None:
-        _check_like("entropy", entropy, log_probs)
-    elif entropy_coef:
-        raise ValueError(f"entropy is None, but entropy_coef={entropy_coef!r} needs [B, T] entropies")
+    check_targets(values, old_values, returns, cliprange_value)
 
 
 def _check_numbers(cliprange, cliprange_high, dual_clip, cliprange_value, vf_coef):
@@ -182,19 +147,6 @@ def _check_numbers(cliprange, cliprange_high, dual_clip, cliprange_value, vf_coe
         check_range("dual_clip", dual_clip, 1, low_open=True)
     if cliprange_value is not None:
         check_range("cliprange_value", cliprange_value, 0, low_open=True)
-
-
-def _normalizer(num_items_in_batch, loss_agg_mode, log_probs):
-    check_in("loss_agg_mode", loss_agg_mode, AGG_MODES)
-    if num_items_in_batch is None:
-        return None
-    if loss_agg_mode == "token-sum":
-        raise ValueError("num_items_in_batch has no meaning with loss_agg_mode='token-sum', which divides by nothing")
-    if not isinstance(num_items_in_batch, Tensor):
-        check_range("num_items_in_batch", num_items_in_batch, 0, low_open=True)
-        return torch.full((), num_items_in_batch, dtype=accumulator_dtype(log_probs.dtype), device=log_probs.device)
-    check_shape("num_items_in_batch", num_items_in_batch, (), "a number or a 0-d tensor")
-    return num_items_in_batch.detach().to(log_probs.device, accumulator_dtype(log_probs.dtype))
 
 
 def _metrics(stats, values, entropy, dual_clip):

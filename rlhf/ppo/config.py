@@ -225,6 +225,11 @@ class PPOConfig:
                 f"rollout_correction: got {self.rollout_correction}, want none with rollout_engine builtin, whose "
                 "samples are the trainer's own"
             )
+        bounds = self.rollout_correction_low, self.rollout_correction_high
+        if None not in bounds and bounds[0] > bounds[1]:
+            raise ValueError(
+                f"rollout_correction_low: got {bounds[0]}, want at most rollout_correction_high, {bounds[1]}"
+            )
         if (self.objective, self.advantage) != ("clip", "gae"):
             from .objective import check_objective  # imports torch
 

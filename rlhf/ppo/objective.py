@@ -7,6 +7,7 @@ import torch
 import rlhf_kernels as kernels
 from rlhf_kernels import KLTerm, gae, group_advantages, masked_whiten
 
+from ..rollouts.engines import padded_log_probs
 from ..rollouts.sampling import RolloutError
 
 OBJECTIVES = {
@@ -93,9 +94,7 @@ def importance_weights(args, experience) -> tuple[torch.Tensor | None, dict]:
         raise RolloutError(
             f"rollout_correction: got {args.rollout_correction}, but the engine {engine} gives no log-probs"
         )
-    theirs = torch.zeros_like(experience.log_probs)
-    for row, values in enumerate(given):
-        theirs[row, : len(values)] = torch.tensor(values, dtype=theirs.dtype)
+    theirs = padded_log_probs(given, experience.mask).to(experience.log_probs.dtype)
     level, _, mode = args.rollout_correction.partition("_")
     found = kernels.importance_weights(
         experience.log_probs, theirs, experience.mask, level=level, mode=mode, low=args.rollout_correction_low,

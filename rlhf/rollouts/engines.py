@@ -43,6 +43,14 @@ def load_engine(name: str, *, batch_size: int | None = None) -> RolloutEngine | 
     return engine
 
 
+def padded_log_probs(engine_log_probs: list[list[float]], mask) -> torch.Tensor:
+    """The log-probs that an engine gave, [B, T] float64 where the mask lies, 0 behind the end of a response."""
+    padded = torch.zeros(mask.shape, dtype=torch.float64)
+    for row, values in enumerate(engine_log_probs):
+        padded[row, : len(values)] = torch.tensor(values, dtype=torch.float64)
+    return padded.to(mask.device)
+
+
 def log_prob_gap(engine_log_probs: list[list[float]], log_probs, mask) -> dict[str, float]:
     """Compare the log-probs that an engine gave with those of the trainer for the same tokens.
 
@@ -55,10 +63,7 @@ def log_prob_gap(engine_log_probs: list[list[float]], log_probs, mask) -> dict[s
         engine drew from the whole distribution; `rollout/upward`, the share of tokens that the engine held for likelier
         by more than 1e-3 nats, less that of the unlikelier ones.
     """
-    theirs = torch.zeros(mask.shape, dtype=torch.float64)
-    for row, values in enumerate(engine_log_probs):
-        theirs[row, : len(values)] = torch.tensor(values, dtype=torch.float64)
-    gap = torch.where(mask, theirs.to(mask.device) - log_probs.double(), 0)
+    gap = torch.where(mask, padded_log_probs(engine_log_probs, mask) - log_probs.double(), 0)
     ratio = torch.where(mask, torch.exp(-gap), 0)
     higher = (gap > 1e-3).sum() - (gap < -1e-3).sum()
     means = torch.stack([gap.abs().sum(), gap.sum(), ratio.sum(), higher.double()]) / mask.sum()

@@ -140,6 +140,7 @@ def test_bad_input():
     for changes, message in (
         ({"tail": "keep"}, "tail must be one of"),
         ({"ids": ids[:3]}, "teacher_ids has shape"),
+        ({"ids": ids - 1}, r"teacher_ids holds -1 at position \[0, 0\]"),
         ({"log_p": log_p[:, :1]}, "teacher_log_probs has shape"),
     ):
         options = {"ids": ids, "log_p": log_p, "tail": "drop", **changes}

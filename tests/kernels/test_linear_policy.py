@@ -1,6 +1,7 @@
 """linear_policy_loss: policy_loss of log-probs that torch makes from the whole logits in float64, gradients and all."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -185,6 +186,8 @@ def test_bad_input():
         ours({**case, "old_log_probs": case["old_log_probs"][:, :3]}, Clip(), "token-mean")
     with pytest.raises(ValueError, match="advantages has shape"):
         ours({**case, "advantages": torch.ones(3)}, Clip(), "token-mean")
+    with pytest.raises(ValueError, match="process_group is given, expected None with ClipCov"):
+        ours(case, ClipCov(), "token-mean", process_group=types.SimpleNamespace(group_name="ranks"))
     with pytest.raises(ValueError, match="objective must be an Objective"):
         ours(case, "clip", "token-mean")
     with pytest.raises(ValueError, match="ref_log_probs has shape"):

@@ -59,7 +59,7 @@ def inputs(dtype=torch.float32, seed=0, shape=(6, 17), spread=0.3):
     return {**found, "response_mask": mask}
 
 
-def mean_weights(mask, mode, length=None):
+def mean_weights(mask, mode):
     """Share of each token, from the words of the docstring."""
     rows = [sum(row) for row in mask.tolist()]
     count, sequences = sum(rows), sum(1 for n in rows if n)

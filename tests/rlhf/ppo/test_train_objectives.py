@@ -238,6 +238,7 @@ def test_names_and_parameters():
         ({"objective": "sapo:positive=-1"}, "positive must be a number > 0"),
         ({"objective": "dro"}, "beta"),
         ({"rollout_correction": "token_mask"}, "rollout_correction: got token_mask, want none with rollout_engine"),
+        ({"rollout_correction_low": 3.0}, "rollout_correction_low: got 3.0, want at most rollout_correction_high, 2.0"),
         ({"advantage": "grpo"}, "num_responses: got 1, want at least 2 with advantage grpo"),
         (
             {"advantage": "rloo", "num_responses": 2, "value_model_path": "x"},
