@@ -10,6 +10,7 @@ import torch
 import triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+FREE = 255  # registers a thread: left to itself, ptxas spills a few bytes to fit one more block on a processor
 
 
 def run(kernel, programs: int, *args, num_warps: int = 4, registers: int | None = None, **options) -> None:

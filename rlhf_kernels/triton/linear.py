@@ -22,7 +22,7 @@ import triton.language as tl
 from .. import _linear_walk as walk
 from .._linear_backend import Operators
 from . import _launch, kl
-from ._launch import pieces, power_of_two, warps
+from ._launch import FREE, pieces, power_of_two, warps
 from ._math import (
     NEG_INF,
     add_block,
@@ -257,7 +257,7 @@ class _Kernels(walk.Kernels):
         options["WITH_ENTROPY"] = state.weighted is not None
         _launch.run(
             statistics_kernel, rows * parts, *inputs, chunk.kept, columns, parts, *statistics, PART=PART, BLOCK=block,
-            num_warps=warps(block), **options,
+            num_warps=warps(block), registers=FREE, **options,
         )  # fmt: skip
         _launch.run(
             merge_kernel, pieces(rows, ROWS), *inputs, chunk.labels, chunk.first, chunk.kept, rows, columns, parts,

@@ -14,7 +14,7 @@ import triton.language as tl
 from ..reference.policy import STATS, Settings, Tensors
 from ..reference.ppo import STATS as PPO_STATS
 from . import _launch
-from ._launch import pieces, power_of_two
+from ._launch import FREE, pieces, power_of_two
 from ._policy_pieces import (
     ABOVE,
     BOUNDED,
@@ -62,7 +62,6 @@ TILE, SEQUENCE_TILE = 4096, 2048  # of a mask, that it counts at a time; where i
 ADDED = 1024  # counts that a program adds at a time
 FIELDS, MORE_FIELDS = 17, 8  # numbers that are kept of a piece
 MERGED = 512  # pieces that the last program adds at a time
-FREE = 255  # registers a thread: left to itself, ptxas spills a few bytes to fit one more block on a processor
 INF = tl.constexpr(float("inf"))
 
 
@@ -352,7 +351,7 @@ def walk(tensors: Tensors, settings: Settings, more: bool):
         programs, lengths, sequences, tokens, shape[1], s.a, s.b, s.c, clamp, s.kl_coef, s.kl_low, s.kl_high, s.kl_cap,
         s.kl_ratio_cap, s.cliprange_value, s.value_scale, s.entropy_scale, *grads, count, totals, TERM=int(s.term),
         KL_ESTIMATOR=int(s.kl_estimator), KL_GRADIENT=int(s.kl_gradient), **modes, MORE=more, PIECE=PIECE, ADDED=ADDED,
-        num_warps=8, registers=FREE if more else None,
+        num_warps=8, registers=FREE,
     )  # fmt: skip
     _launch.run(
         finish_kernel, 1, totals, count, t.normalizer, t.entropy_normalizer, counts, programs, max(shape[1], 1),
