@@ -56,6 +56,8 @@ def logprobs(op) -> None:
         logits, labels, options = new(64, vocab, dtype=dtype), new(64, dtype=I64), (temperature, softcap, -100)
         op.logprobs_fwd(logits, labels, None, *options, entropy)
         op.logprobs_bwd(rows, rows if entropy else None, logits, labels, None, rows, rows, rows, rows, *options)
+        if entropy:
+            op.token_statistics_fwd(logits, labels, None, *options)
     logits = new(64, 151936, dtype=BF16)
     op.logprobs_fwd(logits, None, None, 1.0, None, 0, True)
     op.logprobs_bwd(None, rows, logits, None, None, rows, rows, rows, rows, 1.0, None, 0)
@@ -136,6 +138,7 @@ def linear(op) -> None:
         needs = (True, True, bias is not None)
         op.linear_logprobs_fwd(*head, *scale, False, False, *no_group)
         op.linear_logprobs_fwd(*head, *scale, True, False, *no_group)
+        op.linear_token_statistics_fwd(*head, *scale, *no_group)
         for upstream in ((flat, None), (flat, flat)):
             op.linear_logprobs_bwd(*upstream, *head, *(flat,) * 4, *scale, *no_group, *needs)
         op.linear_ppo_fwd(

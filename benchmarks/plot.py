@@ -44,8 +44,8 @@ SHOWN = (  # of the README: an op's row, and the row whose time counts as 1 in t
 # another machine stand on the pages of their ops; a run of all of them empties this.
 UNMEASURED = (
     "cross_entropy_from_logits", "kept_logprobs_from_logits", "linear_jsd", "linear_kept_logprobs",
-    "linear_policy_loss", "linear_preference_loss", "linear_topk_kl", "masked_whiten", "pad_kept", "policy_loss",
-    "unpaired_preference_loss", "value_loss", "wpo_weights",
+    "linear_policy_loss", "linear_preference_loss", "linear_token_statistics", "linear_topk_kl", "masked_whiten",
+    "pad_kept", "policy_loss", "token_statistics_from_logits", "unpaired_preference_loss", "value_loss", "wpo_weights",
 )  # fmt: skip
 SHORT_TEXT = (
     "fp32, forward + backward where not said otherwise. ms is ours; then, how many times as long the others take.",

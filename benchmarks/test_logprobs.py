@@ -42,13 +42,25 @@ def eager_entropy(logits, labels):
     return eager_with_entropy(logits, labels)[1]
 
 
+def eager_statistics(logits, labels):
+    """What DPO and SFT log of a token: log p, entropy, log sum p^2, mean logit, whether it is the most likely."""
+    log_probs = torch.log_softmax(logits, -1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    with torch.no_grad():
+        more = torch.logsumexp(2 * log_probs, -1), logits.mean(-1)
+        top = (logits.argmax(-1) == labels).float()
+    return log_probs.gather(-1, labels[:, None]).squeeze(-1), entropy, *more, top
+
+
+def our_statistics(logits, labels):
+    found = rk.token_statistics_from_logits(logits, labels)
+    return *found[:2], found.log_sum_sq_probs, found.mean_logit, found.is_top1.to(found.log_probs.dtype)
+
+
 def functions(case):
     """{implementation: function of logits and labels} of a public function."""
-    if case.function == "entropy_from_logits":
-        return {
-            "ours": lambda logits, labels: rk.entropy_from_logits(logits),
-            "eager": eager_entropy, "compile": compiled(eager_entropy), "trl": peers.trl_entropy(),
-        }  # fmt: skip
+    if case.function == "token_statistics_from_logits":
+        return {"ours": our_statistics, "eager": eager_statistics, "compile": compiled(eager_statistics)}
     if case.function == "logprobs_from_logits":
         ours, plain, in_fp32 = rk.logprobs_from_logits, eager, eager_in_fp32
         others = {"trl": peers.trl_logprobs(), "verl": peers.verl_logprobs()}
@@ -76,7 +88,7 @@ def build(case):
             return as_tuple(function(x, labels)), ()
 
     def forward_backward(function, x, rows=None):
-        outputs = as_tuple(function(x, labels[:rows]))
+        outputs = as_tuple(function(x, labels[:rows]))[:2]
         grads = [up[:rows].to(out.dtype) for out, up in zip(outputs, upstream)]
         return outputs, torch.autograd.grad(outputs, x, grads)
 
@@ -128,6 +140,9 @@ def cases():
             found.append(Case(function, "fwdbwd", "fp32", sizes, backward, build, in_place))
     for sizes in BIG:
         found.append(Case(logprobs, "fwdbwd", "bf16", sizes, backward, build))
+    for sizes in BIG:
+        impls, goals = ("ours", "eager", "compile", "read"), (faster("eager", 20), within("read", 3.0))
+        found.append(Case("token_statistics_from_logits", "fwd", "fp32", sizes, impls, build, goals))
     found.append(Case(entropy, "fwd", "fp32", BIG[1], ("ours", "eager", "compile", "trl", "read"), build))
     curve = ("ours", "ours-inplace", "eager", "compile", "read")
     for scale, values in (doubled(N=256), doubled(V=8192)):
@@ -150,4 +165,8 @@ def test_logprobs_and_entropy_from_logits(row, measure):
 
 
 def test_entropy_from_logits(row, measure):
+    measure(row)
+
+
+def test_token_statistics_from_logits(row, measure):
     measure(row)

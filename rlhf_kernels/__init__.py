@@ -36,6 +36,7 @@ from .packing import PackedResponses, pack_responses, shared_prefix_attention
 from .policy import PolicyLoss, ValueLoss, policy_loss, value_loss
 from .ppo import PPOLoss, ppo_loss
 from .preference import preference_loss, unpaired_preference_loss
+from .token_statistics import TokenStatistics, linear_token_statistics, token_statistics_from_logits
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "RLHFAdvantages",
     "RankingLoss",
     "Reinforce",
+    "TokenStatistics",
     "ValueLoss",
     "__version__",
     "aggregate_loss",
@@ -87,6 +89,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_ppo_loss",
     "linear_preference_loss",
+    "linear_token_statistics",
     "linear_topk_kl",
     "logprobs_and_entropy_from_logits",
     "logprobs_from_logits",
@@ -100,6 +103,7 @@ __all__ = [
     "preference_loss",
     "rlhf_advantages",
     "shared_prefix_attention",
+    "token_statistics_from_logits",
     "unpaired_preference_loss",
     "value_loss",
     "wpo_weights",

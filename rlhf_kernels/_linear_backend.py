@@ -9,7 +9,16 @@ from __future__ import annotations
 import torch
 
 from . import dispatch
-from ._linear_walk import Divergence, Walk, kl_bwd, kl_fwd, logprobs_bwd, logprobs_fwd, with_gradients
+from ._linear_walk import (
+    Divergence,
+    Walk,
+    kl_bwd,
+    kl_fwd,
+    logprobs_bwd,
+    logprobs_fwd,
+    token_statistics_fwd,
+    with_gradients,
+)
 from .reference.cross_entropy import Settings, TokenLoss
 from .reference.linear import Head, _ones
 from .reference.logprobs import Upstream
@@ -72,6 +81,15 @@ class Operators:
         results = (logprobs, entropy if grad_entropy is not None else None, row_max, log_sum)
         needs = (need_hidden, need_weight, need_bias)
         return logprobs_bwd(path, upstream, results, needs, chunk_size, group, _dtypes(hidden, weight, bias))
+
+    def linear_token_statistics_fwd(
+        self, hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, fast,
+        group, vocab_start,
+    ):  # fmt: skip
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        path = self.walk(head, labels, labels != ignore_index, fast, vocab_start)
+        rows, *more = token_statistics_fwd(path, chunk_size, group)
+        return *rows[:4], *more
 
     def linear_cross_entropy_fwd(
         self, hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index,

@@ -3,7 +3,7 @@
 A matrix product fills a workspace [n, v], n tokens and v columns of the vocabulary, that is used again and again; then
 
     kernels.fold(chunk, state)                   adds it to the rows' running (max, sum of the others, weighted sum,
-                                                 label's logit)
+                                                 label's logit), and to their extras if the state has any
     kernels.gradient(chunk, upstream, results)   turns it into d/dlogits
 
     kernels.row_sums(chunk, total, count)        adds its entries that are not -inf, after fold, and their number
@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .reference.linear import Head, Rows, _saved_dtype, gaps, merge_divergence
-from .reference.logprobs import Upstream, finish_statistics, raised, whole_rest
+from .reference.logprobs import Upstream, finish_extras, finish_statistics, raised, whole_rest
 
 NARROW = 4096  # columns of a chunk when all its columns are not needed at once
 TOKENS = 2048  # tokens of such a chunk
@@ -64,24 +64,33 @@ class State:
     weighted: Tensor | None
     label_logit: Tensor
     here: Tensor
+    extras: tuple[Tensor, ...] | None = None  # `partial_extras`; the last as columns of this rank's head
 
     @classmethod
-    def start(cls, count, with_entropy, device):
+    def start(cls, count, with_entropy, device, with_extras=False):
         def zeros(dtype):
             return torch.zeros(count, dtype=dtype, device=device)
 
         weighted = zeros(torch.float64) if with_entropy else None
         lowest = torch.full((count,), float("-inf"), dtype=torch.float32, device=device)
-        return cls(lowest, zeros(torch.float64), weighted, zeros(torch.float32), zeros(torch.bool))
+        extras = None
+        if with_extras:
+            extras = (*(zeros(torch.float64) for _ in range(3)), zeros(torch.int64) - 1)
+        return cls(lowest, zeros(torch.float64), weighted, zeros(torch.float32), zeros(torch.bool), extras)
 
     def rows(self, part):
         """The same storage, some rows of it."""
         weighted = None if self.weighted is None else self.weighted[part]
-        return State(self.max[part], self.rest[part], weighted, self.label_logit[part], self.here[part])
+        extras = None if self.extras is None else tuple(x[part] for x in self.extras)
+        return State(self.max[part], self.rest[part], weighted, self.label_logit[part], self.here[part], extras)
 
     def results(self, kept, astray, group):
         """`Rows` fp32 without sums; 0 where not kept, NaN where the label or row is nowhere."""
-        row_max, rest, weighted, label_logit, here = self._merged(group)
+        return self._rows(self._merged(group), kept, astray)
+
+    @staticmethod
+    def _rows(merged, kept, astray):
+        row_max, rest, weighted, label_logit, here = merged
         found = finish_statistics(row_max.double(), rest, weighted, label_logit.double())
         logprob, entropy, log_sum = found
         lost = kept & (~here | astray)
@@ -91,6 +100,25 @@ class State:
                 for x in (logprob, entropy, row_max, log_sum)
             )
         )
+
+    def statistics(self, labels, kept, astray, group=None, vocab_start=0):
+        """(`Rows` without sums, log sum p^2, mean of the entries that are not -inf, whether the label is the first)."""
+        merged = self._merged(group)
+        highest, rest, here = merged[0], merged[1], merged[4]
+        squares, total, count, first = self.extras
+        if group is not None:
+            joined, top, _ = raised(self.max.double(), squares, highest.double(), 2.0)
+            sums = torch.stack([joined, top, total, count])
+            dist.all_reduce(sums, group=group)
+            squares, total, count = whole_rest(sums[0], sums[1]), *sums[2:].unbind()
+            first = torch.where(top > 0.0, first + vocab_start, torch.iinfo(torch.int64).max)
+            dist.all_reduce(first, op=dist.ReduceOp.MIN, group=group)
+            first -= vocab_start
+        lost = kept & (~here | astray)
+        more = (x.float() for x in finish_extras(highest.double(), rest, squares, total, count))
+        more = (torch.where(kept, x, 0.0).masked_fill(lost, float("nan")) for x in more)
+        top = kept & ~lost & (first == labels) & (highest > float("-inf"))
+        return self._rows(merged, kept, astray), *more, top
 
     def _merged(self, group):
         if group is None:
@@ -185,7 +213,7 @@ class Walk:
     """One call: the head, the labels, and the chunks they are cut into."""
 
     def __init__(self, kernels: Kernels, head: Head, labels: Tensor, kept: Tensor, vocab_start: int):
-        self.kernels, self.head, self.kept = kernels, head, kept.contiguous()
+        self.kernels, self.head, self.kept, self.vocab_start = kernels, head, kept.contiguous(), vocab_start
         columns = labels - vocab_start  # of this rank's head, or beyond it
         self.labels = torch.where(self.kept, columns, -1).contiguous()
         self.bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
@@ -287,6 +315,17 @@ def logprobs_fwd(walk: Walk, with_entropy, chunk_size, group, with_sums=False):
             if with_sums:
                 kernels.row_sums(chunk, *sums[:, part])
     return _results(state, sums, walk.kept, head.astray(slice(0, head.count)), group)
+
+
+def token_statistics_fwd(walk: Walk, chunk_size, group):
+    """As `State.statistics`."""
+    head, kernels = walk.head, walk.kernels
+    state = State.start(head.count, True, head.hidden.device, with_extras=True)
+    for part in walk.parts(chunk_size or kernels.tokens(head.count)):
+        h = walk.inputs(part)
+        for columns in walk.columns(kernels.columns(head.vocab)):
+            kernels.fold(walk.chunk(part, h, columns), state.rows(part))
+    return state.statistics(walk.labels, walk.kept, head.astray(slice(0, head.count)), group, walk.vocab_start)
 
 
 def _sums(count, wanted, device):

@@ -66,6 +66,9 @@ row_sums(dtype logits[N * V] by stride, dtype, stride, N, V, f32? temperatures[N
 linear_fold_f32(f32 logits[n * columns] by stride, stride, n, columns, first, f32? bias[columns], f32? temperatures[n],
     temperature, softcap, i64 labels[n], bool kept[n], f32 max[n], f64 rest[n], f64? weighted[n], f32 label_logit[n],
     bool here[n])
+linear_fold_extras_f32(f32 logits[n * columns] by stride, stride, n, columns, first, f32? bias[columns],
+    f32? temperatures[n], temperature, softcap, i64 labels[n], bool kept[n], f32 max[n], f64 rest[n], f64 weighted[n],
+    f32 label_logit[n], bool here[n], f64 squares[n], f64 total[n], f64 count[n], i64 top[n])
 linear_gradient_f32(f32 logits[n * columns] by stride, stride, n, columns, first, f32? bias[columns], has_bias_in,
     f32? temperatures[n], temperature, softcap, i64 labels[n], bool kept[n], f32? grad_logprobs[n],
     f32? grad_entropy[n], f32? grad_log_sum_exp[n], f32? grad_each[n], f32 logprobs[n], f32? entropy[n], f32 max[n],
@@ -74,6 +77,9 @@ linear_gradient_f32(f32 logits[n * columns] by stride, stride, n, columns, first
 logprobs_fwd(dtype logits[N * V] by T:batch_stride:stride, dtype, T, batch_stride, stride, i64? labels[N], N, V,
     f32? temperatures[N], temperature, softcap, ignore_index, f32 logprobs[0 if labels is None else N],
     f32? entropy[N], f32 row_max[N], f32 log_sum[N])
+token_statistics_fwd(dtype logits[N * V] by T:batch_stride:stride, dtype, T, batch_stride, stride, i64 labels[N], N, V,
+    f32? temperatures[N], temperature, softcap, ignore_index, f32 logprobs[N], f32 entropy[N], f32 row_max[N],
+    f32 log_sum[N], f32 log_squares[N], f32 mean[N], bool top[N])
 logprobs_bwd(f32? grad_logprobs[N], f32? grad_entropy[N], f32? grad_log_sum_exp[N], f32? grad_each[N],
     dtype logits[N * V] by T:batch_stride:stride, dtype, T, batch_stride, stride, i64? labels[N],
     f32 logprobs[0 if labels is None else N], f32 entropy[N if grad_entropy is not None else entropy.numel()],
@@ -139,6 +145,9 @@ approx_kl_bwd(f32 grad[rows * columns] by grad_stride, grad_stride, dtype_p p[ro
 logprobs_fwd(dtype logits[N * V] by T:batch_stride:stride, dtype, T, batch_stride, stride, i64? labels[N], N, V,
     f32? temperatures[N], temperature, softcap, ignore_index, f64? partial[4 * N * pieces(V, 8192)],
     f32 logprobs[0 if labels is None else N], f32? entropy[N], f32 row_max[N], f32 log_sum[N])
+token_statistics_fwd(dtype logits[N * V] by T:batch_stride:stride, dtype, T, batch_stride, stride, i64 labels[N], N, V,
+    f32? temperatures[N], temperature, softcap, ignore_index, f64? partial[8 * N * pieces(V, 8192)], f32 logprobs[N],
+    f32 entropy[N], f32 row_max[N], f32 log_sum[N], f32 log_squares[N], f32 mean[N], bool top[N])
 logprobs_bwd(f32? grad_logprobs[N], f32? grad_entropy[N], dtype logits[N * V] by T:batch_stride:stride, dtype, T,
     batch_stride, stride, i64? labels[N], f32 logprobs[0 if labels is None else N],
     f32 entropy[N if grad_entropy is not None else entropy.numel()], f32 row_max[N], f32 log_sum[N], N, V,

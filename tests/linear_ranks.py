@@ -60,6 +60,15 @@ def losses(labels):
             softcap=3.0, return_entropy=True, chunk_size=4, **group, **start,
         )  # fmt: skip
 
+    def token_statistics(t, group, start):
+        found = rk.linear_token_statistics(
+            t["hidden"], t["weight"], labels, bias=t["bias"], rows=rows, softcap=3.0, chunk_size=4, **group, **start
+        )
+        tops = rk.linear_token_statistics(
+            t["hidden"], t["weight"], torch.arange(9) + 3, rows=rows, **group, **start
+        )  # of which some are the most likely
+        return *found[:5], found.is_top1.float(), tops.is_top1.float()
+
     def entropy_alone(t, group, start):
         options = {"bias": t["bias"], "return_entropy": True}
         return rk.linear_logprobs(t["hidden"], t["weight"], labels, **options, **group, **start)[1:]
@@ -135,7 +144,7 @@ def losses(labels):
         assert all(x.isfinite().all() for x in logs)
         return logs
 
-    of_labels = (logprobs, entropy_alone, frozen, cross_entropy, smoothed, frozen_smoothed, tied, ppo)
+    of_labels = (logprobs, token_statistics, entropy_alone, frozen, cross_entropy, smoothed, frozen_smoothed, tied, ppo)
     return *of_labels, kl, forward_kl, infinite_kl, frozen_kl, nearly_certain
 
 

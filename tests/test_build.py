@@ -33,6 +33,7 @@ BESIDE = {  # public files that are no op's own
     "model_head",
     "objectives",
     "preferences",
+    "token_statistics",
 }
 LINEAR = {"linear_divergences", "linear_policy", "linear_preference"}  # public functions of the op linear
 COMPILER = shutil.which("c++") or shutil.which("g++")

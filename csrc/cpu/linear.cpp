@@ -37,18 +37,32 @@ struct Fold {
     double *rest, *weighted;  // weighted null: no entropy
     float* label_logit;
     uint8_t* here;
+    double *squares, *total, *count;  // null: no extras
+    int64_t* top;                     // the first entry at the maximum
 };
+
+void fold_row(const Fold& f, int64_t i, const float* x, Scale scale, RowStats& stats) {
+    if (!f.squares) {
+        const auto add = f.weighted ? add_entries<true, float> : add_entries<false, float>;
+        return add(x, f.chunk.columns, scale, stats);
+    }
+    RowExtras extras = {f.squares[i], f.total[i], f.count[i], f.top[i]};
+    add_entries<true>(x, f.chunk.columns, f.chunk.first, scale, stats, extras);
+    f.squares[i] = extras.squares;
+    f.total[i] = extras.total;
+    f.count[i] = extras.count;
+    f.top[i] = extras.first;
+}
 
 void fold_rows(void* context, int64_t begin, int64_t end) {
     const Fold& f = *(const Fold*)context;
-    const auto add = f.weighted ? add_entries<true, float> : add_entries<false, float>;
     for (int64_t i = begin; i < end; ++i) {
         if (!f.chunk.kept[i]) continue;
         float* x = f.chunk.row(i);
         f.chunk.add_bias(x);
         const Scale scale = f.chunk.scales.of(i);
         RowStats stats = {f.max[i], f.rest[i], f.weighted ? f.weighted[i] : 0.0};
-        add(x, f.chunk.columns, scale, stats);
+        fold_row(f, i, x, scale, stats);
         f.max[i] = stats.max;
         f.rest[i] = stats.rest;
         if (f.weighted) f.weighted[i] = stats.weighted;
@@ -101,7 +115,18 @@ void linear_fold_f32(float* logits, int64_t stride, int64_t n, int64_t columns, 
                      const uint8_t* kept, float* max, double* rest, double* weighted, float* label_logit, uint8_t* here,
                      int64_t threads) {
     Fold f = {{logits, stride, columns, first, bias, {temperatures, temperature, softcap}, labels, kept}, max, rest,
-              weighted, label_logit, here};
+              weighted, label_logit, here, nullptr, nullptr, nullptr, nullptr};
+    parallel_for(n, rows_per_piece(columns), threads, fold_rows, &f);
+}
+
+// The same, with the extras of a row.
+void linear_fold_extras_f32(float* logits, int64_t stride, int64_t n, int64_t columns, int64_t first, const float* bias,
+                            const float* temperatures, double temperature, double softcap, const int64_t* labels,
+                            const uint8_t* kept, float* max, double* rest, double* weighted, float* label_logit,
+                            uint8_t* here, double* squares, double* total, double* count, int64_t* top,
+                            int64_t threads) {
+    Fold f = {{logits, stride, columns, first, bias, {temperatures, temperature, softcap}, labels, kept}, max, rest,
+              weighted, label_logit, here, squares, total, count, top};
     parallel_for(n, rows_per_piece(columns), threads, fold_rows, &f);
 }
 
@@ -122,4 +147,5 @@ void linear_gradient_f32(float* logits, int64_t stride, int64_t n, int64_t colum
 }  // namespace rk
 
 RK_REGISTER(linear_fold_f32);
+RK_REGISTER(linear_fold_extras_f32);
 RK_REGISTER(linear_gradient_f32);

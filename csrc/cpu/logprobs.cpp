@@ -17,9 +17,17 @@ struct Forward {
     int64_t V, ignore_index;
     Scales scales;
     float *logprobs, *entropy, *max, *log_sum;  // entropy null: not asked for
+    float *log_squares, *mean;                  // null: no extras
+    uint8_t* top;                               // whether the label is the first entry at the maximum
 };
 
-template <bool Entropy, class S>
+void put_extras(const Forward& f, int64_t n, RowMore more, bool top) {
+    f.log_squares[n] = more.log_squares;
+    f.mean[n] = more.mean;
+    f.top[n] = top;
+}
+
+template <bool Entropy, bool Extras, class S>
 void forward_row(const Forward& f, int64_t n) {
     const S* x = (const S*)f.logits + f.rows.at(n);
     const int64_t label = f.labels ? f.labels[n] : 0;
@@ -29,11 +37,20 @@ void forward_row(const Forward& f, int64_t n) {
     if (outside) {
         const float nan = __builtin_nanf("");
         result = {nan, nan, nan, nan};
+        if (Extras) put_extras(f, n, {nan, nan}, false);
     } else if (!ignored) {
         const Scale scale = f.scales.of(n);
         RowStats stats = no_stats();
-        add_entries<Entropy>(x, f.V, scale, stats);
+        if (Extras) {
+            RowExtras extras = {0.0, 0.0, 0.0, -1};
+            add_entries<Entropy>(x, f.V, 0, scale, stats, extras);
+            put_extras(f, n, finish_extras(stats, extras), label == extras.first);
+        } else {
+            add_entries<Entropy>(x, f.V, scale, stats);
+        }
         result = finish_stats(stats, f.labels ? scaled_entry(x + label, scale) : 0.0);
+    } else if (Extras) {
+        put_extras(f, n, {0.0f, 0.0f}, false);
     }
     if (f.labels) f.logprobs[n] = result.logprob;
     if (Entropy) f.entropy[n] = result.entropy;
@@ -44,8 +61,15 @@ void forward_row(const Forward& f, int64_t n) {
 template <class S>
 void forward_rows(void* context, int64_t begin, int64_t end) {
     const Forward& f = *(const Forward*)context;
-    const auto row = f.entropy ? forward_row<true, S> : forward_row<false, S>;
+    const auto row = f.log_squares ? forward_row<true, true, S>
+                     : f.entropy   ? forward_row<true, false, S>
+                                   : forward_row<false, false, S>;
     for (int64_t n = begin; n < end; ++n) row(f, n);
+}
+
+void forward(Forward& f, int64_t dtype, int64_t N, int64_t threads) {
+    const auto rows = dtype == F32 ? forward_rows<float> : dtype == BF16 ? forward_rows<Bf16> : forward_rows<Half>;
+    parallel_for(N, rows_per_piece(f.V), threads, rows, &f);
 }
 
 struct Backward {
@@ -93,9 +117,18 @@ void logprobs_fwd(const void* logits, int64_t dtype, int64_t T, int64_t batch_st
                   double softcap, int64_t ignore_index, float* logprobs, float* entropy, float* row_max,
                   float* log_sum, int64_t threads) {
     Forward f = {logits, {T, batch_stride, stride}, labels, V, ignore_index, {temperatures, temperature, softcap},
-                 logprobs, entropy, row_max, log_sum};
-    const auto rows = dtype == F32 ? forward_rows<float> : dtype == BF16 ? forward_rows<Bf16> : forward_rows<Half>;
-    parallel_for(N, rows_per_piece(V), threads, rows, &f);
+                 logprobs, entropy, row_max, log_sum, nullptr, nullptr, nullptr};
+    forward(f, dtype, N, threads);
+}
+
+// The same with the extras: log sum p^2, the mean entry that is not -inf, and whether the label is the first at the maximum.
+void token_statistics_fwd(const void* logits, int64_t dtype, int64_t T, int64_t batch_stride, int64_t stride,
+                          const int64_t* labels, int64_t N, int64_t V, const float* temperatures, double temperature,
+                          double softcap, int64_t ignore_index, float* logprobs, float* entropy, float* row_max,
+                          float* log_sum, float* log_squares, float* mean, uint8_t* top, int64_t threads) {
+    Forward f = {logits, {T, batch_stride, stride}, labels, V, ignore_index, {temperatures, temperature, softcap},
+                 logprobs, entropy, row_max, log_sum, log_squares, mean, top};
+    forward(f, dtype, N, threads);
 }
 
 // `out` may be the logits themselves.
@@ -117,4 +150,5 @@ void logprobs_bwd(const float* grad_logprobs, const float* grad_entropy, const f
 }  // namespace rk
 
 RK_REGISTER(logprobs_fwd);
+RK_REGISTER(token_statistics_fwd);
 RK_REGISTER(logprobs_bwd);

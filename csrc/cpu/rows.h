@@ -113,60 +113,108 @@ inline bool has_nan(Block b) {
     return any_lane(found);
 }
 
+// What a block adds to a row's extras, if they are wanted.
+struct NoExtras {};
+
+template <class Extras>
+struct BlockExtras {
+    void add(int, Lanes, Lanes) {}
+    void finish(Block, double, Extras&) const {}
+};
+
+template <>
+struct BlockExtras<RowExtras> {
+    Lanes squares[4] = {}, total[4] = {};
+    Ints banned = {};  // minus the number of entries that are -inf, lane by lane
+
+    inline void add(int k, Lanes z, Lanes e) {
+        const Ints out = z == splat<Lanes>(-__builtin_inff());
+        squares[k] += e * e;
+        total[k] += out ? Lanes{} : z;
+        banned += out;
+    }
+    void finish(Block b, double seconds, RowExtras& extras) const {
+        extras.squares += sum_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])) + seconds;
+        extras.total += sum_lanes((total[0] + total[1]) + (total[2] + total[3]));
+        extras.count += (double)b.count + sum_lanes(__builtin_convertvector(banned, Lanes));
+    }
+};
+
+// Extras that were told from `old`, told from the maximum of a block, which begins at the row's entry `at`.
+inline void raise_extras(NoExtras&, float, float, Block, int64_t) {}
+inline void raise_extras(RowExtras& extras, float old, float max, Block b, int64_t at) {
+    extras = raise_max(extras, old, max);
+    int64_t i = 0;
+    while (!any_lane(load(b.x + i) == splat<Lanes>(max))) i += W;
+    while (b.x[i] != max) ++i;
+    extras.first = at + i;
+}
+
 // Adds up the exps of a block that does not exceed the maximum; of one that brings it (New), one entry there is left out.
 // While the exps are computed, memory is asked for the entries that come next, from `ahead` on.
-template <bool Entropy, bool New, class S>
-inline void add_exps(Block b, const S* ahead, RowStats& stats) {
+template <bool Entropy, bool New, class S, class Extras>
+inline void add_exps(Block b, const S* ahead, RowStats& stats, Extras& extras) {
     const float shift = -stats.max;
     Lanes sum[4] = {}, weighted[4] = {};
+    BlockExtras<Extras> more;
     Ints top = {};  // minus the number of entries at the maximum
     for (int64_t i = 0; i < b.count; i += 4 * W)
         for (int k = 0; k < 4; ++k) {
             if (k * W * sizeof(S) % 64 == 0) __builtin_prefetch(ahead + i + k * W);
-            const Lanes d = load(b.x + i + k * W) + shift;
+            const Lanes z = load(b.x + i + k * W), d = z + shift;
             const Lanes e = exp_nonpositive_f32(d);
             const Ints at_max = New ? d == Lanes{} : Ints{};
             top += at_max;
             sum[k] += at_max ? Lanes{} : e;
+            more.add(k, z, at_max ? Lanes{} : e);
             if (Entropy) weighted[k] += e * (d < splat<Lanes>(EXP_FLOOR) ? splat<Lanes>(EXP_FLOOR) : d);  // not 0 * -inf
         }
+    const double seconds = New ? -sum_lanes(__builtin_convertvector(top, Lanes)) - 1.0 : 0.0;
     stats.rest += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
-    if (New) stats.rest -= sum_lanes(__builtin_convertvector(top, Lanes)) + 1.0;
+    if (New) stats.rest += seconds;
+    more.finish(b, seconds, extras);
     if (Entropy) stats.weighted += sum_lanes((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));
 }
 
-// Adds a block to the statistics. A NaN anywhere makes the sum NaN.
-template <bool Entropy, class S>
-inline void add_block(Block b, const S* ahead, RowStats& stats) {
+// Adds a block, which begins at the row's entry `at`, to the statistics. A NaN anywhere makes the sum NaN.
+template <bool Entropy, class S, class Extras>
+inline void add_block(Block b, int64_t at, const S* ahead, RowStats& stats, Extras& extras) {
     const float max = block_max(b);
     if (!(max > -__builtin_inff())) {
         if (has_nan(b)) stats.rest = __builtin_nan("");
         return;
     }
     if (max > stats.max) {
+        raise_extras(extras, stats.max, max, b, at);
         stats = raise_max(stats, max);
-        add_exps<Entropy, true>(b, ahead, stats);
+        add_exps<Entropy, true>(b, ahead, stats, extras);
     } else {
-        add_exps<Entropy, false>(b, ahead, stats);
+        add_exps<Entropy, false>(b, ahead, stats, extras);
     }
 }
 
-// Adds `count` entries to the statistics.
-template <bool Entropy, Transform F, class S>
-inline void add_stretch(const S* x, int64_t count, Scale s, RowStats& stats) {
+// Adds `count` entries, which begin at the row's entry `at`, to the statistics.
+template <bool Entropy, Transform F, class S, class Extras>
+inline void add_stretch(const S* x, int64_t count, int64_t at, Scale s, RowStats& stats, Extras& extras) {
     float buffer[BLOCK];
     for (int64_t i = 0; i < count; i += BLOCK) {
         const int64_t size = count - i < BLOCK ? count - i : BLOCK;
-        add_block<Entropy>(stage<F>(x + i, size, s, buffer), x + i + size, stats);
+        add_block<Entropy>(stage<F>(x + i, size, s, buffer), at + i, x + i + size, stats, extras);
     }
+}
+
+template <bool Entropy, class S, class Extras>
+inline void add_entries(const S* x, int64_t count, int64_t at, Scale s, RowStats& stats, Extras& extras) {
+    const Transform f = transform_of(s);
+    if (f == CAPPED) return add_stretch<Entropy, CAPPED>(x, count, at, s, stats, extras);
+    if (f == SCALED) return add_stretch<Entropy, SCALED>(x, count, at, s, stats, extras);
+    add_stretch<Entropy, PLAIN>(x, count, at, s, stats, extras);
 }
 
 template <bool Entropy, class S>
 inline void add_entries(const S* x, int64_t count, Scale s, RowStats& stats) {
-    const Transform f = transform_of(s);
-    if (f == CAPPED) return add_stretch<Entropy, CAPPED>(x, count, s, stats);
-    if (f == SCALED) return add_stretch<Entropy, SCALED>(x, count, s, stats);
-    add_stretch<Entropy, PLAIN>(x, count, s, stats);
+    NoExtras none;
+    add_entries<Entropy>(x, count, 0, s, stats, none);
 }
 
 template <class S>

@@ -291,6 +291,13 @@ auto gradient_of(Transform f) {
 }
 
 }  // namespace
+}  // namespace RK_ISA
+}  // namespace rk
+
+#include "token_statistics.h"
+
+namespace rk {
+namespace RK_ISA {
 
 // `temperatures` null: one temperature for all rows. softcap 0: none. `partial`: 32 bytes for each of the N * ceil(V / PART) parts;
 // not used if a row is one part.
@@ -309,6 +316,25 @@ void logprobs_fwd(const void* logits, int64_t dtype, int64_t T, int64_t batch_st
                                         : statistics_of<__half>(t, with_entropy);
     launch(kernel, N * parts, threads_for(V, EACH, THREADS), stream, f);
     if (parts > 1) launch(merge_kernel, pieces_of(N, MERGE_THREADS / WARP), MERGE_THREADS, stream, f, N);
+}
+
+// The same with the extras: log sum p^2, the mean entry that is not -inf, and whether the label is the first at the
+// maximum. `partial`: 64 bytes for each part.
+void token_statistics_fwd(const void* logits, int64_t dtype, int64_t T, int64_t batch_stride, int64_t stride,
+                          const int64_t* labels, int64_t N, int64_t V, const float* temperatures, double temperature,
+                          double softcap, int64_t ignore_index, void* partial, float* logprobs, float* entropy,
+                          float* row_max, float* log_sum, float* log_squares, float* mean, uint8_t* top, void* stream) {
+    const int64_t parts = pieces_of(V, PART);
+    const Forward f = {logits, {T, batch_stride, stride}, {labels, V, ignore_index},
+                       {temperatures, make_scale(temperature, softcap)}, (unsigned)parts, nullptr, logprobs, entropy,
+                       row_max, log_sum};
+    const Statistics s = {f, (WholePart*)partial, log_squares, mean, top};
+    const Transform t = transform_of(f.scales);
+    const auto kernel = dtype == F32    ? token_statistics_of<float>(t)
+                        : dtype == BF16 ? token_statistics_of<__nv_bfloat16>(t)
+                                        : token_statistics_of<__half>(t);
+    launch(kernel, N * parts, threads_for(V, EACH, THREADS), stream, s);
+    if (parts > 1) launch(merge_statistics_kernel, pieces_of(N, MERGE_THREADS / WARP), MERGE_THREADS, stream, s, N);
 }
 
 // `out` may be the logits themselves.
@@ -332,4 +358,5 @@ void logprobs_bwd(const float* grad_logprobs, const float* grad_entropy, const v
 }  // namespace rk
 
 RK_REGISTER(logprobs_fwd);
+RK_REGISTER(token_statistics_fwd);
 RK_REGISTER(logprobs_bwd);

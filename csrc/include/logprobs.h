@@ -46,9 +46,34 @@ RK_HD RowStats merge_stats(RowStats a, RowStats b) {
     return {max, left.rest + right.rest + second, left.weighted + right.weighted};
 }
 
+// More of a row: sum exp(z - max)^2 over the others than the maximum; sum and number of the entries that are not -inf;
+// where the first one at the maximum stands.
+struct RowExtras {
+    double squares, total, count;
+    int64_t first;
+};
+
+// The same told from `max`, which is at least `old`, the maximum that they were told from; `first` is left.
+RK_HD RowExtras raise_max(RowExtras e, float old, float max) {
+    if (old != max && old != -__builtin_inff())
+        e.squares = __builtin_exp(2.0 * ((double)old - (double)max)) * (1.0 + e.squares);
+    return e;
+}
+
 struct RowResult {
     float logprob, entropy, max, log_sum;
 };
+
+// log sum p^2 and the mean of the entries that are not -inf; -inf for a row of nothing else.
+struct RowMore {
+    float log_squares, mean;
+};
+
+RK_HD RowMore finish_extras(RowStats s, RowExtras e) {
+    if (e.count == 0.0 && s.rest == 0.0) return {-__builtin_inff(), -__builtin_inff()};
+    const double log_squares = __builtin_log1p(e.squares) - 2.0 * __builtin_log1p(s.rest);
+    return {log_squares > 0.0 ? 0.0f : (float)log_squares, (float)(e.total / e.count)};
+}
 
 // log p = (z_label - max) - log(sum),  entropy = log(sum) - weighted / sum,  sum = 1 + rest; a row of nothing but -inf has
 // -inf and 0.

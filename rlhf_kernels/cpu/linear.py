@@ -24,10 +24,11 @@ class _Kernels(walk.Kernels):
 
     @staticmethod
     def fold(chunk, state):
+        name, extras = ("linear_fold_f32", ()) if state.extras is None else ("linear_fold_extras_f32", state.extras)
         run(
-            "linear_fold_f32", chunk.logits, chunk.logits.stride(0), *chunk.logits.shape, chunk.first, chunk.bias,
+            name, chunk.logits, chunk.logits.stride(0), *chunk.logits.shape, chunk.first, chunk.bias,
             chunk.temperatures, chunk.temperature, chunk.softcap or 0.0, chunk.labels, chunk.kept, state.max,
-            state.rest, state.weighted, state.label_logit, state.here,
+            state.rest, state.weighted, state.label_logit, state.here, *extras,
         )  # fmt: skip
 
     @staticmethod
@@ -99,6 +100,7 @@ def _kernels(hidden, weight, fast):
 operators = Operators(_kernels)
 linear_logprobs_fwd = operators.linear_logprobs_fwd
 linear_logprobs_bwd = operators.linear_logprobs_bwd
+linear_token_statistics_fwd = operators.linear_token_statistics_fwd
 linear_policy_fwd = operators.linear_policy_fwd
 linear_ppo_fwd = operators.linear_ppo_fwd
 linear_kl_fwd = operators.linear_kl_fwd

@@ -23,6 +23,17 @@ def logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_inde
     return tuple(out)
 
 
+def token_statistics_fwd(logits, labels, temperatures, temperature, softcap, ignore_index):
+    (rows,), shape = planes(logits), logits.shape[:-1]
+    out = [torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(6)]
+    out.append(torch.empty(shape, dtype=torch.bool, device="cpu"))
+    run(
+        "token_statistics_fwd", rows, DTYPES[rows.dtype], *places(rows), _dense(labels), shape.numel(),
+        logits.shape[-1], dense_fp32(temperatures), temperature, softcap or 0.0, ignore_index, *out,
+    )  # fmt: skip
+    return tuple(out)
+
+
 def logprobs_bwd(
     grad_logprobs, grad_entropy, logits, labels, temperatures, logprobs, entropy, row_max, log_sum, temperature,
     softcap, ignore_index, inplace=False, grad_log_sum_exp=None, grad_each=None,

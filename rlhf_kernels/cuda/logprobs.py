@@ -30,6 +30,23 @@ def logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_inde
     return tuple(out)
 
 
+def token_statistics_fwd(logits, labels, temperatures, temperature, softcap, ignore_index):
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    (rows,) = planes(logits)
+    count, parts = shape.numel(), (vocab + PART - 1) // PART
+
+    def new(size, dtype=torch.float32):
+        return torch.empty(size, dtype=dtype, device=rows.device)
+
+    partial = new(8 * count * parts, torch.float64) if parts > 1 else None
+    out = [*(new(shape) for _ in range(6)), new(shape, torch.bool)]
+    launch(
+        "token_statistics_fwd", rows, DTYPES[rows.dtype], *places(rows), _dense(labels), count, vocab,
+        dense_fp32(temperatures), temperature, softcap or 0.0, ignore_index, partial, *out,
+    )  # fmt: skip
+    return tuple(out)
+
+
 def logprobs_bwd(
     grad_logprobs, grad_entropy, logits, labels, temperatures, logprobs, entropy, row_max, log_sum, temperature,
     softcap, ignore_index, inplace=False,

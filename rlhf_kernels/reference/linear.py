@@ -288,6 +288,38 @@ def rows_of(head, labels, kept, chunk_size, group, vocab_start, with_entropy=Fal
     return Rows(*rows[:4], *gaps(rows.max, *sums, group)) if with_sums else rows
 
 
+def linear_token_statistics_fwd(
+    hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, fast, group,
+    vocab_start,
+):  # fmt: skip
+    """The seven of `reference.logprobs.token_statistics_fwd`, each [M]."""
+    head, kept = Head(hidden, weight, bias, rows, temperatures, temperature, softcap), labels != ignore_index
+    found, extras = [], []
+    for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, hidden.device)):
+        z, _ = head.scaled(head.inputs(part, kept[part]), part)
+        found.append(_statistics(z, _local_labels(labels[part], head, vocab_start), True))
+        extras.append(row_reference.partial_extras(z))
+    if not found:
+        empty = [hidden.new_zeros(0, dtype=head.dtype) for _ in range(6)]
+        return *empty, torch.zeros_like(labels, dtype=torch.bool)
+    statistics, extras = ([torch.cat(x) for x in zip(*each)] for each in (found, extras))
+    merged, (squares, total, count, first) = _merge(statistics, group), extras
+    first = first + vocab_start
+    if group is not None:
+        joined, top, _ = row_reference.raised(statistics[0].double(), squares, merged[0].double(), 2.0)
+        sums = torch.stack([joined, top, total, count])
+        dist.all_reduce(sums, group=group)
+        squares, total, count = row_reference.whole_rest(sums[0], sums[1]), *sums[2:].unbind()
+        first = torch.where(top > 0.0, first, torch.iinfo(torch.int64).max)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=group)
+    astray = head.astray(slice(0, head.count))
+    outside = kept & ((merged[3] == 0) | astray)
+    more = row_reference.finish_extras(merged[0], merged[1], squares, total, count)
+    more = (torch.where(kept, x, 0.0).masked_fill(outside, math.nan) for x in more)
+    top = kept & ~outside & (first == labels) & (merged[0] != -math.inf)
+    return *_row_results(merged, kept, astray, True)[:4], *more, top
+
+
 def linear_logprobs_bwd(
     grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy, row_max, log_sum,
     temperature, softcap, ignore_index, chunk_size, fast, group, vocab_start, need_hidden, need_weight, need_bias,

@@ -69,16 +69,42 @@ def gap_below(row_max, total, count):
     return torch.where(count == 0.0, 0.0, gap).to(row_max.dtype)
 
 
-def raised(row_max, rest, highest):
+def partial_extras(z):
+    """(q, total, count, first) of rows z [..., V], fp64 and int64.
+
+    sum exp(z - m)^2 without the maximum's own 1; sum and number of the entries that are not -inf; where the first one
+    at the maximum stands, -1 if there is none.
+    """
+    row_max, where = z.max(-1, keepdim=True)
+    dead = row_max == -math.inf
+    offset = (z - torch.where(dead, 0.0, row_max)).double()
+    first = torch.where(z == row_max, torch.arange(z.shape[-1], dtype=torch.int64, device=z.device), z.shape[-1]).amin(
+        -1, keepdim=True
+    )
+    one = torch.where(dead | (row_max == math.inf), where, first.clamp(max=z.shape[-1] - 1))
+    squares = torch.exp(2.0 * offset).scatter(-1, one, torch.where(row_max == math.inf, math.nan, 0.0).double())
+    first = torch.where(dead, -1, one).squeeze(-1)
+    return squares.sum(-1), *row_sums(z), first
+
+
+def finish_extras(row_max, rest, squares, total, count):
+    """(log sum p^2, mean of the entries that are not -inf); -inf of a row of nothing else."""
+    dead = (row_max == -math.inf) & (rest == 0.0)
+    log_squares = (torch.log1p(squares) - 2.0 * torch.log1p(rest.double())).clamp(max=0.0)
+    found = (log_squares, total / count.clamp(min=1.0))
+    return tuple(torch.where(dead, -math.inf, x).to(row_max.dtype) for x in found)
+
+
+def raised(row_max, rest, highest, power=1.0):
     """(r, 1 if m is the highest or else 0, m - highest) of a part whose m is at most `highest`.
 
     A lower maximum joins the others. So the whole row's r is the sum of its parts', and 1 for each m beyond the first
-    that is the highest: `whole_rest`.
+    that is the highest: `whole_rest`. r are sums of exps to this power.
     """
     some = row_max != -math.inf
     fall = torch.where(some, row_max - highest, 0.0)
     top = some & (fall == 0.0)
-    return torch.where(some & ~top, torch.exp(fall) * (1.0 + rest), rest), top.to(rest.dtype), fall
+    return torch.where(some & ~top, torch.exp(power * fall) * (1.0 + rest), rest), top.to(rest.dtype), fall
 
 
 def whole_rest(rests, tops):
@@ -163,6 +189,27 @@ def logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_inde
                     value = torch.where(kept, value, 0.0).masked_fill(outside, math.nan)
                 target.view(-1)[part] = value
     return tuple(out)
+
+
+def token_statistics_fwd(logits, labels, temperatures, temperature, softcap, ignore_index):
+    """The four of `logprobs_fwd`, then log sum p^2, the mean of the entries that are not -inf, and bool, whether the
+    label is the first at the maximum; 0 and False where it is ignored.
+    """
+    results = logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_index, True)
+    vocab = logits.shape[-1]
+    (rows,), log_sum = planes(logits), results[3]
+    log_squares, mean = (torch.zeros_like(log_sum) for _ in range(2))
+    top = torch.zeros_like(log_sum, dtype=torch.bool)
+    for part, place in blocks(rows, BLOCK_ELEMENTS):
+        heat = temperature if temperatures is None else _flat(temperatures, part)
+        z, _ = scale_logits(rows[place].reshape(-1, vocab), heat, softcap)
+        kept, outside, _ = label_state(_flat(labels, part), vocab, ignore_index)
+        squares, total, count, first = partial_extras(z)
+        found = finish_extras(z.amax(-1), partial_statistics(z, False)[1], squares, total, count)
+        for target, value in zip((log_squares, mean), found, strict=True):
+            target.view(-1)[part] = torch.where(kept, value, 0.0).masked_fill(outside, math.nan)
+        top.view(-1)[part] = kept & (first == _flat(labels, part)) & (first >= 0)
+    return *results, log_squares, mean, top
 
 
 class Upstream(NamedTuple):

@@ -35,6 +35,7 @@ from ._math import (
     tanh_f32,
     whole_rest,
 )
+from ._row_extras import fold as fold_extras
 from ._row_sums import add_row_sums
 
 TOKENS = 4096
@@ -249,6 +250,9 @@ class _Kernels(walk.Kernels):
     @staticmethod
     def fold(chunk, state):
         rows, columns = chunk.logits.shape
+        if state.extras is not None:
+            fold_extras(chunk.logits, (rows, 0, chunk.logits.stride(0)), chunk, state)
+            return
         parts, block = pieces(columns, PART), min(BLOCK, power_of_two(columns))
         sizes = (rows * parts,) * (2 if state.weighted is None else 3)
         statistics = [chunk.logits.new_empty(size) for size in sizes]
@@ -344,6 +348,7 @@ def _scaled(chunk):
 operators = Operators(_Kernels)
 linear_logprobs_fwd = operators.linear_logprobs_fwd
 linear_logprobs_bwd = operators.linear_logprobs_bwd
+linear_token_statistics_fwd = operators.linear_token_statistics_fwd
 linear_policy_fwd = operators.linear_policy_fwd
 linear_ppo_fwd = operators.linear_ppo_fwd
 linear_kl_fwd = operators.linear_kl_fwd

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .._linear_walk import Chunk, State
 from .._planes import places, planes
 from . import _launch
 from ._launch import pieces, power_of_two, warps
@@ -27,6 +28,7 @@ from ._math import (
     scaled_slope,
     whole_rest,
 )
+from ._row_extras import fold as fold_extras
 
 PART = 32768  # columns whose statistics one program takes
 BLOCK = 4096  # columns that it holds in registers at a time
@@ -192,6 +194,17 @@ def logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_inde
         *results, ROWS=ROWS, PARTS=power_of_two(parts), num_warps=1, **options,
     )  # fmt: skip
     return tuple(results)
+
+
+def token_statistics_fwd(logits, labels, temperatures, temperature, softcap, ignore_index):
+    (rows,), shape = planes(logits), logits.shape[:-1]
+    labels = labels.reshape(-1).contiguous()
+    kept = labels != ignore_index
+    state = State.start(shape.numel(), True, rows.device, with_extras=True)
+    heat = _dense(temperatures, torch.float32)
+    fold_extras(rows, places(rows), Chunk(rows, 0, None, heat, temperature, softcap, labels, kept), state)
+    found, *more = state.statistics(labels, kept, torch.zeros_like(kept))
+    return tuple(x.view(shape).clone() for x in (*found[:4], *more))  # an operator's results are no views
 
 
 def logprobs_bwd(

@@ -200,6 +200,16 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "linear_logprobs of a frozen head": Call(
             "linear", lambda h: [rk.linear_logprobs(h, head, labels, rows=counts % 4, bias=bias)], [randn(4, 4)]
         ),
+        "token_statistics_from_logits": Call(
+            "logprobs",
+            lambda x: rk.token_statistics_from_logits(x, labels, temperature=0.7, softcap=5.0)[:2],
+            [randn(4, 7)],
+        ),
+        "linear_token_statistics": Call(
+            "linear",
+            lambda h, w, b: rk.linear_token_statistics(h, w, labels, bias=b, temperature=warmth)[:2],
+            [randn(4, 4), randn(7, 4), randn(7)],
+        ),
         "linear_cross_entropy": Call(
             "cross_entropy",
             lambda h, w: [rk.linear_cross_entropy(h, w, labels, rows=counts % 4)],

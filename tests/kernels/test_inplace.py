@@ -5,7 +5,10 @@ import torch
 
 from tests.kernels.calls import GPU, ON_BACKENDS, build, differentiated, serving, upstream_of
 
-ROWS = ("logprobs_from", "logprobs_and", "entropy_from", "kl_from", "linear_logprobs", "linear_kl", "approx_kl")
+ROWS = (
+    "logprobs_from", "logprobs_and", "entropy_from", "kl_from", "linear_logprobs", "linear_kl", "approx_kl",
+    "token_statistics", "linear_token",
+)  # fmt: skip
 CALLS = [
     pytest.param(
         name, backend, marks=[pytest.mark.slow] if backend == "triton" and "linear" in name and not GPU else []
