@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import rlhf_kernels as rk
 from benchmarks import peers, roof
 from benchmarks.cases import DTYPES, Bench, Case, Skip, compiled, doubled, faster, memory, within
+from benchmarks.test_logprobs import as_eager, eager_statistics
 
 BIG = {"N": 2048, "H": 768, "V": 50257}
 ROWS, COLUMNS, BLOCK = 64, 128, 256  # rows of d hidden and d weight whose errors are looked at; rows of a float64 block
@@ -19,6 +20,8 @@ def products(case) -> dict[str, int]:
     """The matrix products that a call must make; a backward that comes later makes the logits once more."""
     if case.function == "linear_kl":
         return {"logits": 4}  # of both models, both in the forward and in the backward
+    if case.function == "linear_token_statistics":
+        return {"logits": 1, "grad_hidden": 0, "grad_weight": 0}  # forward alone
     frozen = case.variant == "frozen"
     logits = 2 if case.function == "linear_logprobs" and not frozen else 1
     return {"logits": logits, "grad_weight": 0 if frozen else 1}
@@ -203,6 +206,27 @@ def build_kl(case):
     )
 
 
+def build_statistics(case):
+    rows, width, vocab = (case.sizes[name] for name in "NHV")
+    hidden, weight = head(rows, width, vocab, DTYPES[case.dtype])
+    labels = torch.randint(vocab, (rows,))
+
+    def eager(h, w, y):
+        return eager_statistics(F.linear(h, w), y)
+
+    functions = {"ours": lambda *inputs: as_eager(rk.linear_token_statistics(*inputs)), "eager": eager}
+    functions["compile"] = compiled(eager)
+    calls = {name: lambda f=f: (f(hidden, weight, labels), ()) for name, f in functions.items()}
+    calls["matmuls"] = roof.matmuls(rows, width, vocab, DTYPES[case.dtype], **products(case))
+    return Bench(
+        calls={name: calls[name] for name in case.impls},
+        exact=lambda: (eager(hidden[:ROWS].double(), weight.double(), labels[:ROWS]), ()),
+        part=lambda result: (tuple(x[:ROWS] for x in result[0]), ()),
+        flops=flops(case),
+        roof="matmuls",
+    )
+
+
 def cases():
     logprobs, entropy, ppo = "linear_logprobs", "linear_cross_entropy", "linear_ppo_loss"
     recompute = within("matmuls", 1.05), memory("eager", 1 / 8)
@@ -223,6 +247,8 @@ def cases():
     ]
     sizes, impls = {"N": 512, "H": 512, "V": 32000}, ("ours", "eager", "compile", "trl", "matmuls")
     found.append(Case("linear_kl", "fwdbwd", "fp32", sizes, impls, build_kl))
+    impls, goals = ("ours", "eager", "compile", "matmuls"), (faster("eager", 1.5), within("matmuls", 1.1))
+    found.append(Case("linear_token_statistics", "fwd", "fp32", BIG, impls, build_statistics, goals))
     curve = ("ours", "eager", "trl", "matmuls")
     for scale, values in (doubled(N=256), doubled(V=4096)):
         for value in values:
@@ -247,6 +273,10 @@ def test_linear_ppo_loss(row, measure):
 
 
 def test_linear_kl(row, measure):
+    measure(row)
+
+
+def test_linear_token_statistics(row, measure):
     measure(row)
 
 

@@ -48,19 +48,27 @@ def eager_statistics(logits, labels):
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     with torch.no_grad():
         more = torch.logsumexp(2 * log_probs, -1), logits.mean(-1)
-        top = (logits.argmax(-1) == labels).float()
+        top = (logits.argmax(-1) == labels).to(logits.dtype)
     return log_probs.gather(-1, labels[:, None]).squeeze(-1), entropy, *more, top
 
 
-def our_statistics(logits, labels):
-    found = rk.token_statistics_from_logits(logits, labels)
+def as_eager(found):
+    """The results of `eager_statistics` out of ours."""
     return *found[:2], found.log_sum_sq_probs, found.mean_logit, found.is_top1.to(found.log_probs.dtype)
 
 
 def functions(case):
     """{implementation: function of logits and labels} of a public function."""
     if case.function == "token_statistics_from_logits":
-        return {"ours": our_statistics, "eager": eager_statistics, "compile": compiled(eager_statistics)}
+        return {
+            "ours": lambda logits, labels: as_eager(rk.token_statistics_from_logits(logits, labels)),
+            "eager": eager_statistics, "compile": compiled(eager_statistics),
+        }  # fmt: skip
+    if case.function == "entropy_from_logits":
+        return {
+            "ours": lambda logits, labels: rk.entropy_from_logits(logits),
+            "eager": eager_entropy, "compile": compiled(eager_entropy), "trl": peers.trl_entropy(),
+        }  # fmt: skip
     if case.function == "logprobs_from_logits":
         ours, plain, in_fp32 = rk.logprobs_from_logits, eager, eager_in_fp32
         others = {"trl": peers.trl_logprobs(), "verl": peers.verl_logprobs()}

@@ -33,9 +33,9 @@ BESIDE = {  # public files that are no op's own
     "model_head",
     "objectives",
     "preferences",
-    "token_statistics",
 }
-LINEAR = {"linear_divergences", "linear_policy", "linear_preference"}  # public functions of the op linear
+# Public functions of the op linear beside it; token_statistics has one of logprobs too.
+LINEAR = {"linear_divergences", "linear_policy", "linear_preference", "token_statistics"}
 COMPILER = shutil.which("c++") or shutil.which("g++")
 
 
