@@ -134,16 +134,15 @@ def linear(op) -> None:
         (50257, F32, plain),
     ):  # fmt: skip
         hidden, weight = new(count, columns, dtype=dtype), new(vocab, columns, dtype=dtype)
-        head, scale = (hidden, weight, labels, None, bias, heat), (temperature, softcap, -100)
+        head, scale = (hidden, weight, labels, None, bias, heat, None, None), (temperature, softcap, -100)
         needs = (True, True, bias is not None)
         op.linear_logprobs_fwd(*head, *scale, False, False, *no_group)
         op.linear_logprobs_fwd(*head, *scale, True, False, *no_group)
         op.linear_token_statistics_fwd(*head, *scale, *no_group)
         for upstream in ((flat, None), (flat, flat)):
-            op.linear_logprobs_bwd(*upstream, *head, *(flat,) * 4, *scale, *no_group, *needs)
+            op.linear_logprobs_bwd(*upstream, *head, *(flat,) * 4, *scale, *no_group, needs)
         op.linear_ppo_fwd(
-            hidden, weight, labels, None, bias, heat, flat, flat, mask, None, *scale[:2], 0.2, 0.2, None, 0.1,
-            "token-mean", *no_group, *needs,
+            *head, flat, flat, mask, None, *scale[:2], 0.2, 0.2, None, 0.1, "token-mean", *no_group, needs
         )  # fmt: skip
         for reverse in (True, False):
             sides = (hidden, weight, hidden, weight, None, bias, bias, temperature, softcap, reverse)
@@ -167,7 +166,7 @@ def advantages(op) -> None:
 
 def cross_entropy(op) -> None:
     count, columns, terms = 4096, 256, ((0.0, 0.0, False), (0.1, 0.0, False), (0.1, 1e-4, False), (0.0, 0.0, True))
-    flat, labels, execution = new(count), new(count, dtype=I64), (0, False, None, 0, True, True, False)
+    flat, labels, execution = new(count), new(count, dtype=I64), (0, False, None, 0, (True, True, False))
     for vocab, dtype, temperature, softcap in (
         (151936, BF16, 1.0, None), (151936, BF16, 0.7, 30.0), (50257, torch.float16, 1.0, None),
         (50257, F32, 1.0, None),
@@ -175,7 +174,7 @@ def cross_entropy(op) -> None:
         hidden, weight = new(count, columns, dtype=dtype), new(vocab, columns, dtype=dtype)
         logits, scale = new(64, vocab, dtype=dtype), (temperature, softcap, -100)
         for term in terms:
-            op.linear_cross_entropy_fwd(hidden, weight, labels, *(None,) * 4, *scale, *term, *execution)
+            op.linear_cross_entropy_fwd(hidden, weight, labels, *(None,) * 6, *scale, *term, *execution)
             op.cross_entropy_fwd(logits, labels[:64], None, *scale, *term)
             op.cross_entropy_bwd(flat[:64], logits, labels[:64], None, *(flat[:64],) * 4, *scale, *term)
 

@@ -72,23 +72,22 @@ cross_entropy = register(cross_entropy_fwd, _backward, _setup_context, keeps_inp
 @torch.library.custom_op("rlhf_kernels::linear_cross_entropy_fwd", mutates_args=())
 def linear_cross_entropy_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
-    temperatures: Tensor | None, weights: Tensor | None, temperature: float, softcap: float | None, ignore_index: int,
-    label_smoothing: float, z_loss: float, dft: bool, chunk_size: int, fast: bool, group_name: str, vocab_start: int,
-    need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, weights: Tensor | None, temperature: float,
+    softcap: float | None, ignore_index: int, label_smoothing: float, z_loss: float, dft: bool, chunk_size: int,
+    fast: bool, group_name: str, vocab_start: int, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     linear.check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name)
     with linear.backend_of(hidden, "cross_entropy") as backend:
         return backend.linear_cross_entropy_fwd(
-            hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index,
-            label_smoothing, z_loss, dft, chunk_size, fast, linear.group_of(group_name), vocab_start, need_hidden,
-            need_weight, need_bias,
+            hidden, weight, labels, rows, bias, temperatures, low, up, weights, temperature, softcap, ignore_index,
+            label_smoothing, z_loss, dft, chunk_size, fast, linear.group_of(group_name), vocab_start, needs,
         )  # fmt: skip
 
 
 @linear_cross_entropy_fwd.register_fake
-def _(hidden, weight, labels, rows, bias, *rest):
+def _(hidden, weight, labels, rows, bias, temperatures, low, up, *rest):
     loss = hidden.new_empty((), dtype=_row_dtype(hidden))
-    return loss, *linear.fake_gradients(hidden, weight, bias, rest[-3:], saved=True)
+    return loss, *linear.fake_gradients((hidden, weight, bias, low, up), rest[-1], saved=True)
 
 
 linear_cross_entropy = register(
@@ -99,22 +98,22 @@ linear_cross_entropy = register(
 @torch.library.custom_op("rlhf_kernels::linear_cross_entropy_each_fwd", mutates_args=())
 def linear_cross_entropy_each_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
-    temperatures: Tensor | None, weights: Tensor | None, temperature: float, softcap: float | None, ignore_index: int,
-    label_smoothing: float, z_loss: float, dft: bool, with_slopes: bool, chunk_size: int, fast: bool, group_name: str,
-    vocab_start: int,
+    temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, weights: Tensor | None, temperature: float,
+    softcap: float | None, ignore_index: int, label_smoothing: float, z_loss: float, dft: bool, with_slopes: bool,
+    chunk_size: int, fast: bool, group_name: str, vocab_start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     linear.check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name)
     with linear.backend_of(hidden, "cross_entropy") as backend:
         return backend.linear_cross_entropy_each_fwd(
-            hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index,
+            hidden, weight, labels, rows, bias, temperatures, low, up, weights, temperature, softcap, ignore_index,
             label_smoothing, z_loss, dft, with_slopes, chunk_size, fast, linear.group_of(group_name), vocab_start,
         )  # fmt: skip
 
 
 @linear_cross_entropy_each_fwd.register_fake
 def _(
-    hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index, label_smoothing,
-    z_loss, dft, with_slopes, *rest,
+    hidden, weight, labels, rows, bias, temperatures, low, up, weights, temperature, softcap, ignore_index,
+    label_smoothing, z_loss, dft, with_slopes, *rest,
 ):  # fmt: skip
     def new(wanted, *shape):
         return hidden.new_empty(shape if wanted else 0, dtype=_row_dtype(hidden))
@@ -127,30 +126,30 @@ def _(
 @torch.library.custom_op("rlhf_kernels::linear_cross_entropy_each_bwd", mutates_args=())
 def linear_cross_entropy_each_bwd(
     grad: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
-    temperatures: Tensor | None, weights: Tensor | None, logprobs: Tensor, row_max: Tensor, log_sum: Tensor,
-    counts: Tensor, temperature: float, softcap: float | None, ignore_index: int, label_smoothing: float,
-    z_loss: float, dft: bool, chunk_size: int, fast: bool, group_name: str, vocab_start: int, need_hidden: bool,
-    need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, weights: Tensor | None, logprobs: Tensor,
+    row_max: Tensor, log_sum: Tensor, counts: Tensor, temperature: float, softcap: float | None, ignore_index: int,
+    label_smoothing: float, z_loss: float, dft: bool, chunk_size: int, fast: bool, group_name: str, vocab_start: int,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     settings, weights = Settings(label_smoothing, z_loss, dft), None if weights is None else weights.to(logprobs.dtype)
     upstream = token_upstream(settings, logprobs, row_max, log_sum, counts if label_smoothing else None, weights)
     upstream = upstream.times(grad)
     with linear.backend_of(hidden) as backend:
         return backend.linear_logprobs_bwd(
-            upstream.log_prob, None, hidden, weight, labels, rows, bias, temperatures, logprobs, None, row_max,
-            log_sum, temperature, softcap, ignore_index, chunk_size, fast, linear.group_of(group_name), vocab_start,
-            need_hidden, need_weight, need_bias, upstream.log_sum_exp, upstream.each,
+            upstream.log_prob, None, hidden, weight, labels, rows, bias, temperatures, low, up, logprobs, None,
+            row_max, log_sum, temperature, softcap, ignore_index, chunk_size, fast, linear.group_of(group_name),
+            vocab_start, needs, upstream.log_sum_exp, upstream.each,
         )  # fmt: skip
 
 
 @linear_cross_entropy_each_bwd.register_fake
-def _(grad, hidden, weight, labels, rows, bias, *rest):
-    return linear.fake_gradients(hidden, weight, bias, rest[-3:])
+def _(grad, hidden, weight, labels, rows, bias, temperatures, low, up, *rest):
+    return linear.fake_gradients((hidden, weight, bias, low, up), rest[-1])
 
 
 def _each_setup(ctx, inputs, output):
-    tensors, options, (ctx.with_slopes, *execution) = inputs[:7], inputs[7:13], inputs[13:]
-    ctx.options = (*options, *execution)
+    tensors, options, (ctx.with_slopes, *execution) = inputs[:9], inputs[9:15], inputs[15:]
+    ctx.options, ctx.count = (*options, *execution), len(inputs)
     hidden, _, labels, rows = tensors[:4]
     if ctx.with_slopes:
         ctx.save_for_backward(output[5], labels != options[2], rows)
@@ -163,15 +162,11 @@ def _each_setup(ctx, inputs, output):
 
 def _each_backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 18
+        return (None,) * ctx.count
     if ctx.with_slopes:
-        return spread_slopes(grad, *ctx.saved_tensors, *ctx.hidden), *(None,) * 17
-    need_hidden, need_weight, _, _, need_bias = ctx.needs_input_grad[:5]
-    d_hidden, d_weight, d_bias = linear_cross_entropy_each_bwd(
-        grad, *ctx.saved_tensors, *ctx.options, need_hidden, need_weight, need_bias
-    )
-    grads = (d_hidden if need_hidden else None, d_weight if need_weight else None)
-    return *grads, None, None, d_bias if need_bias else None, *(None,) * 13
+        return linear.placed(ctx, [spread_slopes(grad, *ctx.saved_tensors, *ctx.hidden)])
+    needs = [ctx.needs_input_grad[place] for place in linear.PLACES]
+    return linear.placed(ctx, linear_cross_entropy_each_bwd(grad, *ctx.saved_tensors, *ctx.options, needs))
 
 
 linear_cross_entropy_each = register(

@@ -20,7 +20,7 @@ from ._linear_walk import (
     with_gradients,
 )
 from .reference.cross_entropy import Settings, TokenLoss
-from .reference.linear import Head, _ones
+from .reference.linear import Head, _ones, dtypes_of
 from .reference.logprobs import Upstream
 from .reference.policy import token_gradients, total_loss
 from .reference.ppo import aggregation_weights, ppo_token_loss
@@ -57,10 +57,10 @@ class Operators:
         return Walk(self.kernels_for(head.hidden, head.weight, fast), head, labels, kept, vocab_start)
 
     def linear_logprobs_fwd(
-        self, hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy,
-        with_slopes, chunk_size, fast, group, vocab_start,
+        self, hidden, weight, labels, rows, bias, temperatures, low, up, temperature, softcap, ignore_index,
+        with_entropy, with_slopes, chunk_size, fast, group, vocab_start,
     ):  # fmt: skip
-        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up)
         path = self.walk(head, labels, labels != ignore_index, fast, vocab_start)
         empty = [hidden.new_zeros(0, dtype=torch.float32) for _ in range(3)]
         if with_slopes:
@@ -71,16 +71,15 @@ class Operators:
         return logprobs, empty[0] if entropy is None else entropy, row_max, log_sum, empty[1]
 
     def linear_logprobs_bwd(
-        self, grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy,
-        row_max, log_sum, temperature, softcap, ignore_index, chunk_size, fast, group, vocab_start, need_hidden,
-        need_weight, need_bias, grad_log_sum_exp=None, grad_each=None,
+        self, grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, low, up, logprobs,
+        entropy, row_max, log_sum, temperature, softcap, ignore_index, chunk_size, fast, group, vocab_start, needs,
+        grad_log_sum_exp=None, grad_each=None,
     ):  # fmt: skip
-        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up)
         path = self.walk(head, labels, labels != ignore_index, fast, vocab_start)
         upstream = Upstream(grad_logprobs, grad_entropy, grad_log_sum_exp, grad_each)
         results = (logprobs, entropy if grad_entropy is not None else None, row_max, log_sum)
-        needs = (need_hidden, need_weight, need_bias)
-        return logprobs_bwd(path, upstream, results, needs, chunk_size, group, _dtypes(hidden, weight, bias))
+        return logprobs_bwd(path, upstream, results, needs, chunk_size, group, dtypes_of(head))
 
     def linear_token_statistics_fwd(
         self, hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, fast,
@@ -92,22 +91,22 @@ class Operators:
         return *rows[:4], *more
 
     def linear_cross_entropy_fwd(
-        self, hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index,
-        label_smoothing, z_loss, dft, chunk_size, fast, group, vocab_start, need_hidden, need_weight, need_bias,
+        self, hidden, weight, labels, rows, bias, temperatures, low, up, weights, temperature, softcap, ignore_index,
+        label_smoothing, z_loss, dft, chunk_size, fast, group, vocab_start, needs,
     ):  # fmt: skip
-        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up)
         kept = labels != ignore_index
         path, settings = self.walk(head, labels, kept, fast, vocab_start), Settings(label_smoothing, z_loss, dft)
         loss = TokenLoss.start(settings, weights, kept, torch.float32)
-        needs, with_sums = (need_hidden, need_weight, need_bias), bool(label_smoothing)
+        with_sums = bool(label_smoothing)
         _, _, gradients = with_gradients(path, loss, needs, chunk_size, group, False, with_sums=with_sums)
         return loss.losses.sum(), *gradients
 
     def linear_cross_entropy_each_fwd(
-        self, hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index,
+        self, hidden, weight, labels, rows, bias, temperatures, low, up, weights, temperature, softcap, ignore_index,
         label_smoothing, z_loss, dft, with_slopes, chunk_size, fast, group, vocab_start,
     ):  # fmt: skip
-        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up)
         kept, with_sums = labels != ignore_index, bool(label_smoothing)
         path, settings = self.walk(head, labels, kept, fast, vocab_start), Settings(label_smoothing, z_loss, dft)
         loss = TokenLoss.start(settings, weights, kept, torch.float32)
@@ -121,15 +120,14 @@ class Operators:
         return loss.losses, rows.log_prob, rows.max, rows.log_sum, rows.count if with_sums else empty[0], empty[1]
 
     def linear_ppo_fwd(
-        self, hidden, weight, labels, rows, bias, temperatures, old_log_probs, advantages, mask, normalizer,
+        self, hidden, weight, labels, rows, bias, temperatures, low, up, old_log_probs, advantages, mask, normalizer,
         temperature, softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, fast,
-        group, vocab_start, need_hidden, need_weight, need_bias,
+        group, vocab_start, needs,
     ):  # fmt: skip
-        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up)
         path = self.walk(head, labels.reshape(-1), mask.reshape(-1), fast, vocab_start)
         clipping = {"cliprange": cliprange, "cliprange_high": cliprange_high, "dual_clip": dual_clip}
         upstream = ppo_upstream(mask, loss_agg_mode, normalizer, old_log_probs, advantages, clipping, entropy_coef)
-        needs = (need_hidden, need_weight, need_bias)
         logprobs, entropy, gradients = with_gradients(path, upstream, needs, chunk_size, group, True)
         shape = mask.shape if mask.dim() == 2 else (1, -1)  # packed tokens are one row: only the token modes take them
         rows = [x.reshape(shape).contiguous() for x in (logprobs, old_log_probs, advantages, mask, entropy)]
@@ -139,17 +137,16 @@ class Operators:
         return losses[0] - entropy_coef * losses[2], losses[0].clone(), stats, *gradients
 
     def linear_policy_fwd(
-        self, hidden, weight, labels, rows, bias, temperatures, tensors, settings, temperature, softcap, chunk_size,
-        fast, group, vocab_start, need_hidden, need_weight, need_bias,
+        self, hidden, weight, labels, rows, bias, temperatures, low, up, tensors, settings, temperature, softcap,
+        chunk_size, fast, group, vocab_start, needs,
     ):  # fmt: skip
-        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up)
         mask = tensors.mask
         path = self.walk(head, labels.reshape(-1), mask.reshape(-1), fast, vocab_start)
         first = None
         if settings.by_sequence:
             first = logprobs_fwd(path, False, chunk_size, group)[0].view(mask.shape)
         upstream = token_gradients(tensors, settings, torch.float32, first)
-        needs = (need_hidden, need_weight, need_bias)
         logprobs, entropy, gradients = with_gradients(path, upstream, needs, chunk_size, group, True)
         return *linear_policy_results(logprobs, entropy, tensors, settings), *gradients
 
@@ -178,9 +175,5 @@ class Operators:
     ):  # fmt: skip
         options = (temperature, softcap, reverse, chunk_size, fast, group)
         inputs = (hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias)
-        needs = (need_hidden, need_weight, need_bias)
-        return kl_bwd(grad, self.divergence(*inputs, *options), needs, _dtypes(hidden, weight, bias))
-
-
-def _dtypes(hidden, weight, bias):
-    return hidden.dtype, weight.dtype, torch.float32 if bias is None else bias.dtype
+        divergence = self.divergence(*inputs, *options)
+        return kl_bwd(grad, divergence, (need_hidden, need_weight, need_bias), dtypes_of(divergence.walk.head)[:3])

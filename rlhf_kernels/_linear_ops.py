@@ -1,7 +1,9 @@
 """The opaque operators of the op linear: registration, fake results and autograd; the contract is reference/linear.py.
 
 All tensors arrive flat: hidden [N, H], weight [V, H], labels, rows, temperatures [M] (PPO: [B, T] or [M] beside the
-labels). chunk_size 0 means the backend's default, group_name "" means no process group. With slopes, a forward returns
+labels). low [N, r] and up [V, r] are a LoRA layer's: low[rows] up^T is added to the logits. chunk_size 0 means the
+backend's default, group_name "" means no process group. `needs` says which gradients are wanted: of hidden, weight,
+bias, low and up. With slopes, a forward returns
 d output_i / d hidden row [M, H] beside its output, and its backward has only to multiply them: for a head that is not
 trained.
 """
@@ -22,7 +24,9 @@ from .reference.policy import STATS as POLICY_STATS
 from .reference.policy import Settings, Tensors
 from .reference.ppo import STATS
 
-DIFFERENTIABLE = {"hidden_states": 0, "weight": 1, "bias": 4}  # where log-probs, cross-entropy and PPO have them
+# where log-probs, cross-entropy and PPO have them: of a LoRA layer, what A makes of the hidden states, and B
+DIFFERENTIABLE = {"hidden_states": 0, "weight": 1, "bias": 4, "lora[0]": 6, "lora[1]": 7}
+PLACES = tuple(DIFFERENTIABLE.values())
 
 
 def group_of(group_name: str):
@@ -64,33 +68,44 @@ def _row_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def fake_gradients(hidden, weight, bias, needs, saved=False):
-    """What a backend returns for d hidden, d weight and d bias; `saved` as made in a forward, where fp16 stays wide."""
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    dtypes = [_row_dtype(hidden) if x is None else x.dtype for x in (hidden, weight, bias)]
+def fake_gradients(tensors, needs, saved=False):
+    """What a backend returns for hidden, weight, bias, low and up; `saved` as made in a forward: fp16 stays wide."""
+    hidden, weight = tensors[:2]
+    dtypes = [_row_dtype(hidden) if x is None else x.dtype for x in tensors]
     if saved:
         dtypes = [_row_dtype(hidden) if d == torch.float16 else d for d in dtypes]
+    shapes = [weight.shape[:1] if x is None else x.shape for x in tensors]
     return tuple(hidden.new_empty(s if need else 0, dtype=d) for s, d, need in zip(shapes, dtypes, needs))
+
+
+def placed(ctx, found):
+    """The gradients of all arguments, of which those at PLACES are found."""
+    grads = [None] * ctx.count
+    for place, x in zip(PLACES, found):
+        if ctx.needs_input_grad[place]:
+            grads[place] = x
+    return tuple(grads)
 
 
 @torch.library.custom_op("rlhf_kernels::linear_logprobs_fwd", mutates_args=())
 def linear_logprobs_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
-    temperatures: Tensor | None, temperature: float, softcap: float | None, ignore_index: int, with_entropy: bool,
-    with_slopes: bool, chunk_size: int, fast: bool, group_name: str, vocab_start: int,
+    temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, temperature: float, softcap: float | None,
+    ignore_index: int, with_entropy: bool, with_slopes: bool, chunk_size: int, fast: bool, group_name: str,
+    vocab_start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name)
     with backend_of(hidden) as backend:
         return backend.linear_logprobs_fwd(
-            hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy,
-            with_slopes, chunk_size, fast, group_of(group_name), vocab_start,
+            hidden, weight, labels, rows, bias, temperatures, low, up, temperature, softcap, ignore_index,
+            with_entropy, with_slopes, chunk_size, fast, group_of(group_name), vocab_start,
         )  # fmt: skip
 
 
 @linear_logprobs_fwd.register_fake
 def _(
-    hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy, with_slopes,
-    *rest,
+    hidden, weight, labels, rows, bias, temperatures, low, up, temperature, softcap, ignore_index, with_entropy,
+    with_slopes, *rest,
 ):  # fmt: skip
     def new(wanted, *shape):
         return hidden.new_empty(shape if wanted else 0, dtype=_row_dtype(hidden))
@@ -103,26 +118,26 @@ def _(
 @torch.library.custom_op("rlhf_kernels::linear_logprobs_bwd", mutates_args=())
 def linear_logprobs_bwd(
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, labels: Tensor,
-    rows: Tensor | None, bias: Tensor | None, temperatures: Tensor | None, logprobs: Tensor, entropy: Tensor,
-    row_max: Tensor, log_sum: Tensor, temperature: float, softcap: float | None, ignore_index: int, chunk_size: int,
-    fast: bool, group_name: str, vocab_start: int, need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rows: Tensor | None, bias: Tensor | None, temperatures: Tensor | None, low: Tensor | None, up: Tensor | None,
+    logprobs: Tensor, entropy: Tensor, row_max: Tensor, log_sum: Tensor, temperature: float, softcap: float | None,
+    ignore_index: int, chunk_size: int, fast: bool, group_name: str, vocab_start: int, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with backend_of(hidden) as backend:
         return backend.linear_logprobs_bwd(
-            grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy, row_max,
-            log_sum, temperature, softcap, ignore_index, chunk_size, fast, group_of(group_name), vocab_start,
-            need_hidden, need_weight, need_bias,
+            grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, low, up, logprobs, entropy,
+            row_max, log_sum, temperature, softcap, ignore_index, chunk_size, fast, group_of(group_name), vocab_start,
+            needs,
         )  # fmt: skip
 
 
 @linear_logprobs_bwd.register_fake
-def _(grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, *rest):
-    return fake_gradients(hidden, weight, bias, rest[-3:])
+def _(grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, low, up, *rest):
+    return fake_gradients((hidden, weight, bias, low, up), rest[-1])
 
 
 def _logprobs_setup(ctx, inputs, output):
     *tensors, temperature, softcap, ignore_index, ctx.with_entropy, ctx.with_slopes, chunk, fast, group, start = inputs
-    ctx.options = (temperature, softcap, ignore_index, chunk, fast, group, start)
+    ctx.options, ctx.count = (temperature, softcap, ignore_index, chunk, fast, group, start), len(inputs)
     hidden, _, labels, rows = tensors[:4]
     if ctx.with_slopes:
         ctx.save_for_backward(output[4], labels != ignore_index, rows)
@@ -137,15 +152,11 @@ def _logprobs_setup(ctx, inputs, output):
 def _logprobs_backward(ctx, grad_logprobs, grad_entropy, *_):
     grad_entropy = grad_entropy if ctx.with_entropy else None
     if grad_logprobs is None and grad_entropy is None:
-        return (None,) * 15
+        return (None,) * ctx.count
     if ctx.with_slopes:
-        return spread_slopes(grad_logprobs, *ctx.saved_tensors, *ctx.hidden), *(None,) * 14
-    need_hidden, need_weight, _, _, need_bias = ctx.needs_input_grad[:5]
-    d_hidden, d_weight, d_bias = linear_logprobs_bwd(
-        grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, need_hidden, need_weight, need_bias
-    )
-    grads = (d_hidden if need_hidden else None, d_weight if need_weight else None)
-    return *grads, None, None, d_bias if need_bias else None, *(None,) * 10
+        return placed(ctx, [spread_slopes(grad_logprobs, *ctx.saved_tensors, *ctx.hidden)])
+    needs = [ctx.needs_input_grad[place] for place in PLACES]
+    return placed(ctx, linear_logprobs_bwd(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, needs))
 
 
 logprobs = register(linear_logprobs_fwd, _logprobs_backward, _logprobs_setup, **DIFFERENTIABLE)
@@ -154,37 +165,38 @@ logprobs = register(linear_logprobs_fwd, _logprobs_backward, _logprobs_setup, **
 @torch.library.custom_op("rlhf_kernels::linear_ppo_fwd", mutates_args=())
 def linear_ppo_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
-    temperatures: Tensor | None, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, normalizer: Tensor | None,
-    temperature: float, softcap: float | None, cliprange: float, cliprange_high: float, dual_clip: float | None,
-    entropy_coef: float, loss_agg_mode: str, chunk_size: int, fast: bool, group_name: str, vocab_start: int,
-    need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, old_log_probs: Tensor, advantages: Tensor,
+    mask: Tensor, normalizer: Tensor | None, temperature: float, softcap: float | None, cliprange: float,
+    cliprange_high: float, dual_clip: float | None, entropy_coef: float, loss_agg_mode: str, chunk_size: int,
+    fast: bool, group_name: str, vocab_start: int, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     check_values(hidden, weight, labels, rows, temperatures, 0, group_name, mask)
     with backend_of(hidden) as backend:
         return backend.linear_ppo_fwd(
-            hidden, weight, labels, rows, bias, temperatures, old_log_probs, advantages, mask, normalizer, temperature,
-            softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, fast,
-            group_of(group_name), vocab_start, need_hidden, need_weight, need_bias,
+            hidden, weight, labels, rows, bias, temperatures, low, up, old_log_probs, advantages, mask, normalizer,
+            temperature, softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, fast,
+            group_of(group_name), vocab_start, needs,
         )  # fmt: skip
 
 
 @linear_ppo_fwd.register_fake
-def _(hidden, weight, labels, rows, bias, *rest):
+def _(hidden, weight, labels, rows, bias, temperatures, low, up, *rest):
     def new(shape):
         return hidden.new_empty(shape, dtype=_row_dtype(hidden))
 
-    return new(()), new(()), new(len(STATS)), *fake_gradients(hidden, weight, bias, rest[-3:], saved=True)
+    gradients = fake_gradients((hidden, weight, bias, low, up), rest[-1], saved=True)
+    return new(()), new(()), new(len(STATS)), *gradients
 
 
 @torch.library.custom_op("rlhf_kernels::linear_policy_fwd", mutates_args=())
 def linear_policy_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
-    temperatures: Tensor | None, mask: Tensor, old_log_probs: Tensor, advantages: Tensor, ref_log_probs: Tensor | None,
-    weights: Tensor | None, coefficients: Tensor | None, normalizer: Tensor | None, entropy_normalizer: Tensor | None,
-    settings: list[float], temperature: float, softcap: float | None, chunk_size: int, fast: bool, group_name: str,
-    vocab_start: int, need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss, its parts [4], stats, d hidden, d weight, d bias."""
+    temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, mask: Tensor, old_log_probs: Tensor,
+    advantages: Tensor, ref_log_probs: Tensor | None, weights: Tensor | None, coefficients: Tensor | None,
+    normalizer: Tensor | None, entropy_normalizer: Tensor | None, settings: list[float], temperature: float,
+    softcap: float | None, chunk_size: int, fast: bool, group_name: str, vocab_start: int, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss, its parts [4], stats, d hidden, d weight, d bias, d low, d up."""
     check_values(hidden, weight, labels, rows, temperatures, 0, group_name, mask)
     tensors = Tensors(
         mask, None, old_log_probs, advantages, ref_log_probs, weights, coefficients, normalizer=normalizer,
@@ -192,33 +204,33 @@ def linear_policy_fwd(
     )  # fmt: skip
     with backend_of(hidden) as backend:
         return backend.linear_policy_fwd(
-            hidden, weight, labels, rows, bias, temperatures, tensors, Settings(*settings), temperature, softcap,
-            chunk_size, fast, group_of(group_name), vocab_start, need_hidden, need_weight, need_bias,
+            hidden, weight, labels, rows, bias, temperatures, low, up, tensors, Settings(*settings), temperature,
+            softcap, chunk_size, fast, group_of(group_name), vocab_start, needs,
         )  # fmt: skip
 
 
 @linear_policy_fwd.register_fake
-def _(hidden, weight, labels, rows, bias, *rest):
+def _(hidden, weight, labels, rows, bias, temperatures, low, up, *rest):
     def new(shape):
         return hidden.new_empty(shape, dtype=_row_dtype(hidden))
 
-    gradients = fake_gradients(hidden, weight, bias, rest[-3:], saved=True)
+    gradients = fake_gradients((hidden, weight, bias, low, up), rest[-1], saved=True)
     return new(()), new(4), new(len(POLICY_STATS)), *gradients
 
 
 def fused_setup(ctx, inputs, output):
-    """The loss is output 0, its gradients are the last three; everything but the loss is for reading only."""
-    ctx.save_for_backward(*output[-3:])
+    """The loss is output 0, its gradients are the last five; everything but the loss is for reading only."""
+    ctx.save_for_backward(*output[-len(PLACES) :])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in (0, 1, 4)]
+    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in PLACES]
     ctx.count = len(inputs)
 
 
 def fused_backward(ctx, grad, *_):
     grads = [None] * ctx.count
     if grad is not None:
-        for i, dtype, saved in zip((0, 1, 4), ctx.dtypes, ctx.saved_tensors):
+        for i, dtype, saved in zip(PLACES, ctx.dtypes, ctx.saved_tensors):
             if ctx.needs_input_grad[i]:
                 grads[i] = (saved * grad).to(dtype)
     return tuple(grads)
@@ -264,7 +276,7 @@ def linear_kl_bwd(
 
 @linear_kl_bwd.register_fake
 def _(grad, hidden, weight, ref_hidden, ref_weight, rows, bias, *rest):
-    return fake_gradients(hidden, weight, bias, rest[-3:])
+    return fake_gradients((hidden, weight, bias), rest[-3:])
 
 
 def _kl_setup(ctx, inputs, output):

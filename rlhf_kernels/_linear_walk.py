@@ -17,17 +17,22 @@ spans the whole vocabulary of fewer tokens, because a row's gradient needs its w
 forward and backward. So do log-probs and KL for a head that is not trained: their slopes take two products. The KL
 between two heads takes such chunks too. Statistics and sums of gradients are in fp32 or
 fp64 whatever the inputs' dtype. _linear_backend.py makes a backend's functions of it.
+
+With a LoRA layer on the head, each chunk's logits get low up^T in fp32, and d low and d up are products of d/dlogits as
+d hidden and d weight are, in the same dtype of factors.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .reference.linear import Head, Rows, _saved_dtype, gaps, merge_divergence
+from .reference.kl import merge_divergence
+from .reference.linear import Head, Rows, _saved_dtype, gaps
 from .reference.logprobs import Upstream, finish_extras, finish_statistics, raised, whole_rest
 
 NARROW = 4096  # columns of a chunk when all its columns are not needed at once
@@ -209,6 +214,22 @@ def cap(x, softcap):
     return torch.where(x == float("-inf"), x, softcap * torch.tanh(x / softcap))
 
 
+def factor(x, dtype, unit):
+    """x in the dtype of d/dlogits, with the unit of their product; fp16 holds x over its largest entry."""
+    if unit is None:
+        return x.to(dtype), None
+    x = x.to(torch.float32)
+    largest = torch.nan_to_num(x.abs().amax(), nan=0.0, posinf=0.0).clamp(1e-30, 1e30)
+    return (x / largest).to(dtype), unit * largest
+
+
+class Inputs(NamedTuple):
+    """Of some tokens: hidden states [n, H] as the products take them, and low [n, r] fp32 or None."""
+
+    hidden: Tensor
+    low: Tensor | None
+
+
 class Walk:
     """One call: the head, the labels, and the chunks they are cut into."""
 
@@ -229,10 +250,12 @@ class Walk:
         return [slice(i, min(i + size, self.head.vocab)) for i in range(0, self.head.vocab, size)]
 
     def inputs(self, part):
-        return self.kernels.inputs(self.head, part, self.kept[part])
+        kept = self.kept[part]
+        return Inputs(self.kernels.inputs(self.head, part, kept), self.head.low_inputs(part, kept))
 
-    def chunk(self, part, h, columns):
-        """h [n, H] times the head's rows of these columns, in the workspace."""
+    def chunk(self, part, inputs, columns):
+        """The inputs times the head's rows of these columns, in the workspace."""
+        h, low = inputs
         n, v = h.shape[0], columns.stop - columns.start
         stride = self.kernels.row_stride(v)
         if self.buffer is None or self.buffer.numel() < n * stride:
@@ -241,6 +264,8 @@ class Walk:
         for block, weight in self.kernels.blocks(head.weight, columns):
             part_of_logits = logits[:, block.start - columns.start : block.stop - columns.start]
             self.kernels.product(h, weight.t(), part_of_logits)
+        if low is not None:
+            logits.addmm_(low, head.up[columns].to(torch.float32).t())
         temperatures = None if self.temperatures is None else self.temperatures[part]
         bias = None if self.bias is None else self.bias[columns]
         options = (temperatures, head.temperature, head.softcap, self.labels[part], self.kept[part])
@@ -248,59 +273,82 @@ class Walk:
 
 
 class Gradients:
-    """fp32 sums of d hidden, d weight and d bias; those not needed stay empty.
+    """fp32 sums of d hidden, d weight, d bias, d low and d up; those not needed stay empty.
 
     apart: d hidden is kept for each label, [M, H], instead of summed over the labels that read one row.
     """
 
-    def __init__(self, walk, need_hidden, need_weight, need_bias, apart=False):
-        head, make = walk.head, walk.kernels.fresh
+    def __init__(self, walk, need_hidden, need_weight, need_bias, need_low=False, need_up=False, apart=False):
+        head = walk.head
         self.apart = apart or head.rows is None
         self.kernels, self.head = walk.kernels, head
-        self.need_hidden, self.need_weight, self.need_bias = need_hidden, need_weight, need_bias
-        zeros, device = head.hidden.new_zeros, head.hidden.device
-        if need_hidden and self.apart:
-            self.hidden = make((head.count, head.hidden.shape[1]), device)  # every row is written
-        else:
-            self.hidden = zeros(head.hidden.shape if need_hidden else 0, dtype=torch.float32)
-        self.weight = make(head.weight.shape, device) if need_weight else zeros(0, dtype=torch.float32)
-        self.bias = zeros(head.vocab if need_bias else 0, dtype=torch.float32)
-        if head.count == 0:
-            self.weight.zero_()
+        self.need_hidden, self.need_low = need_hidden, need_low
+        self.need_weight, self.need_bias, self.need_up = need_weight, need_bias, need_up
+        self.hidden, self.low = self._of_rows(head.hidden, need_hidden), self._of_rows(head.low, need_low)
+        self.weight, self.up = self._of_columns(head.weight, need_weight), self._of_columns(head.up, need_up)
+        self.bias = self._zeros(head.vocab if need_bias else 0)
 
-    def add(self, dlogits, unit, columns, h, dh, first_part):
+    def _zeros(self, shape):
+        return self.head.hidden.new_zeros(shape, dtype=torch.float32)
+
+    def _of_rows(self, x, need):
+        if need and self.apart:  # every row is written
+            return self.kernels.fresh((self.head.count, x.shape[1]), x.device)
+        return self._zeros(x.shape if need else 0)
+
+    def _of_columns(self, x, need):
+        if need and self.head.count:  # as every row is here
+            return self.kernels.fresh(x.shape, x.device)
+        return self._zeros(x.shape if need else 0)
+
+    def add(self, dlogits, unit, columns, inputs, sums, first_part):
         """Fold in d/dlogits [n, v] of these columns; unit as `kernels.gradient` returned it."""
-        product = self.kernels.product
+        product, (h, low) = self.kernels.product, inputs
         for block, weight in self.kernels.blocks(self.head.weight, columns):
             part = dlogits[:, block.start - columns.start : block.stop - columns.start]
-            if dh is not None:
-                product(part, weight, dh, block.start > 0, unit)
+            if sums.hidden is not None:
+                product(part, weight, sums.hidden, block.start > 0, unit)
             if self.need_weight:
                 product(part.t(), h, self.weight[block], not first_part, unit)
         if self.need_bias:
-            sums = dlogits.sum(0, dtype=torch.float32)
-            self.bias[columns] += sums if unit is None else sums * unit
+            bias = dlogits.sum(0, dtype=torch.float32)
+            self.bias[columns] += bias if unit is None else bias * unit
+        if sums.low is not None:
+            up, scale = factor(self.head.up[columns], dlogits.dtype, unit)
+            product(dlogits, up, sums.low, columns.start > 0, scale)
+        if self.need_up:
+            low, scale = factor(low, dlogits.dtype, unit)
+            product(dlogits.t(), low, self.up[columns], not first_part, scale)
 
-    def hidden_part(self, part, h):
-        """Where d hidden of this part is summed: in its place, or, with `rows`, in a tensor of its own."""
-        if not self.need_hidden:
-            return None
-        return self.hidden[part] if self.apart else h.new_empty(h.shape, dtype=torch.float32)
+    def start_part(self, part, inputs):
+        """`Inputs` where d hidden and d low of this part are summed, None where not needed.
 
-    def finish_part(self, part, dh):
-        """Spread d hidden over the rows that the labels read."""
-        if dh is None or self.apart:
-            return
-        if dh.device.type == "cpu":
-            self.hidden.index_add_(0, self.head.safe_rows(part), dh)
-        else:  # index_add_ uses atomics on a GPU, index_put_ sorts: the same bits on every run
-            self.hidden.index_put_((self.head.safe_rows(part),), dh, accumulate=True)
+        In their place, or, with `rows`, in tensors of their own.
+        """
+
+        def sums(total, x, need):
+            if not need:
+                return None
+            return total[part] if self.apart else x.new_empty(x.shape, dtype=torch.float32)
+
+        return Inputs(sums(self.hidden, inputs.hidden, self.need_hidden), sums(self.low, inputs.low, self.need_low))
+
+    def finish_part(self, part, sums):
+        """Spread d hidden and d low over the rows that the labels read."""
+        for total, d in zip((self.hidden, self.low), sums):
+            if d is None or self.apart:
+                continue
+            if d.device.type == "cpu":
+                total.index_add_(0, self.head.safe_rows(part), d)
+            else:  # index_add_ uses atomics on a GPU, index_put_ sorts: the same bits on every run
+                total.index_put_((self.head.safe_rows(part),), d, accumulate=True)
 
     def finish(self, dtypes, group):
-        """(d hidden, d weight, d bias) in these dtypes; d hidden summed over the group."""
-        if group is not None and self.need_hidden:
-            dist.all_reduce(self.hidden, group=group)
-        return tuple(g.to(dtype) for g, dtype in zip((self.hidden, self.weight, self.bias), dtypes))
+        """(d hidden, d weight, d bias, d low, d up), as many as dtypes, in these; of hidden and low over the group."""
+        for total, need in ((self.hidden, self.need_hidden), (self.low, self.need_low)):
+            if group is not None and need:
+                dist.all_reduce(total, group=group)
+        return tuple(g.to(x) for g, x in zip((self.hidden, self.weight, self.bias, self.low, self.up), dtypes))
 
 
 def logprobs_fwd(walk: Walk, with_entropy, chunk_size, group, with_sums=False):
@@ -308,9 +356,9 @@ def logprobs_fwd(walk: Walk, with_entropy, chunk_size, group, with_sums=False):
     head, kernels, device = walk.head, walk.kernels, walk.head.hidden.device
     state, sums = State.start(head.count, with_entropy, device), _sums(head.count, with_sums, device)
     for part in walk.parts(chunk_size or kernels.tokens(head.count)):
-        h = walk.inputs(part)
+        inputs = walk.inputs(part)
         for columns in walk.columns(kernels.columns(head.vocab)):
-            chunk = walk.chunk(part, h, columns)
+            chunk = walk.chunk(part, inputs, columns)
             kernels.fold(chunk, state.rows(part))
             if with_sums:
                 kernels.row_sums(chunk, *sums[:, part])
@@ -340,45 +388,46 @@ def _results(state, sums, kept, astray, group):
 
 
 def logprobs_bwd(walk: Walk, upstream, results, needs, chunk_size, group, dtypes):
-    """(d hidden, d weight, d bias): the chunks of the forward again, turned into gradients."""
+    """The gradients of `Gradients`: the chunks of the forward again, turned into them."""
     head, kernels, gradients = walk.head, walk.kernels, Gradients(walk, *needs)
     for part in walk.parts(chunk_size or kernels.tokens(head.count)):
-        h = walk.inputs(part)
-        dh = gradients.hidden_part(part, h)
+        inputs = walk.inputs(part)
+        sums = gradients.start_part(part, inputs)
         some = Upstream(*(None if g is None else g[part] for g in upstream))
         rows = Rows(*(None if x is None else x[part] for x in results))
         for columns in walk.columns(kernels.columns(head.vocab)):
-            dlogits, unit = kernels.gradient(walk.chunk(part, h, columns), some, rows)
-            gradients.add(dlogits, unit, columns, h, dh, part.start == 0)
-        gradients.finish_part(part, dh)
+            dlogits, unit = kernels.gradient(walk.chunk(part, inputs, columns), some, rows)
+            gradients.add(dlogits, unit, columns, inputs, sums, part.start == 0)
+        gradients.finish_part(part, sums)
     return gradients.finish(dtypes, group)
 
 
 def with_gradients(walk: Walk, token_gradients, needs, chunk_size, group, with_entropy, apart=False, with_sums=False):
     """One pass: log-probs and entropy [M], and the gradients of token_gradients(part, `Rows`), an `Upstream`."""
-    head, kernels, gradients = walk.head, walk.kernels, Gradients(walk, *needs, apart)
+    head, kernels, gradients = walk.head, walk.kernels, Gradients(walk, *needs, apart=apart)
     logprobs, entropy = (torch.zeros(head.count, dtype=torch.float32, device=head.hidden.device) for _ in range(2))
     for part in walk.parts(chunk_size or kernels.wide_tokens(head.count, head.vocab, group)):
-        h = walk.inputs(part)
-        chunk = walk.chunk(part, h, slice(0, head.vocab))
-        count, device = h.shape[0], h.device
-        state, sums = State.start(count, with_entropy, device), _sums(count, with_sums, device)
+        inputs = walk.inputs(part)
+        chunk = walk.chunk(part, inputs, slice(0, head.vocab))
+        count, device = part.stop - part.start, head.hidden.device
+        state, totals = State.start(count, with_entropy, device), _sums(count, with_sums, device)
         kernels.fold(chunk, state)
         if with_sums:
-            kernels.row_sums(chunk, *sums)
-        rows = _results(state, sums, walk.kept[part], head.astray(part), group)
+            kernels.row_sums(chunk, *totals)
+        rows = _results(state, totals, walk.kept[part], head.astray(part), group)
         logprobs[part] = rows.log_prob
         if with_entropy:
             entropy[part] = rows.entropy
         upstream = token_gradients(part, rows)
         if any(needs):
             chunk.has_bias_in = True
-            dh = gradients.hidden_part(part, h)
+            sums = gradients.start_part(part, inputs)
             for columns in walk.columns(kernels.gradient_columns(head.vocab)):
                 dlogits, unit = kernels.gradient(chunk.part(columns), upstream, rows)
-                gradients.add(dlogits, unit, columns, h, dh, part.start == 0)
-            gradients.finish_part(part, dh)
-    dtypes = [head.dtype if apart else _saved_dtype(x, head) for x in (head.hidden, head.weight, head.bias)]
+                gradients.add(dlogits, unit, columns, inputs, sums, part.start == 0)
+            gradients.finish_part(part, sums)
+    tensors = (head.hidden, head.weight, head.bias, head.low, head.up)
+    dtypes = [head.dtype if apart else _saved_dtype(x, head) for x in tensors]
     return logprobs, entropy, gradients.finish(dtypes, group)
 
 
@@ -405,16 +454,16 @@ class Divergence:
             results = merge_divergence(results, self.group, head.temperature)
             yield part, inputs[0], sides, [results[0].masked_fill(head.astray(part), float("nan")), *results[1:]]
 
-    def add(self, gradients, part, h, sides, results, upstream):
+    def add(self, gradients, part, inputs, sides, results, upstream):
         """Fold in the gradients of upstream [n] * KL."""
         head, kernels = self.walk.head, self.walk.kernels
-        dh = gradients.hidden_part(part, h)
+        sums = gradients.start_part(part, inputs)
         upstream = upstream.masked_fill(head.astray(part), float("nan"))
         for columns in self.walk.columns(kernels.gradient_columns(head.vocab)):
             some = [side[:, columns] for side in sides]
             dlogits, unit = kernels.divergence_gradient(upstream, *some, results, head, self.reverse)
-            gradients.add(dlogits, unit, columns, h, dh, part.start == 0)
-        gradients.finish_part(part, dh)
+            gradients.add(dlogits, unit, columns, inputs, sums, part.start == 0)
+        gradients.finish_part(part, sums)
 
 
 def kl_fwd(divergence: Divergence, with_slopes):
@@ -422,16 +471,16 @@ def kl_fwd(divergence: Divergence, with_slopes):
     head = divergence.walk.head
     gradients = Gradients(divergence.walk, with_slopes, False, False, apart=True)
     out = torch.empty(head.count, dtype=torch.float32, device=head.hidden.device)
-    for part, h, sides, results in divergence.chunks():
+    for part, inputs, sides, results in divergence.chunks():
         out[part] = results[0]
         if with_slopes:
-            divergence.add(gradients, part, h, sides, results, torch.ones_like(out[part]))
+            divergence.add(gradients, part, inputs, sides, results, torch.ones_like(out[part]))
     return out, gradients.finish((head.dtype,) * 3, divergence.group)[0]
 
 
 def kl_bwd(grad, divergence: Divergence, needs, dtypes):
     """(d hidden, d weight, d bias) of the policy: both sides' logits again, and the first side's gradient."""
     gradients = Gradients(divergence.walk, *needs)
-    for part, h, sides, results in divergence.chunks():
-        divergence.add(gradients, part, h, sides, results, grad[part])
+    for part, inputs, sides, results in divergence.chunks():
+        divergence.add(gradients, part, inputs, sides, results, grad[part])
     return gradients.finish(dtypes, divergence.group)

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import _cross_entropy_ops as ops
 from ._autograd import needs_grad
 from ._checks import check_dtype, check_in, check_index, check_range, check_same_device, check_shape
-from ._linear_checks import check_execution, check_head, check_labels, check_scale, wants_slopes
+from ._linear_checks import check_execution, check_head, check_labels, check_lora, check_scale, wants_slopes
 from .logprobs import _check_options, check_logits
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -142,6 +142,7 @@ def linear_cross_entropy(
     precision: str = "exact",
     process_group=None,
     vocab_start_index: int = 0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
     """Cross-entropy -log p(label) from hidden states and the LM head, with the gradients made in the forward.
 
@@ -171,9 +172,10 @@ def linear_cross_entropy(
         process_group: ranks that hold the vocabulary's columns, as in `linear_logprobs`, default None; chunk_size
             must then be equal on all ranks.
         vocab_start_index: first token of this rank's shard, default 0.
+        lora: (A [r, H], B [V, r], scaling) of a LoRA layer on the head, as in `linear_logprobs`, default None.
     Returns:
         0-d, or the shape of labels with reduction="none", fp32 (fp64 for fp64), in nats. Differentiable in
-        hidden_states, weight and bias. A batch without a counting label gives 0.
+        hidden_states, weight, bias, A and B. A batch without a counting label gives 0.
     Raises:
         ValueError: as `linear_logprobs` and `cross_entropy_from_logits`.
     Cost: 6NVH floating-point operations for forward and backward together, whatever the loss adds ("none": 8NVH, or,
@@ -193,11 +195,13 @@ def linear_cross_entropy(
     )
     temperatures, temperature, softcap = check_scale(temperature, softcap, labels)
     execution = check_execution(chunk_size, precision, process_group, vocab_start_index)
-    inputs = (hidden, weight, flat_labels, rows, bias, temperatures, weights)
+    low, up = check_lora(lora, hidden, weight, flat_labels != ignore_index, rows)
+    inputs = (hidden, weight, flat_labels, rows, bias, temperatures, low, up, weights)
     options = (temperature, softcap, ignore_index, *terms)
     if reduction == "none":
-        losses = ops.linear_cross_entropy_each(*inputs, *options, wants_slopes(hidden, weight, bias), *execution)[0]
+        with_slopes = wants_slopes(hidden, weight, bias, low)
+        losses = ops.linear_cross_entropy_each(*inputs, *options, with_slopes, *execution)[0]
         return losses.view(labels.shape)
-    needs = [needs_grad(x) for x in (hidden, weight, bias)]
-    loss = ops.linear_cross_entropy(*inputs, *options, *execution, *needs)[0]
+    needs = [needs_grad(x) for x in (hidden, weight, bias, low, up)]
+    loss = ops.linear_cross_entropy(*inputs, *options, *execution, needs)[0]
     return loss if reduction == "sum" else _mean(loss, labels, ignore_index, num_items_in_batch)

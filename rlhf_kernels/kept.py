@@ -8,7 +8,7 @@ from torch import Tensor
 from . import dispatch
 from ._autograd import register
 from ._checks import check_cu_seqlens, check_index, check_range, check_same_device, check_shape, reads_values
-from ._linear_checks import check_head
+from ._linear_checks import check_head, check_lora
 from .logprobs import check_logits, logprobs_and_entropy_from_logits, logprobs_from_logits
 from .reference.logprobs import accumulator_dtype
 
@@ -106,6 +106,7 @@ def linear_kept_logprobs(
     softcap: float | None = None,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`kept_logprobs_from_logits` from hidden states and the LM head, of which only the kept rows are read.
 
@@ -121,10 +122,11 @@ def linear_kept_logprobs(
         softcap: > 0, or None for no cap, the default.
         ignore_index: label of rows that do not count, default -100: 0, no gradient, hidden states may be NaN.
         return_entropy: return the entropy over the kept tokens too, default False.
+        lora: (A [r, H], B [V, r], scaling) of a LoRA layer on the head, as in `linear_logprobs`, default None.
     Returns:
         log-probs in the shape of labels, fp32 (fp64 for fp64), in nats; with return_entropy (log-probs, entropy).
-        Differentiable in hidden_states, weight and bias; sums in fp32, always in the same order. A label that is not
-        kept has -inf and no gradient.
+        Differentiable in hidden_states, weight, bias, A and B; sums in fp32, always in the same order. A label that is
+        not kept has -inf and no gradient.
     Raises:
         ValueError: as `linear_logprobs` and `kept_logprobs_from_logits`.
     Cost: 2NKH floating-point operations forward and 4NKH backward instead of V for K, and a copy of the kept rows of
@@ -139,9 +141,12 @@ def linear_kept_logprobs(
     hidden, weight, bias = check_head(hidden_states, weight, bias)
     labels, kept = _check_tokens(labels, kept, shape, weight.shape[0], ignore_index)
     check_same_device(hidden_states=hidden, labels=labels, kept=kept)
-    counts = torch.where((labels != ignore_index).unsqueeze(-1), kept, -1)
-    x = kept_logits(hidden, weight, counts.reshape(-1, kept.shape[-1]), bias).view(kept.shape)
-    return _of_kept(x, labels, kept, temperature, softcap, ignore_index, return_entropy)
+    counts = torch.where((labels != ignore_index).unsqueeze(-1), kept, -1).reshape(-1, kept.shape[-1])
+    x = kept_logits(hidden, weight, counts, bias)
+    low, up = check_lora(lora, hidden, weight, (counts != -1).any(-1), None)
+    if low is not None:
+        x = x + kept_logits(low, up, counts, None)
+    return _of_kept(x.view(kept.shape), labels, kept, temperature, softcap, ignore_index, return_entropy)
 
 
 def _check_tokens(labels, kept, shape, vocab, ignore_index):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _linear_ops as ops
-from ._linear_checks import check_execution, check_head, check_labels, check_scale, wants_slopes
+from ._linear_checks import check_execution, check_head, check_labels, check_lora, check_scale, wants_slopes
 
 
 def linear_logprobs(
@@ -23,6 +23,7 @@ def linear_logprobs(
     precision: str = "exact",
     process_group=None,
     vocab_start_index: int = 0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of each label under the LM head's softmax, from hidden states, without the [N, V] logits.
 
@@ -52,17 +53,23 @@ def linear_logprobs(
             in one piece. Every rank passes the same hidden states and labels and its own weight and bias, gets the
             same log-probs, and the whole gradient of hidden_states.
         vocab_start_index: first token of this rank's shard, default 0.
+        lora: (A [r, H], B [V, r], scaling) of a LoRA layer on the head, as peft has them: scaling (hidden_states A^T)
+            B^T is added to the logits, without weight + scaling B A. A and B fp32, bf16 or fp16, or fp64 with fp64, as
+            they are under autocast too; scaling finite. With process_group B is the rank's shard, A the same on all
+            ranks. None, the default, for none.
     Returns:
         log-probs in the shape of labels, fp32 (fp64 for fp64), in nats; with return_entropy (log-probs, entropy).
-        Differentiable in hidden_states, weight and bias; their gradients are summed in fp32 and rounded once. They may
-        be written in place.
+        Differentiable in hidden_states, weight, bias, A and B; their gradients are summed in fp32 and rounded once (the
+        share of hidden_states through A apart). Results may be written in place.
     Raises:
         ValueError: shapes, dtypes or devices do not fit; a DTensor; a number out of range; a label, row or temperature
             out of range, checked on the CPU, and elsewhere only with RLHF_KERNELS_CHECK=1; without it the row becomes
             NaN.
     Cost: 2NVH floating-point operations forward and 6NVH backward, which recomputes the logits; one chunk of logits
         in fp32 and, if the head is trained, a [V, H] fp32 sum in memory. Where only hidden_states need a gradient and
-        no entropy is asked for: 4NVH forward, none backward, and [M, H] fp32 kept between. No host sync on a GPU.
+        no entropy is asked for: 4NVH forward, none backward, and [M, H] fp32 kept between. With lora 2Nr(V + H) more
+        forward and 6NVr + 4NrH more backward, which then always recomputes, and a copy of hidden_states in fp32. No
+        host sync on a GPU.
     Example:
         >>> import torch
         >>> hidden, head = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0], [1.7346, 0.0]])
@@ -73,10 +80,11 @@ def linear_logprobs(
     flat_labels, rows = check_labels(labels, rows, hidden_states)
     temperatures, temperature, softcap = check_scale(temperature, softcap, labels)
     execution = check_execution(chunk_size, precision, process_group, vocab_start_index)
-    with_slopes = wants_slopes(hidden, weight, bias) and not return_entropy
+    low, up = check_lora(lora, hidden, weight, flat_labels != ignore_index, rows)
+    with_slopes = wants_slopes(hidden, weight, bias, low) and not return_entropy
     logprobs, entropy, *_ = ops.logprobs(
-        hidden, weight, flat_labels, rows, bias, temperatures, temperature, softcap, ignore_index, return_entropy,
-        with_slopes, *execution,
+        hidden, weight, flat_labels, rows, bias, temperatures, low, up, temperature, softcap, ignore_index,
+        return_entropy, with_slopes, *execution,
     )  # fmt: skip
     logprobs = logprobs.view(labels.shape)
     return (logprobs, entropy.view(labels.shape)) if return_entropy else logprobs

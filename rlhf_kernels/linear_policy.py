@@ -8,7 +8,7 @@ from torch import Tensor
 from . import _linear_ops as ops
 from ._autograd import needs_grad
 from ._checks import FLOATS, check_dtype, check_mask, check_range, check_same_device, check_shape
-from ._linear_checks import check_execution, check_head, check_labels, check_scale
+from ._linear_checks import check_execution, check_head, check_labels, check_lora, check_scale
 from .linear import linear_logprobs
 from .objectives import Clip, ClipCov, KLTerm, Objective
 from .policy import PolicyLoss, check_kl, normalizer_of, per_token, policy_metrics, policy_settings, with_selection
@@ -38,6 +38,7 @@ def linear_ppo_loss(
     precision: str = "exact",
     process_group=None,
     vocab_start_index: int = 0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> PPOLoss:
     """PPO's policy loss from hidden states and the LM head, with the gradients made in the forward.
 
@@ -66,9 +67,10 @@ def linear_ppo_loss(
         precision: "exact", the default, or "fast", as in `linear_logprobs`.
         process_group: ranks that hold the vocabulary's columns, as in `linear_cross_entropy`, default None.
         vocab_start_index: first token of this rank's shard, default 0.
+        lora: (A [r, H], B [V, r], scaling) of a LoRA layer on the head, as in `linear_logprobs`, default None.
     Returns:
         PPOLoss(loss, policy_loss, value_loss, metrics), fp32 (fp64 for fp64). Only loss backpropagates, to
-        hidden_states, weight and bias; policy_loss is detached, value_loss None. Metrics as in `ppo_loss` with
+        hidden_states, weight, bias, A and B; policy_loss is detached, value_loss None. Metrics as in `ppo_loss` with
         entropy.
     Raises:
         ValueError: as `linear_logprobs` and `ppo_loss`; packed labels with a "seq-*" mode.
@@ -98,13 +100,14 @@ def linear_ppo_loss(
     if labels.dim() != 2 and not (labels.dim() == 1 and loss_agg_mode.startswith("token")):
         wanted = "[B, T], or [N] with loss_agg_mode token-mean or token-sum"
         raise ValueError(f"labels has shape {list(labels.shape)}, expected {wanted}; got {loss_agg_mode!r}")
+    low, up = check_lora(lora, hidden, weight, mask.reshape(-1), flat_rows)
     loss, policy_loss, stats, *_ = ops.ppo_loss(
-        hidden, weight, labels, flat_rows, bias, temperatures, old_log_probs.detach(), advantages.detach(), mask,
-        normalizer, temperature, softcap, float(cliprange),
+        hidden, weight, labels, flat_rows, bias, temperatures, low, up, old_log_probs.detach(), advantages.detach(),
+        mask, normalizer, temperature, softcap, float(cliprange),
         float(cliprange if cliprange_high is None else cliprange_high),
         None if dual_clip is None else float(dual_clip), float(entropy_coef), loss_agg_mode,
         *check_execution(chunk_size, precision, process_group, vocab_start_index),
-        *(needs_grad(x) for x in (hidden, weight, bias)),
+        [needs_grad(x) for x in (hidden, weight, bias, low, up)],
     )  # fmt: skip
     return PPOLoss(loss, policy_loss, None, _metrics(stats, None, loss, dual_clip))
 
@@ -135,6 +138,7 @@ def linear_policy_loss(
     precision: str = "exact",
     process_group=None,
     vocab_start_index: int = 0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> PolicyLoss:
     """`policy_loss` from hidden states and the LM head, with the gradients made in the forward.
 
@@ -166,9 +170,10 @@ def linear_policy_loss(
         precision: "exact", the default, or "fast", as in `linear_logprobs`.
         process_group: ranks that hold the vocabulary's columns, as in `linear_cross_entropy`, default None.
         vocab_start_index: first token of this rank's shard, default 0.
+        lora: (A [r, H], B [V, r], scaling) of a LoRA layer on the head, as in `linear_logprobs`, default None.
     Returns:
-        PolicyLoss(loss, metrics), fp32 (fp64 for fp64). loss backpropagates to hidden_states, weight and bias. Metrics
-        as in `policy_loss` with entropy.
+        PolicyLoss(loss, metrics), fp32 (fp64 for fp64). loss backpropagates to hidden_states, weight, bias, A and B.
+        Metrics as in `policy_loss` with entropy.
     Raises:
         ValueError: as `linear_logprobs` and `policy_loss`; packed labels with a "seq-*" mode or an objective of whole
             sequences; process_group with `ClipCov`, whose ranks would draw different tokens.
@@ -223,12 +228,13 @@ def linear_policy_loss(
                 hidden_states, weight, torch.where(tensors.mask, labels, -100),
                 temperature=temperature if temperatures is None else temperatures.view(labels.shape),
                 chunk_size=chunk_size, precision=precision, process_group=process_group,
-                vocab_start_index=vocab_start_index, **options,
+                vocab_start_index=vocab_start_index, lora=lora, **options,
             )  # fmt: skip
         tensors = with_selection(tensors._replace(log_probs=log_probs), objective)
     constants = (None if x is None else x.detach() for x in (tensors.mask, *tensors[2:7], *tensors[-2:]))
+    low, up = check_lora(lora, hidden, weight, tensors.mask.reshape(-1), flat_rows)
     loss, losses, stats, *_ = ops.policy_loss(
-        hidden, weight, labels, flat_rows, bias, temperatures, *constants, list(settings), temperature, softcap,
-        *execution, *(needs_grad(x) for x in (hidden, weight, bias)),
+        hidden, weight, labels, flat_rows, bias, temperatures, low, up, *constants, list(settings), temperature,
+        softcap, *execution, [needs_grad(x) for x in (hidden, weight, bias, low, up)],
     )  # fmt: skip
     return PolicyLoss(loss, policy_metrics(losses, stats, weights is not None, kl is not None, True))

@@ -39,6 +39,7 @@ def linear_preference_loss(
     precision: str = "exact",
     process_group=None,
     vocab_start_index: int = 0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> PreferenceLoss:
     """`preference_loss` of the responses' log-probs under the LM head's softmax, from hidden states.
 
@@ -80,9 +81,10 @@ def linear_preference_loss(
         precision: "exact", the default, or "fast", as in `linear_logprobs`.
         process_group: ranks that hold the vocabulary's columns, as in `linear_logprobs`, default None.
         vocab_start_index: first token of this rank's shard, default 0.
+        lora: (A [r, H], B [V, r], scaling) of a LoRA layer on the head, as in `linear_logprobs`, default None.
     Returns:
         PreferenceLoss(loss, chosen_rewards, rejected_rewards, metrics) as `preference_loss`; loss is differentiable in
-        hidden_states, weight and bias.
+        hidden_states, weight, bias, A and B.
     Raises:
         ValueError: as `linear_logprobs` and `preference_loss`; an odd number of responses without chosen and rejected,
             or one of these without the other; ref_log_probs of another shape; ld_alpha or wpo with "kto".
@@ -101,6 +103,7 @@ def linear_preference_loss(
     head = {
         "rows": rows, "bias": bias, "softcap": softcap, "ignore_index": ignore_index, "chunk_size": chunk_size,
         "precision": precision, "process_group": process_group, "vocab_start_index": vocab_start_index,
+        "lora": lora,
     }  # fmt: skip
     losses = losses_of(loss_type, named_fields(label_smoothing=label_smoothing), False)
     for name, given in (("ld_alpha", ld_alpha is not None), ("wpo", wpo)):

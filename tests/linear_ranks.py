@@ -20,6 +20,7 @@ VOCAB = 12
 def problem(dtype):
     generator = torch.Generator().manual_seed(0)
     shapes = {"hidden": (9, 6), "weight": (VOCAB, 6), "bias": (VOCAB,), "ref_hidden": (9, 3), "ref_weight": (VOCAB, 3)}
+    shapes |= {"lora_a": (2, 6), "lora_b": (VOCAB, 2)}
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     tensors["bias"][:5] = -torch.inf  # with a cut at 5 everything in the first rank's shard is banned
     tensors["ref_bias"] = torch.where(torch.arange(VOCAB) < 5, -torch.inf, 0.0).to(dtype)
@@ -28,8 +29,8 @@ def problem(dtype):
 
 
 def sharded(tensors, lines):
-    """Copies that require grad: hidden states whole, what belongs to heads cut to these lines."""
-    cut = {name: x if name.endswith("hidden") else x[lines] for name, x in tensors.items()}
+    """Copies that require grad: hidden states and A of LoRA whole, what belongs to heads cut to these lines."""
+    cut = {name: x if name.endswith(("hidden", "lora_a")) else x[lines] for name, x in tensors.items()}
     return {name: x.detach().clone().requires_grad_(not name.startswith("ref")) for name, x in cut.items()}
 
 
@@ -144,7 +145,14 @@ def losses(labels):
         assert all(x.isfinite().all() for x in logs)
         return logs
 
-    of_labels = (logprobs, token_statistics, entropy_alone, frozen, cross_entropy, smoothed, frozen_smoothed, tied, ppo)
+    def lora(t, group, start):
+        """A LoRA layer on a frozen head: B is the rank's shard, the gradient of A everybody's."""
+        head = (t["hidden"], t["weight"].detach())
+        options = {"lora": (t["lora_a"], t["lora_b"], 0.7), "rows": rows, "chunk_size": 4}
+        mean = rk.linear_cross_entropy(*head, labels, **options, **group, **start)
+        return *rk.linear_logprobs(*head, labels, return_entropy=True, **options, **group, **start), mean
+
+    of_labels = (logprobs, token_statistics, entropy_alone, frozen, cross_entropy, smoothed, frozen_smoothed, tied, ppo, lora)
     return *of_labels, kl, forward_kl, infinite_kl, frozen_kl, nearly_certain
 
 

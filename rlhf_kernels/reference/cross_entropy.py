@@ -145,29 +145,28 @@ class TokenLoss:
 
 
 def linear_cross_entropy_fwd(
-    hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index, label_smoothing,
-    z_loss, dft, chunk_size, fast, group, vocab_start, need_hidden, need_weight, need_bias,
+    hidden, weight, labels, rows, bias, temperatures, low, up, weights, temperature, softcap, ignore_index,
+    label_smoothing, z_loss, dft, chunk_size, fast, group, vocab_start, needs,
 ):  # fmt: skip
-    """(sum of the losses of the labels that count, and its d hidden, d weight, d bias)."""
-    head = linear.Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+    """(sum of the losses of the labels that count, and its gradients as `linear.Gradients`)."""
+    head = linear.Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up)
     settings, kept = Settings(label_smoothing, z_loss, dft), labels != ignore_index
     loss = TokenLoss.start(settings, weights, kept, head.dtype)
     _, _, gradients = linear.walk_with_gradients(
-        head, labels, kept, loss, (need_hidden, need_weight, need_bias), chunk_size, group, vocab_start, False,
-        with_sums=bool(label_smoothing),
-    )  # fmt: skip
+        head, labels, kept, loss, needs, chunk_size, group, vocab_start, False, with_sums=bool(label_smoothing)
+    )
     return loss.losses.sum(), *gradients
 
 
 def linear_cross_entropy_each_fwd(
-    hidden, weight, labels, rows, bias, temperatures, weights, temperature, softcap, ignore_index, label_smoothing,
-    z_loss, dft, with_slopes, chunk_size, fast, group, vocab_start,
+    hidden, weight, labels, rows, bias, temperatures, low, up, weights, temperature, softcap, ignore_index,
+    label_smoothing, z_loss, dft, with_slopes, chunk_size, fast, group, vocab_start,
 ):  # fmt: skip
     """(losses, log-probs, row maximum, log of the row's sum, numbers of entries, each [M], and slopes [M, H]).
 
     With slopes no backward needs the statistics: they are [0]. The numbers are [0] where nothing is smoothed.
     """
-    head = linear.Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+    head = linear.Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up)
     settings, kept, with_sums = Settings(label_smoothing, z_loss, dft), labels != ignore_index, bool(label_smoothing)
     loss = TokenLoss.start(settings, weights, kept, head.dtype)
     nothing = [hidden.new_zeros(0, dtype=head.dtype) for _ in range(4)]

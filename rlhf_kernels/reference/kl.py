@@ -16,10 +16,11 @@ of k1 and k3 under p are KL(p || q) exactly; k2's is close where p and q are.
 import math
 
 import torch
+import torch.distributed as dist
 
 from .._planes import blocks, planes
 from . import logprobs
-from .logprobs import accumulator_dtype, finish_statistics, partial_statistics
+from .logprobs import accumulator_dtype, finish_statistics, partial_statistics, raised, whole_rest
 
 CASES = ("small", "batched", "masked_logits", "warm", "wide", "one_entry", "empty")
 
@@ -64,6 +65,32 @@ def divergence_gradient(grad, z_a, z_b, kl=None, statistics_a=None, statistics_b
     more = torch.where(likely, torch.expm1(log_b) - torch.expm1(log_a), b - a)
     d_b = torch.where(infinite | nothing | (z_b == -math.inf), 0.0, grad * more)
     return torch.where(z_a == -math.inf, 0.0, d_a), d_b
+
+
+def merge_divergence(results, group, temperature=1.0):
+    """(KL(a || b), max and log sum of a, the same two of b) [n] over the columns of all ranks, from those of each rank.
+
+    The maxima are of z times `temperature`. With d = z - max z and e = exp(d), KL + log s_a - log s_b is
+    (sum e_a (d_a - d_b)) / s_a, in a shard and in the whole row; told from the whole row's maxima these sums add up.
+    """
+    if group is None:
+        return results
+    kl, max_a, log_sum_a, max_b, log_sum_b = (x.double() for x in results)
+    highest = torch.stack((max_a, max_b))
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    maxima, rests = torch.stack((max_a, max_b)), torch.expm1(torch.stack((log_sum_a, log_sum_b)))
+    joined, tops, falls = raised(maxima / temperature, rests, highest / temperature)
+    sum_a = torch.where(max_a == -math.inf, rests[0], 1.0 + rests[0])
+    gap = sum_a * (kl + log_sum_a - log_sum_b + falls[0] - falls[1])
+    gap = torch.where(kl == math.inf, kl, torch.exp(falls[0]) * gap)
+    sums = torch.cat((joined, tops, gap.unsqueeze(0)))
+    dist.all_reduce(sums, group=group)
+    rest_a, rest_b = whole_rest(sums[:2], sums[2:4])
+    log_sum_a, log_sum_b = torch.log1p(rest_a), torch.log1p(rest_b)
+    kl = torch.clamp(sums[4] / (1.0 + rest_a) - (log_sum_a - log_sum_b), min=0.0)
+    kl = torch.where(highest[0] == -math.inf, sums[4], kl)
+    merged = (kl, highest[0], log_sum_a, highest[1], log_sum_b)
+    return tuple(x.to(old.dtype) for x, old in zip(merged, results, strict=True))
 
 
 def kl_divergence(logits, ref_logits, *, temperature=1.0, direction="reverse"):

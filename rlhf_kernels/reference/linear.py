@@ -5,6 +5,9 @@ products of the inputs, turned into statistics, and, where a gradient is wanted,
 
     logits = hidden[rows] weight^T + bias      d hidden = dlogits weight      d weight = sum of dlogits^T hidden[rows]
 
+With `low` [N, r] and `up` [V, r], of a LoRA layer on the head, low[rows] up^T is added, and they get their gradients as
+hidden and weight do.
+
 d hidden and d weight are summed in fp32 and rounded once. Log-probs and KL recompute the logits in the backward;
 cross-entropy and PPO know their loss in the forward and make the gradients there. So do log-probs and KL for a head
 that is not trained: d log p_i / d h_i is known in the forward, and the backward only multiplies it ("slopes"). With a
@@ -53,6 +56,8 @@ class Head:
     temperatures: Tensor | None = None  # [M], instead of temperature
     temperature: float = 1.0
     softcap: float | None = None
+    low: Tensor | None = None  # [N, r], with up [V, r]: low[rows] up^T is added to the logits
+    up: Tensor | None = None
 
     def __post_init__(self):
         self.dtype = row_reference.accumulator_dtype(self.hidden)
@@ -67,8 +72,16 @@ class Head:
 
     def inputs(self, part, kept):
         """Hidden states [n, H] of a slice of labels, 0 where not kept."""
-        h = self.hidden[part] if self.rows is None else self.hidden[self.safe_rows(part)]
-        return torch.where(kept.unsqueeze(-1), h.to(self.dtype), 0.0)
+        return self.read(self.hidden, part, kept)
+
+    def read(self, x, part, kept):
+        """Rows of x [N, ...] that a slice of labels reads, 0 where not kept."""
+        found = x[part] if self.rows is None else x[self.safe_rows(part)]
+        return torch.where(kept.unsqueeze(-1), found.to(self.dtype), 0.0)
+
+    def low_inputs(self, part, kept):
+        """low [n, r] of a slice of labels, 0 where not kept; or None."""
+        return None if self.low is None else self.read(self.low, part, kept)
 
     def safe_rows(self, part):
         return self.rows[part].clamp(0, max(self.hidden.shape[0] - 1, 0))
@@ -79,11 +92,13 @@ class Head:
             return torch.zeros((), dtype=torch.bool, device=self.hidden.device)
         return (self.rows[part] < 0) | (self.rows[part] >= self.hidden.shape[0])
 
-    def scaled(self, h, part):
-        """z [n, V] and dz/dlogits of these hidden states."""
+    def scaled(self, h, part, low=None):
+        """z [n, V] and dz/dlogits of these hidden states, and of what `low_inputs` gives."""
         logits = h.new_empty(h.shape[0], self.vocab)
         for columns, weight in self.blocks():
             torch.mm(h, weight.t(), out=logits[:, columns])
+        if low is not None:
+            logits.addmm_(low, self.up.to(self.dtype).t())
         if self.bias is not None:
             logits += self.bias.to(self.dtype)
         temperature = self.temperature if self.temperatures is None else self.temperatures[part]
@@ -102,43 +117,58 @@ class Rows(NamedTuple):
 
 
 class Gradients:
-    """fp32 sums of d hidden, d weight and d bias; those not needed stay empty.
+    """fp32 sums of d hidden, d weight, d bias, d low and d up; those not needed stay empty.
 
     apart: d hidden is kept for each label, [M, H], instead of summed over the labels that read one row.
     """
 
-    def __init__(self, head, need_hidden, need_weight, need_bias, apart=False):
+    def __init__(self, head, need_hidden, need_weight, need_bias, need_low=False, need_up=False, apart=False):
         self.head, self.apart = head, apart or head.rows is None
-        new = head.hidden.new_zeros
-        shape = (head.count, head.hidden.shape[1]) if self.apart else head.hidden.shape
-        self.hidden = new(shape if need_hidden else 0, dtype=head.dtype)
-        self.weight = new(head.weight.shape if need_weight else 0, dtype=head.dtype)
-        self.bias = new(head.vocab if need_bias else 0, dtype=head.dtype)
-        self.need = (need_hidden, need_weight, need_bias)
+        self.hidden, self.low = self._of_rows(head.hidden, need_hidden), self._of_rows(head.low, need_low)
+        self.weight, self.up = self._like(head.weight, need_weight), self._like(head.up, need_up)
+        self.bias = head.hidden.new_zeros(head.vocab if need_bias else 0, dtype=head.dtype)
+        self.need_hidden, self.need_low = need_hidden, need_low
+        self.need_weight, self.need_bias, self.need_up = need_weight, need_bias, need_up
 
-    def add(self, part, h, dlogits):
-        """Fold in a chunk's dlogits [n, V] and inputs [n, H]."""
-        need_hidden, need_weight, need_bias = self.need
+    def _like(self, x, need):
+        return self.head.hidden.new_zeros(x.shape if need else 0, dtype=self.head.dtype)
+
+    def _of_rows(self, x, need):
+        shape = (self.head.count, x.shape[1]) if need and self.apart else x.shape if need else 0
+        return self.head.hidden.new_zeros(shape, dtype=self.head.dtype)
+
+    def add(self, part, h, dlogits, low=None):
+        """Fold in a chunk's dlogits [n, V] and inputs [n, H] and [n, r]."""
         dh = torch.zeros_like(h)
         for columns, weight in self.head.blocks():
-            if need_hidden:
+            if self.need_hidden:
                 dh.addmm_(dlogits[:, columns], weight)
-            if need_weight:
+            if self.need_weight:
                 self.weight[columns].addmm_(dlogits[:, columns].t(), h)
-        if need_bias:
+        if self.need_bias:
             self.bias += dlogits.sum(0)
-        if need_hidden and self.apart:
-            self.hidden[part] = dh
-        elif need_hidden and h.device.type == "cpu":
-            self.hidden.index_add_(0, self.head.safe_rows(part), dh)
-        elif need_hidden:  # index_add_ uses atomics on a GPU, index_put_ sorts: the same bits on every run
-            self.hidden.index_put_((self.head.safe_rows(part),), dh, accumulate=True)
+        if self.need_hidden:
+            self._spread(self.hidden, part, dh)
+        if self.need_low:
+            self._spread(self.low, part, dlogits @ self.head.up.to(self.head.dtype))
+        if self.need_up:
+            self.up.addmm_(dlogits.t(), low)
+
+    def _spread(self, total, part, d):
+        """Add d [n, ...] of some labels to the rows that they read."""
+        if self.apart:
+            total[part] = d
+        elif d.device.type == "cpu":
+            total.index_add_(0, self.head.safe_rows(part), d)
+        else:  # index_add_ uses atomics on a GPU, index_put_ sorts: the same bits on every run
+            total.index_put_((self.head.safe_rows(part),), d, accumulate=True)
 
     def finish(self, dtypes, group=None):
-        """(d hidden, d weight, d bias) in these dtypes; d hidden summed over the group."""
-        if group is not None and self.need[0]:
-            dist.all_reduce(self.hidden, group=group)
-        return tuple(g.to(dtype) for g, dtype in zip((self.hidden, self.weight, self.bias), dtypes))
+        """(d hidden, d weight, d bias, d low, d up), as many as dtypes, in these; of hidden and low over the group."""
+        for total, need in ((self.hidden, self.need_hidden), (self.low, self.need_low)):
+            if group is not None and need:
+                dist.all_reduce(total, group=group)
+        return tuple(g.to(x) for g, x in zip((self.hidden, self.weight, self.bias, self.low, self.up), dtypes))
 
 
 def _parts(count, chunk_size):
@@ -212,6 +242,12 @@ def _saved_dtype(tensor, head):
     return head.dtype if tensor is None or tensor.dtype == torch.float16 else tensor.dtype
 
 
+def dtypes_of(head):
+    """dtypes of the gradients that `Gradients` sums: those of the inputs."""
+    tensors = (head.hidden, head.weight, head.bias, head.low, head.up)
+    return [head.dtype if x is None else x.dtype for x in tensors]
+
+
 def _ones(part, rows):
     """Upstream of slopes: d log p itself."""
     return Upstream(torch.ones_like(rows.log_prob))
@@ -233,11 +269,11 @@ def walk_with_gradients(
     with_sums=False,
 ):  # fmt: skip
     """One pass: log-probs and entropy [M], and the gradients of token_gradients(part, `Rows`), an `Upstream`."""
-    gradients = Gradients(head, *needs, apart)
+    gradients = Gradients(head, *needs, apart=apart)
     logprobs, entropy = (head.hidden.new_zeros(head.count, dtype=head.dtype) for _ in range(2))
     for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, head.hidden.device, group)):
-        h = head.inputs(part, kept[part])
-        z, slope = head.scaled(h, part)
+        h, low = head.inputs(part, kept[part]), head.low_inputs(part, kept[part])
+        z, slope = head.scaled(h, part, low)
         local = _local_labels(labels[part], head, vocab_start)
         merged = _merge(_statistics(z, local, with_entropy), group)
         rows = _row_results(merged, kept[part], head.astray(part), with_entropy)
@@ -248,27 +284,28 @@ def walk_with_gradients(
             entropy[part] = rows.entropy
         upstream = token_gradients(part, rows)
         if any(needs):
-            gradients.add(part, h, _dlogits(z, slope, local, kept[part], upstream, rows))
-    dtypes = [head.dtype if apart else _saved_dtype(x, head) for x in (head.hidden, head.weight, head.bias)]
+            gradients.add(part, h, _dlogits(z, slope, local, kept[part], upstream, rows), low)
+    tensors = (head.hidden, head.weight, head.bias, head.low, head.up)
+    dtypes = [head.dtype if apart else _saved_dtype(x, head) for x in tensors]
     return logprobs, entropy, gradients.finish(dtypes, group)
 
 
 def linear_logprobs_fwd(
-    hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, with_entropy, with_slopes,
-    chunk_size, fast, group, vocab_start,
+    hidden, weight, labels, rows, bias, temperatures, low, up, temperature, softcap, ignore_index, with_entropy,
+    with_slopes, chunk_size, fast, group, vocab_start,
 ):  # fmt: skip
     """(log-probs, entropy, row maximum, log of the row's sum), each [M], and slopes [M, H]; [0] if not asked for.
 
     With slopes there is no entropy, and no backward needs the statistics: they are [0] too.
     """
-    head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+    head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up)
     kept = labels != ignore_index
     nothing = hidden.new_zeros(0, dtype=head.dtype)
     if with_slopes:
-        logprobs, _, (slopes, _, _) = walk_with_gradients(
+        logprobs, _, found = walk_with_gradients(
             head, labels, kept, _ones, (True, False, False), chunk_size, group, vocab_start, False, apart=True
         )
-        return logprobs, nothing, nothing.clone(), nothing.clone(), slopes
+        return logprobs, nothing, nothing.clone(), nothing.clone(), found[0]
     rows = rows_of(head, labels, kept, chunk_size, group, vocab_start, with_entropy)
     return *(nothing if x is None else x for x in rows[:4]), nothing.clone()
 
@@ -278,7 +315,8 @@ def rows_of(head, labels, kept, chunk_size, group, vocab_start, with_entropy=Fal
     statistics = head.hidden.new_zeros(5, head.count, dtype=head.dtype)
     sums = head.hidden.new_zeros(2, head.count, dtype=torch.float64)
     for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, head.hidden.device)):
-        z, _ = head.scaled(head.inputs(part, kept[part]), part)
+        low = head.low_inputs(part, kept[part])
+        z, _ = head.scaled(head.inputs(part, kept[part]), part, low)
         local = _local_labels(labels[part], head, vocab_start)
         statistics[:, part] = torch.stack(_statistics(z, local, with_entropy))
         if with_sums:
@@ -321,40 +359,38 @@ def linear_token_statistics_fwd(
 
 
 def linear_logprobs_bwd(
-    grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, logprobs, entropy, row_max, log_sum,
-    temperature, softcap, ignore_index, chunk_size, fast, group, vocab_start, need_hidden, need_weight, need_bias,
-    grad_log_sum_exp=None, grad_each=None,
+    grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, low, up, logprobs, entropy, row_max,
+    log_sum, temperature, softcap, ignore_index, chunk_size, fast, group, vocab_start, needs, grad_log_sum_exp=None,
+    grad_each=None,
 ):  # fmt: skip
-    """(d hidden, d weight, d bias), each in its input's dtype; of shape [0] where not needed.
+    """(d hidden, d weight, d bias, d low, d up), each in its input's dtype; of shape [0] where not needed.
 
     The last two as in `reference.logprobs.logprobs_bwd`.
     """
-    head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
-    gradients = Gradients(head, need_hidden, need_weight, need_bias)
-    kept = labels != ignore_index
+    head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up)
+    gradients, kept = Gradients(head, *needs), labels != ignore_index
     saved = (logprobs, entropy if grad_entropy is not None else None, row_max, log_sum)
     grads = (grad_logprobs, grad_entropy, grad_log_sum_exp, grad_each)
     for part in _parts(head.count, chunk_size or default_chunk_size(head.vocab, hidden.device)):
-        h = head.inputs(part, kept[part])
-        z, slope = head.scaled(h, part)
+        h, low = head.inputs(part, kept[part]), head.low_inputs(part, kept[part])
+        z, slope = head.scaled(h, part, low)
         local = _local_labels(labels[part], head, vocab_start)
         upstream = Upstream(*(None if g is None else g[part] for g in grads))
         rows = Rows(*(None if x is None else x[part] for x in saved))
-        gradients.add(part, h, _dlogits(z, slope, local, kept[part], upstream, rows))
-    return gradients.finish((hidden.dtype, weight.dtype, head.dtype if bias is None else bias.dtype), group)
+        gradients.add(part, h, _dlogits(z, slope, local, kept[part], upstream, rows), low)
+    return gradients.finish(dtypes_of(head), group)
 
 
 def linear_ppo_fwd(
-    hidden, weight, labels, rows, bias, temperatures, old_log_probs, advantages, mask, normalizer, temperature,
-    softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, fast, group, vocab_start,
-    need_hidden, need_weight, need_bias,
+    hidden, weight, labels, rows, bias, temperatures, low, up, old_log_probs, advantages, mask, normalizer,
+    temperature, softcap, cliprange, cliprange_high, dual_clip, entropy_coef, loss_agg_mode, chunk_size, fast, group,
+    vocab_start, needs,
 ):  # fmt: skip
-    """(loss, policy loss, metrics [len(ppo.STATS)], d hidden, d weight, d bias) of policy - entropy_coef * entropy.
+    """(loss, policy loss, metrics [len(ppo.STATS)], gradients as `Gradients`) of policy - entropy_coef * entropy.
 
     labels, old_log_probs, advantages and mask are [B, T] or [M]; rows and temperatures [M].
     """
-    head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
-    needs = (need_hidden, need_weight, need_bias)
+    head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up)
     kept = mask.reshape(-1)
     weights = ppo_reference.aggregation_weights(mask, loss_agg_mode, normalizer, head.dtype).reshape(-1)
     old, advantage = (torch.where(mask, x.to(head.dtype), 0.0).reshape(-1) for x in (old_log_probs, advantages))
@@ -375,52 +411,25 @@ def linear_ppo_fwd(
 
 
 def linear_policy_fwd(
-    hidden, weight, labels, rows, bias, temperatures, tensors, settings, temperature, softcap, chunk_size, fast, group,
-    vocab_start, need_hidden, need_weight, need_bias,
+    hidden, weight, labels, rows, bias, temperatures, low, up, tensors, settings, temperature, softcap, chunk_size,
+    fast, group, vocab_start, needs,
 ):  # fmt: skip
-    """(loss, its parts [4], stats, d hidden, d weight, d bias) of the policy loss.
+    """(loss, its parts [4], stats, gradients as `Gradients`) of the policy loss.
 
     tensors: policy.Tensors without log_probs and entropy; they and labels are [B, T] or [M], rows and temperatures [M].
     """
-    head, mask = Head(hidden, weight, bias, rows, temperatures, temperature, softcap), tensors.mask
+    head, mask = Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up), tensors.mask
     path = head, labels.reshape(-1), mask.reshape(-1)
     first = None
     if settings.by_sequence:  # the ratio of a sequence is known only when all its tokens are
         first = rows_of(*path, chunk_size, group, vocab_start).log_prob.view(mask.shape)
     upstream = policy_reference.token_gradients(tensors, settings, head.dtype, first)
-    needs = (need_hidden, need_weight, need_bias)
     logprobs, entropy, gradients = walk_with_gradients(*path, upstream, needs, chunk_size, group, vocab_start, True)
     shape = mask.shape if mask.dim() == 2 else (1, -1)  # packed tokens are one row
     tensors = tensors._replace(log_probs=logprobs, entropy=entropy)
     found = {name: x.reshape(shape) for name, x in tensors._asdict().items() if x is not None and x.dim()}
     losses, *_, stats = policy_reference.policy_fwd(tensors._replace(**found), settings)
     return policy_reference.total_loss(losses, settings._replace(value_scale=0.0)), losses, stats, *gradients
-
-
-def merge_divergence(results, group, temperature=1.0):
-    """(KL(a || b), max and log sum of a, the same two of b) [n] over the columns of all ranks, from those of each rank.
-
-    The maxima are of z times `temperature`. With d = z - max z and e = exp(d), KL + log s_a - log s_b is
-    (sum e_a (d_a - d_b)) / s_a, in a shard and in the whole row; told from the whole row's maxima these sums add up.
-    """
-    if group is None:
-        return results
-    kl, max_a, log_sum_a, max_b, log_sum_b = (x.double() for x in results)
-    highest = torch.stack((max_a, max_b))
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    maxima, rests = torch.stack((max_a, max_b)), torch.expm1(torch.stack((log_sum_a, log_sum_b)))
-    joined, tops, falls = row_reference.raised(maxima / temperature, rests, highest / temperature)
-    sum_a = torch.where(max_a == -math.inf, rests[0], 1.0 + rests[0])
-    gap = sum_a * (kl + log_sum_a - log_sum_b + falls[0] - falls[1])
-    gap = torch.where(kl == math.inf, kl, torch.exp(falls[0]) * gap)
-    sums = torch.cat((joined, tops, gap.unsqueeze(0)))
-    dist.all_reduce(sums, group=group)
-    rest_a, rest_b = row_reference.whole_rest(sums[:2], sums[2:4])
-    log_sum_a, log_sum_b = torch.log1p(rest_a), torch.log1p(rest_b)
-    kl = torch.clamp(sums[4] / (1.0 + rest_a) - (log_sum_a - log_sum_b), min=0.0)
-    kl = torch.where(highest[0] == -math.inf, sums[4], kl)
-    merged = (kl, highest[0], log_sum_a, highest[1], log_sum_b)
-    return tuple(x.to(old.dtype) for x, old in zip(merged, results, strict=True))
 
 
 def _kl_heads(hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature, softcap):
@@ -437,7 +446,7 @@ def _kl_chunks(head, ref_head, reverse, chunk_size, group):
         sides = (z, ref_head.scaled(ref_head.inputs(part, kept), part)[0])[:: 1 if reverse else -1]
         statistics = [kl_reference.row_statistics(x) for x in sides]
         kl = kl_reference.divergence(*sides, *statistics)[0]
-        kl, *merged = merge_divergence((kl, *statistics[0], *statistics[1]), group)
+        kl, *merged = kl_reference.merge_divergence((kl, *statistics[0], *statistics[1]), group)
         kl = kl.masked_fill(head.astray(part), math.nan)
         dz = kl_reference.divergence_gradient(torch.ones_like(kl), *sides, kl, merged[:2], merged[2:])
         yield part, h, kl, dz[0 if reverse else 1] * slope

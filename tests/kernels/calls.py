@@ -50,6 +50,7 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     counts = torch.tensor([3, 1, 7, 2], dtype=torch.int64)
     old, other, third, fourth = (randn(3, 5) for _ in range(4))
     head, bias, ref_hidden, ref_head = randn(7, 4), randn(7), randn(4, 4), randn(7, 4)
+    lora = [randn(2, 4), randn(7, 2)]
     warmth = torch.tensor([0.5, 1.5, 1.0, 2.0], dtype=torch.float32)
     scores, ref = randn(3), [-randn(4).abs() for _ in range(2)]
     packed = rk.pack_responses([[5, 6]], [[[7, 8], [9]]])
@@ -210,6 +211,31 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             lambda h, w, b: rk.linear_token_statistics(h, w, labels, bias=b, temperature=warmth)[:2],
             [randn(4, 4), randn(7, 4), randn(7)],
         ),
+        "linear_logprobs with lora": Call(
+            "linear",
+            lambda h, w, a, b: rk.linear_logprobs(h, w, labels, rows=counts % 4, return_entropy=True, lora=(a, b, 0.5)),
+            [randn(4, 4), randn(7, 4), lora[0], lora[1]],
+        ),
+        "linear_logprobs of a frozen head with lora": Call(
+            "linear",
+            lambda h, a, b: [rk.linear_logprobs(h, head, labels, bias=bias, lora=(a, b, 2.0))],
+            [randn(4, 4), lora[0], lora[1]],
+        ),
+        "linear_kept_logprobs with lora": Call(
+            "kept",
+            lambda h, a, b: [rk.linear_kept_logprobs(h, head, labels, kept, lora=(a, b, 0.5))],
+            [randn(4, 4), lora[0], lora[1]],
+        ),
+        "linear_cross_entropy with lora": Call(
+            "cross_entropy",
+            lambda h, a, b: [rk.linear_cross_entropy(h, head, labels, label_smoothing=0.1, lora=(a, b, 0.5))],
+            [randn(4, 4), lora[0], lora[1]],
+        ),
+        "linear_cross_entropy with lora, each": Call(
+            "cross_entropy",
+            lambda h, a, b: [rk.linear_cross_entropy(h, head, labels, reduction="none", lora=(a, b, 0.5))],
+            [randn(4, 4), lora[0], lora[1]],
+        ),
         "linear_cross_entropy": Call(
             "cross_entropy",
             lambda h, w: [rk.linear_cross_entropy(h, w, labels, rows=counts % 4)],
@@ -239,6 +265,20 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             "linear",
             lambda h, w: numbers_of(rk.linear_ppo_loss(h, w, tokens, old, other, mask, entropy_coef=0.1)),
             [randn(3, 5, 4), randn(7, 4)],
+        ),
+        "linear_ppo_loss with lora": Call(
+            "linear",
+            lambda h, a, b: numbers_of(
+                rk.linear_ppo_loss(h, head, tokens, old, other, mask, entropy_coef=0.1, lora=(a, b, 0.5))
+            ),
+            [randn(3, 5, 4), lora[0], lora[1]],
+        ),
+        "linear_policy_loss with lora": Call(
+            "linear",
+            lambda h, a, b: numbers_of(
+                rk.linear_policy_loss(h, head, tokens, old, other, mask, objective=rk.KLCov(), lora=(a, b, 0.5))
+            ),
+            [randn(3, 5, 4), lora[0], lora[1]],
         ),
         "linear_kl": Call(
             "linear",

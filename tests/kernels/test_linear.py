@@ -368,11 +368,14 @@ def test_out_of_range_without_check(backend_name, monkeypatch):
 def test_opcheck(backend_name):
     hidden, head, bias = (x.requires_grad_() for x in (normal(5, 4), normal(7, 4, seed=1), normal(7, seed=2)))
     labels, rows, warm = torch.tensor([1, 0, -100]), torch.tensor([4, 4, 0]), torch.tensor([0.5, 1.0, 2.0])
-    inputs = (hidden, head, labels, rows, bias, warm)
+    low, up = normal(5, 2, seed=3).requires_grad_(), normal(7, 2, seed=4).requires_grad_()
+    inputs = (hidden, head, labels, rows, bias, warm, low, up)
     torch.library.opcheck(ops.linear_logprobs_fwd, (*inputs, 1.0, 3.0, -100, True, False, 2, False, "", 0))
     old, mask = torch.full((1, 3), -2.0), torch.tensor([[True, True, False]])
-    ppo = (hidden, head, labels[None], rows, bias, warm, old, old, mask, None, 1.0, None, 0.2, 0.2, None, 0.1)
-    torch.library.opcheck(ops.linear_ppo_fwd, (*ppo, "token-mean", 2, False, "", 0, True, True, True))
+    ppo = (hidden, head, labels[None], *inputs[3:], old, old, mask, None, 1.0, None, 0.2, 0.2, None, 0.1)
+    torch.library.opcheck(ops.linear_ppo_fwd, (*ppo, "token-mean", 2, False, "", 0, [True] * 5))
+    plain = (hidden[:3], head, labels, *(None,) * 5)
+    torch.library.opcheck(ops.linear_logprobs_fwd, (*plain, 1.0, None, -100, False, False, 2, False, "", 0))
     torch.library.opcheck(
         ops.linear_kl_fwd,
         (hidden, head, hidden.detach(), head.detach(), None, bias, None, 0.7, None, True, False, 2, False, ""),

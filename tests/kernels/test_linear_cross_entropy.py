@@ -175,9 +175,9 @@ def test_narrow_chunks(isa, assert_close_to_fp64, monkeypatch):
 def test_terms_cost_no_gradient_of_what_is_frozen(backend_name):
     """The operators return nothing for a head that is not trained, and one product less."""
     hidden, head, labels = normal(4, 6), normal(11, 6, seed=1), torch.arange(4)
-    inputs, scale = (hidden, head, labels, None, None, None, None), (1.0, None, -100, 0.1, 0.1, False)
-    kept = ops.linear_cross_entropy_fwd(*inputs, *scale, 0, False, "", 0, True, False, False)
-    assert [x.numel() for x in kept[1:]] == [hidden.numel(), 0, 0]
+    inputs, scale = (hidden, head, labels, *(None,) * 6), (1.0, None, -100, 0.1, 0.1, False)
+    kept = ops.linear_cross_entropy_fwd(*inputs, *scale, 0, False, "", 0, [True] + [False] * 4)
+    assert [x.numel() for x in kept[1:]] == [hidden.numel(), 0, 0, 0, 0]
     each = ops.linear_cross_entropy_each_fwd(*inputs, *scale, True, 0, False, "", 0)
     assert [x.numel() for x in each] == [4, 0, 0, 0, 0, hidden.numel()]
 
@@ -205,9 +205,11 @@ def test_bad_input(backend_name):
 def test_opcheck(backend_name):
     hidden, head, bias = (x.requires_grad_() for x in (normal(5, 4), normal(7, 4, seed=1), normal(7, seed=2)))
     labels, rows, warm = torch.tensor([1, 0, -100]), torch.tensor([4, 4, 0]), torch.tensor([0.5, 1.0, 2.0])
-    inputs, terms = (hidden, head, labels, rows, bias, warm, torch.tensor([1.0, -2.0, 0.5])), (0.1, 0.01, False)
+    low, up = normal(5, 2, seed=3).requires_grad_(), normal(7, 2, seed=4).requires_grad_()
+    inputs = (hidden, head, labels, rows, bias, warm, low, up, torch.tensor([1.0, -2.0, 0.5]))
+    terms = (0.1, 0.01, False)
     each, fused = ops.linear_cross_entropy_each_fwd, ops.linear_cross_entropy_fwd
-    torch.library.opcheck(fused, (*inputs, 1.0, 3.0, -100, *terms, 2, False, "", 0, True, True, True))
+    torch.library.opcheck(fused, (*inputs, 1.0, 3.0, -100, *terms, 2, False, "", 0, [True] * 5))
     torch.library.opcheck(each, (*inputs, 1.0, 3.0, -100, *terms, False, 2, False, "", 0))
-    frozen = (hidden, head.detach(), labels, rows, None, None, None)
+    frozen = (hidden, head.detach(), labels, rows, *(None,) * 5)
     torch.library.opcheck(each, (*frozen, 1.0, None, -100, 0.0, 0.0, True, True, 2, False, "", 0))

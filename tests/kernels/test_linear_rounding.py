@@ -41,6 +41,33 @@ def gradients(backend, dtype, inputs, labels, upstream):
         return found + torch.autograd.grad((kl * weights).sum(), (hidden, weight))
 
 
+def adapter_gradients(backend, dtype, inputs, adapter, labels, upstream):
+    """Those of A and B, in fp32 beside a frozen head, through log-probs and entropy and cross-entropy, in a row."""
+    with rk.backend(backend):
+        hidden, weight = (x.to(dtype) for x in inputs)
+        leaves = [x.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_() for x in adapter]
+        options = {"lora": (*leaves, 2.0), "temperature": 0.7}
+        logprobs, entropy = rk.linear_logprobs(hidden, weight, labels, return_entropy=True, **options)
+        weights = torch.linspace(-1, 2, N).to(logprobs.dtype) * upstream
+        found = torch.autograd.grad(((logprobs + 0.3 * entropy) * weights).sum(), leaves)
+        return found + torch.autograd.grad(rk.linear_cross_entropy(hidden, weight, labels, **options), leaves)
+
+
+@pytest.mark.parametrize("size", (1.0, 1e-9, 1e6))
+@pytest.mark.parametrize("upstream", (1.0, 1e-4))
+@pytest.mark.parametrize(("dtype", "bound"), ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)))
+def test_gradients_of_an_adapter(as_on_a_gpu, dtype, bound, upstream, size):
+    """The same bound for A and B, of whatever size they are: B is nearly 0 when training begins."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(n, H, generator=generator).to(dtype) for n in (N, V)]
+    adapter = [torch.randn(4, H, generator=generator) / size, size * torch.randn(V, 4, generator=generator)]
+    labels = torch.randint(0, V, (N,), generator=generator)
+    actual = adapter_gradients("triton", dtype, inputs, adapter, labels, upstream)
+    expected = adapter_gradients("reference", torch.float64, inputs, adapter, labels, upstream)
+    for a, e in zip(actual, expected):
+        assert (a.double() - e).norm() <= bound * e.norm()
+
+
 @pytest.mark.parametrize("upstream", (1.0, 1e-4))
 @pytest.mark.parametrize(("dtype", "bound"), ((torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)))
 def test_gradients_are_rounded_once(as_on_a_gpu, dtype, bound, upstream):
