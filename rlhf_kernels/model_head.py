@@ -41,10 +41,11 @@ _probing = threading.RLock()  # torch's random generators, which a probe puts ba
 class ModelHead(NamedTuple):
     """logits = scaled(hidden_states weight^T + bias), scaled(x) = softcap tanh(scale x / softcap), or scale x.
 
-    `linear_*(..., bias=head.bias, **head.options(temperature))` take the same softmax as the model's own logits.
+    `linear_*(..., bias=head.bias, **head.options(temperature))` take the same softmax as the model's own logits. Of
+    a head with a LoRA adapter of peft, weight and bias are the layer's beneath, and the options hold the adapter.
     """
 
-    module: nn.Linear
+    module: nn.Module
     scale: float
     softcap: float | None
 
@@ -58,10 +59,54 @@ class ModelHead(NamedTuple):
         """[V], or None."""
         return self.module.bias
 
+    @property
+    def lora(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A [r, H], B [V, r], scaling) of the adapter that is active now, or None."""
+        names = _adapters(self.module)
+        if not names:
+            return None
+        layer, name = self.module, names[0]
+        return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+
     def options(self, temperature: float | Tensor = 1.0) -> dict:
-        """Keyword arguments temperature and softcap of the `linear_*` functions, with the scale folded in."""
+        """Keyword arguments temperature and softcap of the `linear_*` functions, with the scale folded in; and lora.
+
+        lora is there if the head has an adapter: a function that takes none then fails, and loses nothing in silence.
+        """
         cap = None if self.softcap is None else self.softcap / self.scale
-        return {"temperature": temperature / self.scale, "softcap": cap}
+        lora = self.lora
+        return {"temperature": temperature / self.scale, "softcap": cap, **({} if lora is None else {"lora": lora})}
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether a linear layer's weight says all: no hook gathers it first, nobody has replaced the forward."""
+    return _is_plain(layer) and "forward" not in vars(layer) and not (layer._forward_pre_hooks or layer._forward_hooks)
+
+
+def _adapters(layer: nn.Module) -> list[str] | None:
+    """Names of the LoRA adapters, at most one, that a layer adds to a linear one; None if it does something else."""
+    if _is_plain(layer):
+        return []
+    known = (type(layer).__module__, type(layer).__qualname__) == ("peft.tuners.lora.layer", "Linear")
+    if not known or layer.merged or not _is_bare(layer.base_layer):
+        return None
+    if layer.disable_adapters:
+        return []
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    fits = not names or (len(names) == 1 and _is_product(layer, names[0]))
+    return names if fits else None
+
+
+def _is_product(layer: nn.Module, name: str) -> bool:
+    """Whether an adapter of peft's layer adds scaling (x A^T) B^T: no dropout, no bias, no DoRA or other variant."""
+    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    silent = isinstance(dropout, nn.Identity) or not dropout.training or dropout.p == 0
+    varied = name in getattr(layer, "lora_variant", {}) or layer.use_dora.get(name, False)
+    return _is_bare(a) and _is_bare(b) and a.bias is None and b.bias is None and silent and not varied
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -71,21 +116,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _head_of(model: nn.Module) -> nn.Linear:
+def _head_of(model: nn.Module) -> nn.Module:
     name = type(model).__name__
     if not hasattr(model, "get_output_embeddings"):
         raise ValueError(f"model is a {name}, expected a causal language model of transformers")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model is a {name}, an encoder and a decoder, expected a causal language model")
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    if _adapters(head) is None:
         kind = type(head).__module__.removeprefix("builtins") + "." + type(head).__qualname__
         why = ", which adapters put in its place" if kind.startswith("peft.") else ""
-        raise ValueError(f"the LM head of {name} is a {kind.lstrip('.')}{why}, expected a torch.nn.Linear")
+        raise ValueError(
+            f"the LM head of {name} is a {kind.lstrip('.')}{why}, expected a torch.nn.Linear, or one with a single "
+            "active LoRA adapter of peft, which is not merged and has no dropout, bias, DoRA or hooks inside"
+        )
     return head
 
 
-def _turn(head: nn.Linear) -> contextlib.AbstractContextManager:
+def _turn(head: nn.Module) -> contextlib.AbstractContextManager:
     """The lock of those who replace this head's forward; a thread that has it may take it again."""
     return _turns.setdefault(head, threading.RLock())  # in one step, so that all threads get the same
 
@@ -104,7 +152,7 @@ def _for_this_thread(replacement: Callable[[Tensor], Tensor], otherwise: Callabl
 
 
 @contextlib.contextmanager
-def _replaced(head: nn.Linear, forward: Callable[[Tensor], Tensor]):
+def _replaced(head: nn.Module, forward: Callable[[Tensor], Tensor]):
     """head(x) computes forward(x) inside the block, between the hooks that others have put on it.
 
     Only in this thread: others compute the head meanwhile, or wait for their turn to replace it.
@@ -157,7 +205,7 @@ def _token_device(model: nn.Module) -> torch.device:
     return embeddings.weight.device if offloaded is None else torch.device(offloaded)
 
 
-def _probed(model: nn.Module, head: nn.Linear) -> tuple[Tensor, Tensor, list]:
+def _probed(model: nn.Module, head: nn.Module) -> tuple[Tensor, Tensor, list]:
     """(probe [V], what the model makes of it, the shapes of hidden states that its head read), from one token."""
     probes, shapes = [], []
 
@@ -177,7 +225,7 @@ def _probed(model: nn.Module, head: nn.Linear) -> tuple[Tensor, Tensor, list]:
     return probes[0], logits, shapes
 
 
-def _after_head(model: nn.Module, head: nn.Linear) -> tuple[float, float | None] | str:
+def _after_head(model: nn.Module, head: nn.Module) -> tuple[float, float | None] | str:
     """(scale, softcap) that the model applies to what its head returns; or why it is not just these."""
     name = type(model).__name__
     try:
@@ -251,10 +299,13 @@ def find_head(model: nn.Module) -> ModelHead:
             again when a number of its config has changed.
     Returns:
         ModelHead(module, scale, softcap), whose weight, bias and options(temperature) suit the `linear_*` functions.
+        Of a head with a LoRA adapter the options hold `lora`, which all but the divergences take.
     Raises:
-        ValueError: not a causal language model; the head is not a torch.nn.Linear (it is quantised or has adapters);
-            the model does something else to its logits than a factor and a soft cap: masks or cuts columns, adds a
-            bias, multiplies by a weight that is trained; it fails on the token.
+        ValueError: not a causal language model; the head is not a torch.nn.Linear (it is quantised), with or without
+            one LoRA adapter of peft (not merged; no dropout while training, no bias, no DoRA, no hooks on the layers
+            inside, as DeepSpeed's ZeRO-3 and accelerate's offload put there); the model does something else to its
+            logits than a factor and a soft cap: masks or cuts columns, adds a bias, multiplies by a weight that is
+            trained; it fails on the token.
         RuntimeError: torch.compile traces the call, and the model was not asked about before.
     Cost: one forward on one token at the first call, kept as long as the model lives and its config stays.
     Example:
@@ -353,7 +404,7 @@ def linear_logprobs_from_model(
     """Log-probs of a causal language model, without its logits.
 
     What `logprobs_from_logits(model(...).logits, labels)` gives, by `linear_logprobs` in the place of the LM head, with
-    the head's weight, bias, soft cap and logit scale.
+    the head's weight, bias, LoRA adapter, soft cap and logit scale.
 
     Args:
         model: as in `find_head`.

@@ -156,7 +156,7 @@ def share_prompts(models, longest=None):
 def linear_head(model):
     """The `rlhf_kernels.ModelHead` of a language model; None where its logits must be made.
 
-    That is where the head is more than a linear map, as with adapters on it, or the model does more to its logits than
+    That is where the head is more than a linear map and one LoRA adapter, or the model does more to its logits than
     a factor and a soft cap.
     """
     try:

@@ -211,7 +211,10 @@ def test_bad_input():
     bad = [
         (lambda: rk.find_head(strange), "Squared does something else to its logits than a factor and a soft cap"),
         (lambda: rk.find_head(nn.Linear(2, 2)), "model is a Linear, expected a causal language model"),
-        (lambda: rk.find_head(headless), "the LM head of LlamaModel is a NoneType, expected a torch.nn.Linear"),
+        (
+            lambda: rk.find_head(headless),
+            "the LM head of LlamaModel is a NoneType, expected a torch.nn.Linear, or one with a single active LoRA",
+        ),
         (
             lambda: rk.find_head(quantised),
             "the LM head of LlamaForCausalLM is a torch.nn.modules.container.Sequential, expected a torch.nn.Linear",

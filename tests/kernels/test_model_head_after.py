@@ -210,9 +210,9 @@ def test_hidden_states_of_another_shape():
 
 
 def test_adapters():
-    """On the head they are named; tokens of their own before the text are refused when the call is made."""
+    """On the head they are named, if not a plain LoRA; tokens of their own before the text are refused in the call."""
     peft = pytest.importorskip("peft", reason="needs the package peft")
-    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"])
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head"], use_dora=True)
     message = r"the LM head of LlamaForCausalLM is a peft\.tuners\.lora\.layer\.Linear, which adapters put in its place"
     with pytest.raises(ValueError, match=message):
         rk.find_head(peft.get_peft_model(make("Llama"), lora))
