@@ -87,12 +87,20 @@ def _is_bare(layer: nn.Module) -> bool:
     return _is_plain(layer) and "forward" not in vars(layer) and not (layer._forward_pre_hooks or layer._forward_hooks)
 
 
+def _is_lora(layer: nn.Module) -> bool:
+    """Whether a layer's forward is that of peft's LoRA on a linear one; FSDP2 makes a subclass of its class."""
+    name = ("peft.tuners.lora.layer", "Linear")
+    return any(
+        (kind.__module__, kind.__qualname__) == name and type(layer).forward is kind.forward
+        for kind in type(layer).__mro__
+    )
+
+
 def _adapters(layer: nn.Module) -> list[str] | None:
     """Names of the LoRA adapters, at most one, that a layer adds to a linear one; None if it does something else."""
     if _is_plain(layer):
         return []
-    known = (type(layer).__module__, type(layer).__qualname__) == ("peft.tuners.lora.layer", "Linear")
-    if not known or layer.merged or not _is_bare(layer.base_layer):
+    if not _is_lora(layer) or layer.merged or not _is_bare(layer.base_layer):
         return None
     if layer.disable_adapters:
         return []

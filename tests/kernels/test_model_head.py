@@ -235,5 +235,5 @@ def test_bad_input():
 
 @pytest.mark.slow
 def test_sharded_models(gloo_ranks):
-    """Two gloo ranks with FSDP2 (whole, head apart, tied) and DDP: the gradients of one process on both rows."""
+    """Two gloo ranks with FSDP2 (whole, head apart, tied, with an adapter) and DDP: the gradients of one process."""
     gloo_ranks("model_head_ranks.py", 2)
