@@ -50,7 +50,7 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     counts = torch.tensor([3, 1, 7, 2], dtype=torch.int64)
     old, other, third, fourth = (randn(3, 5) for _ in range(4))
     head, bias, ref_hidden, ref_head = randn(7, 4), randn(7), randn(4, 4), randn(7, 4)
-    lora = [randn(2, 4), randn(7, 2)]
+    lora = [torch.linspace(-1, 2, 8, dtype=dtype).view(2, 4), torch.linspace(1, -2, 14, dtype=dtype).view(7, 2)]
     warmth = torch.tensor([0.5, 1.5, 1.0, 2.0], dtype=torch.float32)
     scores, ref = randn(3), [-randn(4).abs() for _ in range(2)]
     packed = rk.pack_responses([[5, 6]], [[[7, 8], [9]]])
