@@ -19,8 +19,9 @@ from ._linear_walk import (
     token_statistics_fwd,
     with_gradients,
 )
+from .reference._head import Head, dtypes_of
 from .reference.cross_entropy import Settings, TokenLoss
-from .reference.linear import Head, _ones, dtypes_of
+from .reference.linear import _ones
 from .reference.logprobs import Upstream
 from .reference.policy import token_gradients, total_loss
 from .reference.ppo import aggregation_weights, ppo_token_loss
@@ -73,19 +74,19 @@ class Operators:
     def linear_logprobs_bwd(
         self, grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, low, up, logprobs,
         entropy, row_max, log_sum, temperature, softcap, ignore_index, chunk_size, fast, group, vocab_start, needs,
-        grad_log_sum_exp=None, grad_each=None,
+        grad_log_sum_exp=None, grad_each=None, dtypes=None,
     ):  # fmt: skip
         head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up)
         path = self.walk(head, labels, labels != ignore_index, fast, vocab_start)
         upstream = Upstream(grad_logprobs, grad_entropy, grad_log_sum_exp, grad_each)
         results = (logprobs, entropy if grad_entropy is not None else None, row_max, log_sum)
-        return logprobs_bwd(path, upstream, results, needs, chunk_size, group, dtypes_of(head))
+        return logprobs_bwd(path, upstream, results, needs, chunk_size, group, dtypes or dtypes_of(head))
 
     def linear_token_statistics_fwd(
-        self, hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, fast,
-        group, vocab_start,
+        self, hidden, weight, labels, rows, bias, temperatures, low, up, temperature, softcap, ignore_index, chunk_size,
+        fast, group, vocab_start,
     ):  # fmt: skip
-        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap)
+        head = Head(hidden, weight, bias, rows, temperatures, temperature, softcap, low, up)
         path = self.walk(head, labels, labels != ignore_index, fast, vocab_start)
         rows, *more = token_statistics_fwd(path, chunk_size, group)
         return *rows[:4], *more

@@ -31,8 +31,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .reference._head import Head, Rows
 from .reference.kl import merge_divergence
-from .reference.linear import Head, Rows, _saved_dtype, gaps
+from .reference.linear import _saved_dtype, gaps
 from .reference.logprobs import Upstream, finish_extras, finish_statistics, raised, whole_rest
 
 NARROW = 4096  # columns of a chunk when all its columns are not needed at once
@@ -370,9 +371,9 @@ def token_statistics_fwd(walk: Walk, chunk_size, group):
     head, kernels = walk.head, walk.kernels
     state = State.start(head.count, True, head.hidden.device, with_extras=True)
     for part in walk.parts(chunk_size or kernels.tokens(head.count)):
-        h = walk.inputs(part)
+        inputs = walk.inputs(part)
         for columns in walk.columns(kernels.columns(head.vocab)):
-            kernels.fold(walk.chunk(part, h, columns), state.rows(part))
+            kernels.fold(walk.chunk(part, inputs, columns), state.rows(part))
     return state.statistics(walk.labels, walk.kept, head.astray(slice(0, head.count)), group, walk.vocab_start)
 
 

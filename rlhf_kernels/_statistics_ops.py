@@ -37,7 +37,7 @@ def _setup(ctx, inputs, output):
     count = next(
         place for place, x in enumerate(inputs) if isinstance(x, float)
     )  # the temperature comes first of these
-    tensors, ctx.options = inputs[:count], inputs[count:]
+    tensors, ctx.options, ctx.count = inputs[:count], inputs[count:], len(inputs)
     results = (x.clone() for x in output[:2])  # the caller may write over them
     ctx.save_for_backward(*tensors, *results, *output[2:4])
     ctx.mark_non_differentiable(*output[2:])
@@ -48,7 +48,7 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):
     grad = None
     if grad_logprobs is not None or grad_entropy is not None:
         grad = rows.logprobs_bwd(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options)
-    return grad, *(None,) * 5
+    return grad, *(None,) * (ctx.count - 1)
 
 
 token_statistics = register(token_statistics_fwd, _backward, _setup, keeps_inputs=True, logits=0)
@@ -57,15 +57,15 @@ token_statistics = register(token_statistics_fwd, _backward, _setup, keeps_input
 @torch.library.custom_op("rlhf_kernels::linear_token_statistics_fwd", mutates_args=())
 def linear_token_statistics_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
-    temperatures: Tensor | None, temperature: float, softcap: float | None, ignore_index: int, chunk_size: int,
-    fast: bool, group_name: str, vocab_start: int,
+    temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, temperature: float, softcap: float | None,
+    ignore_index: int, chunk_size: int, fast: bool, group_name: str, vocab_start: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `token_statistics_fwd`, [M] each."""
     _linear_ops.check_values(hidden, weight, labels, rows, temperatures, ignore_index, group_name)
     with _linear_ops.backend_of(hidden) as backend:
         return backend.linear_token_statistics_fwd(
-            hidden, weight, labels, rows, bias, temperatures, temperature, softcap, ignore_index, chunk_size, fast,
-            _linear_ops.group_of(group_name), vocab_start,
+            hidden, weight, labels, rows, bias, temperatures, low, up, temperature, softcap, ignore_index, chunk_size,
+            fast, _linear_ops.group_of(group_name), vocab_start,
         )  # fmt: skip
 
 
@@ -76,12 +76,10 @@ def _(hidden, weight, labels, *rest):
 
 def _linear_backward(ctx, grad_logprobs, grad_entropy, *_):
     if grad_logprobs is None and grad_entropy is None:
-        return (None,) * 13
-    need_hidden, need_weight, _, _, need_bias = ctx.needs_input_grad[:5]
-    needs = (need_hidden, need_weight, need_bias)
-    gradients = _linear_ops.linear_logprobs_bwd(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, *needs)
-    d_hidden, d_weight, d_bias = (x if need else None for x, need in zip(gradients, needs))
-    return d_hidden, d_weight, None, None, d_bias, *(None,) * 8
+        return (None,) * ctx.count
+    needs = [ctx.needs_input_grad[place] for place in _linear_ops.PLACES]
+    found = _linear_ops.linear_logprobs_bwd(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, needs)
+    return _linear_ops.placed(ctx, found)
 
 
 linear_token_statistics = register(linear_token_statistics_fwd, _linear_backward, _setup, **_linear_ops.DIFFERENTIABLE)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import _linear_ops as ops
+from . import _linear_several
 from ._linear_checks import check_execution, check_head, check_labels, check_lora, check_scale, wants_slopes
+from ._linear_several import are_several, check_several
 
 
 def linear_logprobs(
@@ -34,12 +36,13 @@ def linear_logprobs(
         hidden_states: [N, H], or [..., H] without rows; fp32, bf16, fp16 or fp64.
         weight: [V, H], the LM head; fp32, bf16 or fp16, which may differ from hidden_states', or fp64 with fp64. Under
             autocast both are cast.
-        labels: [N] (or [...]) int64|int32, or [M] with rows; in [0, V) of the whole vocabulary, or ignore_index.
+        labels: [N] (or [...]) int64|int32, or [M] with rows; in [0, V) of the whole vocabulary, or ignore_index. Or
+            [N, K] ([..., K], [M, K]), K labels of each row, which may be the same; without process_group.
         rows: [M] int64|int32 in [0, N), the row of hidden_states that predicts each label; several labels may read one
             row, as the first tokens of K responses read the prompt's last row. None, the default: row i predicts label
             i.
         bias: [V], or None, the default; entries of -inf ban tokens.
-        temperature: > 0, default 1.0; or a tensor in the shape of labels, one for each, which is not differentiated.
+        temperature: > 0, default 1.0; or a tensor with one for each row of labels, which is not differentiated.
         softcap: > 0, or None for no cap, the default.
         ignore_index: label of rows that do not count, default -100: 0, no gradient, hidden states may be NaN.
         return_entropy: return the entropy too, default False.
@@ -58,7 +61,8 @@ def linear_logprobs(
             they are under autocast too; scaling finite. With process_group B is the rank's shard, A the same on all
             ranks. None, the default, for none.
     Returns:
-        log-probs in the shape of labels, fp32 (fp64 for fp64), in nats; with return_entropy (log-probs, entropy).
+        log-probs in the shape of labels, fp32 (fp64 for fp64), in nats; with return_entropy (log-probs, entropy), one
+        entropy a row.
         Differentiable in hidden_states, weight, bias, A and B; their gradients are summed in fp32 and rounded once (the
         share of hidden_states through A apart). Results may be written in place.
     Raises:
@@ -68,8 +72,8 @@ def linear_logprobs(
     Cost: 2NVH floating-point operations forward and 6NVH backward, which recomputes the logits; one chunk of logits
         in fp32 and, if the head is trained, a [V, H] fp32 sum in memory. Where only hidden_states need a gradient and
         no entropy is asked for: 4NVH forward, none backward, and [M, H] fp32 kept between. With lora 2Nr(V + H) more
-        forward and 6NVr + 4NrH more backward, which then always recomputes, and a copy of hidden_states in fp32. No
-        host sync on a GPU.
+        forward and 6NVr + 4NrH more backward, which then always recomputes, and a copy of hidden_states in fp32. K
+        labels a row cost 2NKH forward and 4NKH backward more. No host sync on a GPU.
     Example:
         >>> import torch
         >>> hidden, head = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0], [1.7346, 0.0]])
@@ -77,14 +81,22 @@ def linear_logprobs(
         tensor([-1.8971, -0.1625])
     """
     hidden, weight, bias = check_head(hidden_states, weight, bias)
-    flat_labels, rows = check_labels(labels, rows, hidden_states)
-    temperatures, temperature, softcap = check_scale(temperature, softcap, labels)
+    several = are_several(labels, rows, hidden_states)
+    if several:
+        labels = check_several(labels, process_group)
+    of_rows = labels[..., 0] if several else labels  # a label of each row
+    flat_labels, rows = check_labels(of_rows, rows, hidden_states)
+    temperatures, temperature, softcap = check_scale(temperature, softcap, of_rows)
     execution = check_execution(chunk_size, precision, process_group, vocab_start_index)
-    low, up = check_lora(lora, hidden, weight, flat_labels != ignore_index, rows)
-    with_slopes = wants_slopes(hidden, weight, bias, low) and not return_entropy
-    logprobs, entropy, *_ = ops.logprobs(
-        hidden, weight, flat_labels, rows, bias, temperatures, low, up, temperature, softcap, ignore_index,
-        return_entropy, with_slopes, *execution,
-    )  # fmt: skip
+    if several:
+        flat_labels = labels.reshape(-1, labels.shape[-1])
+    kept = flat_labels != ignore_index
+    low, up = check_lora(lora, hidden, weight, kept.any(-1) if several else kept, rows)
+    inputs = hidden, weight, flat_labels, rows, bias, temperatures, low, up, temperature, softcap, ignore_index
+    if several:
+        logprobs, entropy, *_ = _linear_several.logprobs(*inputs, return_entropy, *execution[:2])
+    else:
+        with_slopes = wants_slopes(hidden, weight, bias, low) and not return_entropy
+        logprobs, entropy, *_ = ops.logprobs(*inputs, return_entropy, with_slopes, *execution)
     logprobs = logprobs.view(labels.shape)
-    return (logprobs, entropy.view(labels.shape)) if return_entropy else logprobs
+    return (logprobs, entropy.view(of_rows.shape)) if return_entropy else logprobs

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _statistics_ops as ops
 from ._checks import check_index, check_mask, check_same_device, check_shape
-from ._linear_checks import check_execution, check_head, check_labels, check_scale
+from ._linear_checks import check_execution, check_head, check_labels, check_lora, check_scale
 from .logprobs import check_logits
 
 
@@ -86,6 +86,7 @@ def linear_token_statistics(
     *,
     rows: Tensor | None = None,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -103,13 +104,14 @@ def linear_token_statistics(
         rows: [M] int64|int32 in [0, N), the row of hidden_states that predicts each label; None, the default: row i
             predicts label i.
         bias: [V], or None, the default; entries of -inf ban tokens.
+        lora: (A [r, H], B [V, r], scaling) of a LoRA layer on the head, as in `linear_logprobs`, default None.
         temperature: > 0, default 1.0; or a tensor in the shape of labels, one for each, which is not differentiated.
         softcap: > 0, or None for no cap, the default.
         ignore_index: label of rows that do not count, default -100: 0 and False, no gradient, hidden states may be NaN.
         chunk_size, precision, process_group, vocab_start_index: as in `linear_logprobs`.
     Returns:
         `TokenStatistics`, each in the shape of labels. Log-probs and entropy are differentiable in hidden_states,
-        weight and bias and may be written in place; the others are for reading.
+        weight, bias, A and B and may be written in place; the others are for reading.
     Raises:
         ValueError: as `linear_logprobs`.
     Cost: as `linear_logprobs` with return_entropy; what is added reads no memory of its own.
@@ -123,7 +125,8 @@ def linear_token_statistics(
     flat_labels, rows = check_labels(labels, rows, hidden_states)
     temperatures, temperature, softcap = check_scale(temperature, softcap, labels)
     execution = check_execution(chunk_size, precision, process_group, vocab_start_index)
+    low, up = check_lora(lora, hidden, weight, flat_labels != ignore_index, rows)
     found = ops.linear_token_statistics(
-        hidden, weight, flat_labels, rows, bias, temperatures, temperature, softcap, ignore_index, *execution
+        hidden, weight, flat_labels, rows, bias, temperatures, low, up, temperature, softcap, ignore_index, *execution
     )
     return _results(found, labels.shape)

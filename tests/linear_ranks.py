@@ -152,7 +152,18 @@ def losses(labels):
         mean = rk.linear_cross_entropy(*head, labels, **options, **group, **start)
         return *rk.linear_logprobs(*head, labels, return_entropy=True, **options, **group, **start), mean
 
-    of_labels = (logprobs, token_statistics, entropy_alone, frozen, cross_entropy, smoothed, frozen_smoothed, tied, ppo, lora)
+    of_labels = (
+        logprobs,
+        token_statistics,
+        entropy_alone,
+        frozen,
+        cross_entropy,
+        smoothed,
+        frozen_smoothed,
+        tied,
+        ppo,
+        lora,
+    )
     return *of_labels, kl, forward_kl, infinite_kl, frozen_kl, nearly_certain
 
 

@@ -206,6 +206,13 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             lambda x: rk.token_statistics_from_logits(x, labels, temperature=0.7, softcap=5.0)[:2],
             [randn(4, 7)],
         ),
+        "linear_logprobs of several labels": Call(
+            "linear",
+            lambda h, w, b: rk.linear_logprobs(
+                h, w, torch.stack((labels, counts % 7, labels), -1), bias=b, temperature=warmth, return_entropy=True
+            ),
+            [randn(4, 4), randn(7, 4), randn(7)],
+        ),
         "linear_token_statistics": Call(
             "linear",
             lambda h, w, b: rk.linear_token_statistics(h, w, labels, bias=b, temperature=warmth)[:2],
@@ -234,6 +241,11 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
         "linear_cross_entropy with lora, each": Call(
             "cross_entropy",
             lambda h, a, b: [rk.linear_cross_entropy(h, head, labels, reduction="none", lora=(a, b, 0.5))],
+            [randn(4, 4), lora[0], lora[1]],
+        ),
+        "linear_token_statistics with lora": Call(
+            "linear",
+            lambda h, a, b: rk.linear_token_statistics(h, head, labels, rows=counts % 4, lora=(a, b, 0.5))[:2],
             [randn(4, 4), lora[0], lora[1]],
         ),
         "linear_cross_entropy": Call(
