@@ -10,6 +10,7 @@ import rlhf_kernels as rk
 from rlhf_kernels import _linear_ops as ops
 from rlhf_kernels import _linear_walk
 from rlhf_kernels import logprobs as logprobs_module
+from rlhf_kernels.reference import _head
 from rlhf_kernels.reference import linear as reference
 from rlhf_kernels.reference.kl import kl_divergence
 
@@ -283,7 +284,7 @@ def test_narrow_chunks(isa, dtype, case, assert_close_to_fp64, monkeypatch):
 
 
 def test_wide_head_is_widened_in_blocks(backend_name, assert_close_to_fp64, monkeypatch):
-    monkeypatch.setattr(reference, "UPCAST_BLOCK", 5)
+    monkeypatch.setattr(_head, "UPCAST_BLOCK", 5)
     inputs = reference.example_inputs("masked", dtype=torch.bfloat16)
     leaves64, logprobs64, entropy64 = exact(inputs)
     inputs, leaves = with_leaves(inputs, torch.bfloat16)
