@@ -89,7 +89,7 @@ logprobs_bwd(f32? grad_logprobs[N], f32? grad_entropy[N], f32? grad_log_sum_exp[
 policy_fwd_f32(bool mask[B * T], f32? log_probs[B * T], f32? old_log_probs[B * T], f32? advantages[B * T],
     f32? ref_log_probs[B * T], f32? weights[B * T], f32? coefficients[B * T], f32? values[B * T],
     f32? old_values[B * T], f32? returns[B * T], f32? entropy[B * T], f32? normalizer[1], f32? entropy_normalizer[1],
-    f64 settings[18], full, B, T, piece, i64 lengths[B], f32? sequences[2 * B],
+    f64 settings[18], B, T, piece, i64 lengths[B], f32? sequences[2 * B],
     f64 workspace[33 * pieces(B * T, piece)], f32 losses[4], f32 grad_log_probs[0 if log_probs is None else B * T],
     f32 grad_values[0 if values is None else B * T], f32 grad_entropy[0 if entropy is None else B * T], f32 stats[19])
 policy_bwd_f32(f32? grad_loss[1], f32? grad_policy_loss[1], f32? grad_value_loss[1], vf_coef,

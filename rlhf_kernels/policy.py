@@ -28,6 +28,7 @@ _OF_POLICY = (
     "tokens", "approx_kl", "approx_kl_k1", "approx_kl_k3", "clip_fraction", "clip_fraction_low", "clip_fraction_high",
     "dual_clip_fraction", "ratio_mean", "ratio_var", "ratio_max",
 )  # fmt: skip
+_OF_KL, _OF_ENTROPY, _OF_WEIGHTS = ("ref_kl",), ("entropy",), ("effective_sample_size", "filtered_fraction")
 _OF_VALUES = ("tokens", "value_clip_fraction", "explained_variance", "value_mean", "return_mean")
 
 
@@ -131,9 +132,30 @@ def policy_loss(
             "entropy_num_items_in_batch", entropy_num_items_in_batch, "entropy_agg_mode", entropy_agg_mode, log_probs
         ),
     )
-    check_same_device(**tensors._asdict())
+    check_same_device(
+        response_mask=mask,
+        log_probs=log_probs,
+        old_log_probs=old_log_probs,
+        advantages=advantages,
+        ref_log_probs=ref_log_probs,
+        weights=weights,
+        entropy=entropy,
+    )
     settings = policy_settings(objective, kl_numbers, log_ratio_clamp, entropy_coef, loss_agg_mode, entropy_agg_mode)
-    loss, losses, *_, stats = _losses(*_dense(with_selection(tensors, objective)), list(settings))
+    chosen = with_selection(tensors, objective)
+    loss, losses, *_, stats = _policy(
+        _constant(mask),
+        _differentiated(log_probs),
+        _constant(old_log_probs),
+        _constant(chosen.advantages),
+        _constant(chosen.ref_log_probs),
+        _constant(chosen.weights),
+        _constant(chosen.coefficients),
+        _differentiated(entropy),
+        chosen.normalizer,
+        chosen.entropy_normalizer,
+        list(settings),
+    )
     return PolicyLoss(loss, policy_metrics(losses, stats, weights is not None, kl is not None, entropy is not None))
 
 
@@ -187,7 +209,8 @@ def value_loss(
         cliprange_value=math.inf if cliprange_value is None else float(cliprange_value),
         loss_agg_mode=float(AGG_MODES.index(loss_agg_mode)),
     )
-    loss, _, *_, stats = _losses(*_dense(tensors), list(settings))
+    constants = (_constant(x) for x in (old_values, returns, tensors.normalizer))
+    loss, _, stats = _value(_constant(tensors.mask), _differentiated(values), *constants, list(settings))
     metrics = dict(zip(STATS, stats.unbind(), strict=True))
     return ValueLoss(loss, {name: metrics[name] for name in _OF_VALUES})
 
@@ -221,6 +244,8 @@ def check_policy(log_probs, old_log_probs, response_mask):
 def per_token(name, x, like):
     """A floating tensor [B, T], [B] or [B, 1] as [B, T], the shape of `like`; of packed tokens [N], [N]."""
     check_dtype(name, x, FLOATS)
+    if x.shape == like.shape:
+        return x
     if like.dim() != 2:
         check_shape(name, x, tuple(like.shape), "a number for each token")
         return x
@@ -289,6 +314,8 @@ def normalizer_of(name, number, mode_name, mode, like):
 
 def with_selection(tensors: Tensors, objective: Objective) -> Tensors:
     """The tensors with what the objective chooses over the batch."""
+    if not objective.selects:
+        return tensors
     picked = objective.select(tensors.log_probs, tensors.old_log_probs, tensors.advantages, tensors.mask)
     factor, coefficients = picked
     if factor is not None and tensors.weights is not None:
@@ -298,109 +325,124 @@ def with_selection(tensors: Tensors, objective: Objective) -> Tensors:
 
 def policy_metrics(losses, stats, weighted, with_kl, with_entropy):
     """The metrics of a policy loss as a dict; those of absent inputs are left out."""
-    parts = dict(zip(("policy_loss", "kl_loss", "value_loss", "entropy_loss"), losses.unbind(), strict=True))
-    found = dict(zip(STATS, stats.unbind(), strict=True))
-    names, shown = list(_OF_POLICY), ["policy_loss"]
+    metrics = {"policy_loss": losses[0]}
     if with_kl:
-        names, shown = [*names, "ref_kl"], [*shown, "kl_loss"]
+        metrics["kl_loss"] = losses[1]
     if with_entropy:
-        names, shown = [*names, "entropy"], [*shown, "entropy_loss"]
-    if weighted:
-        names += ["effective_sample_size", "filtered_fraction"]
-    return {**{name: parts[name] for name in shown}, **{name: found[name] for name in names}}
+        metrics["entropy_loss"] = losses[3]
+    found = dict(zip(STATS, stats.unbind(), strict=True))
+    names = (*_OF_POLICY, *_OF_KL * with_kl, *_OF_ENTROPY * with_entropy, *_OF_WEIGHTS * weighted)
+    metrics.update((name, found[name]) for name in names)
+    return metrics
 
 
-def _dense(tensors):
-    """The tensors as the operator takes them; the constants without their history."""
-    return (
-        None if x is None else x.detach().contiguous() if _is_constant(n) else x.contiguous()
-        for n, x in tensors._asdict().items()
-    )
+def _constant(x):
+    """A tensor as the operators take it, without its history."""
+    return None if x is None else x.detach().contiguous()
 
 
-def _is_constant(name):
-    return name not in ("log_probs", "values", "entropy")
+def _differentiated(x):
+    return None if x is None else x.contiguous()
+
+
+# Two operators on one walk, because PyTorch's time for a call grows with the square of the count of its arguments; the
+# settings come as one argument.
 
 
 @torch.library.custom_op("rlhf_kernels::policy_fwd", mutates_args=())
 def policy_fwd(
     mask: Tensor,
-    log_probs: Tensor | None,
-    old_log_probs: Tensor | None,
-    advantages: Tensor | None,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
     ref_log_probs: Tensor | None,
     weights: Tensor | None,
     coefficients: Tensor | None,
-    values: Tensor | None,
-    old_values: Tensor | None,
-    returns: Tensor | None,
     entropy: Tensor | None,
     normalizer: Tensor | None,
     entropy_normalizer: Tensor | None,
     settings: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, its parts [4], gradients of the loss in log_probs, values and entropy, stats.
-
-    The settings come as one argument because PyTorch's time for a call grows with the square of their count.
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, its parts [4], gradients of the loss in log_probs and entropy, stats."""
     s = Settings(*settings)
     tensors = Tensors(
-        mask, log_probs, old_log_probs, advantages, ref_log_probs, weights, coefficients, values, old_values, returns,
-        entropy, normalizer, entropy_normalizer,
+        mask, log_probs, old_log_probs, advantages, ref_log_probs, weights, coefficients, entropy=entropy,
+        normalizer=normalizer, entropy_normalizer=entropy_normalizer,
     )  # fmt: skip
-    backend = dispatch.pick("policy", values if log_probs is None else log_probs)
-    losses, *grads, stats = backend.policy_fwd(tensors, s)
-    return total_loss(losses, s), losses, *grads, stats
+    losses, grad_log_probs, _, grad_entropy, stats = dispatch.pick("policy", log_probs).policy_fwd(tensors, s)
+    return total_loss(losses, s), losses, grad_log_probs, grad_entropy, stats
+
+
+@torch.library.custom_op("rlhf_kernels::value_fwd", mutates_args=())
+def value_fwd(
+    mask: Tensor,
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    normalizer: Tensor | None,
+    settings: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The value loss, its gradient in values, stats."""
+    s = Settings(*settings)
+    tensors = Tensors(mask, values=values, old_values=old_values, returns=returns, normalizer=normalizer)
+    losses, _, grad_values, _, stats = dispatch.pick("policy", values).policy_fwd(tensors, s)
+    return total_loss(losses, s), grad_values, stats
 
 
 @policy_fwd.register_fake
-def _(mask, log_probs, old_log_probs, advantages, ref_log_probs, weights, coefficients, values, *rest):
-    like, dtype = values if log_probs is None else log_probs, None
-    dtype = accumulator_dtype(like.dtype)
-    entropy = rest[2]
-    grads = (like.new_empty((0,) if x is None else x.shape, dtype=dtype) for x in (log_probs, values, entropy))
+def _(mask, log_probs, *rest):
+    dtype, entropy = accumulator_dtype(log_probs.dtype), rest[5]
+    grads = (log_probs.new_empty((0,) if x is None else x.shape, dtype=dtype) for x in (log_probs, entropy))
     return (
-        like.new_empty((), dtype=dtype),
-        like.new_empty(4, dtype=dtype),
+        log_probs.new_empty((), dtype=dtype),
+        log_probs.new_empty(4, dtype=dtype),
         *grads,
-        like.new_empty(len(STATS), dtype=dtype),
+        log_probs.new_empty(len(STATS), dtype=dtype),
     )
 
 
+@value_fwd.register_fake
+def _(mask, values, *_):
+    dtype = accumulator_dtype(values.dtype)
+    return tuple(values.new_empty(shape, dtype=dtype) for shape in ((), values.shape, (len(STATS),)))
+
+
 @torch.library.custom_op("rlhf_kernels::policy_bwd", mutates_args=())
-def policy_bwd(
-    grad_loss: Tensor, grad_log_probs: Tensor, grad_values: Tensor, grad_entropy: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The saved gradients times the upstream gradient of the loss."""
-    grads = (grad_log_probs, grad_values, grad_entropy)
-    like = next((x for x in grads if x.dim() == 2), grad_log_probs)
-    return dispatch.pick("policy", like).policy_bwd(grad_loss, None, None, *grads, 1.0)
+def policy_bwd(grad_loss: Tensor, grad: Tensor, grad_entropy: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The saved gradients times the upstream gradient of the loss; of an absent one nothing."""
+    absent = grad.new_empty(0)
+    grads = grad, absent, absent if grad_entropy is None else grad_entropy
+    product, _, product_entropy = dispatch.pick("policy", grad).policy_bwd(grad_loss, None, None, *grads, 1.0)
+    return product, product_entropy
 
 
 @policy_bwd.register_fake
-def _(grad_loss, *grads):
-    return tuple(torch.empty_like(x) for x in grads)
+def _(grad_loss, grad, grad_entropy=None):
+    return torch.empty_like(grad), grad.new_empty(0) if grad_entropy is None else torch.empty_like(grad_entropy)
 
 
-_PLACES = (1, 7, 10)  # of log_probs, values and entropy among the arguments
+def _derivative(places, saved):
+    """(backward, setup_context) of an operator: outputs `saved` are the gradients of the arguments at `places`."""
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*output[saved])
+        ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in places]
+        ctx.count = len(inputs)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_loss, *_):
+        grads = [None] * ctx.count
+        if grad_loss is not None:
+            products = ctx.saved_tensors
+            if not (reads_values(grad_loss) and grad_loss.item() == 1):
+                products = torch.ops.rlhf_kernels.policy_bwd(grad_loss, *products)
+            for place, dtype, product in zip(places, ctx.dtypes, products, strict=False):
+                grads[place] = None if dtype is None else product.to(dtype)
+        return tuple(grads)
+
+    return backward, setup_context
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*output[2:5])
-    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in _PLACES]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_loss, *_):
-    grads = [None] * 14
-    if grad_loss is not None:
-        products = ctx.saved_tensors
-        if not (reads_values(grad_loss) and grad_loss.item() == 1):
-            products = torch.ops.rlhf_kernels.policy_bwd(grad_loss, *products)
-        for place, dtype, product in zip(_PLACES, ctx.dtypes, products, strict=True):
-            grads[place] = None if dtype is None else product.to(dtype)
-    return tuple(grads)
-
-
-_losses = register(policy_fwd, _backward, _setup_context, log_probs=1, values=7, entropy=10)
+_policy = register(policy_fwd, *_derivative((1, 7), slice(2, 4)), log_probs=1, entropy=7)
+_value = register(value_fwd, *_derivative((1,), slice(1, 2)), values=1)

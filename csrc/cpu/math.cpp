@@ -25,6 +25,11 @@ void widen(const uint16_t* x, int64_t n, float* y) {
     for (int64_t i = 0; i + RK_LANES <= n; i += RK_LANES) store(y + i, load((const Narrow*)(x + i)));
 }
 
+template <class T>
+RK_HD T kl_k3_of(T d) {
+    return rk::RK_ISA::kl_k3_of(exp_parts(-d), d);
+}
+
 }  // namespace
 
 // n is a multiple of 16 here.
@@ -64,6 +69,7 @@ RK_EACH(exp_nonpositive_f32);
 RK_EACH(expm1_f32);
 RK_EACH(expm1_nonpositive_f32);
 RK_EACH(kl_k3);
+RK_EACH(kl_k3_of);
 RK_EACH(kl_k3_slope);
 RK_EACH(log1m_exp_f32);
 RK_EACH(log1p_f32);

@@ -30,7 +30,6 @@ struct Job {
     Settings settings;
     PolicyNumbers<float> numbers;
     Weights weight, entropy_weight;
-    bool full;
     SequencePart* sequences;  // of each row
     Totals* totals;
 
@@ -50,9 +49,9 @@ struct Place {  // where a block stands in the piece
 
 typedef void (*PolicyWalk)(const Job&, Buffers&, Place, float pilot, Doubles* sums, Lanes* ratio_max);
 
-template <class Objective, bool Full>
+template <class Objective, bool Clamped>
 void walk_policy(const Job& j, Buffers& b, Place p, float pilot, Doubles* sums, Lanes* ratio_max) {
-    typedef PolicyPart<Objective, Full> Part;
+    typedef PolicyPart<Objective, Clamped> Part;
     const Part part = {splat_numbers<Lanes>(j.numbers), splat<Lanes>(pilot), sums, ratio_max};
     const float* const inputs[] = {j.log_probs + p.t, j.old_log_probs + p.t, j.advantages + p.t,
                                    j.weights ? b.factor : b.weight,
@@ -70,7 +69,8 @@ PolicyWalk policy_walk(const Job& j) {
         walk_policy<DppoObjective<true>, true>,  walk_policy<PlainObjective, true>,
         walk_policy<DroObjective, true>,         walk_policy<KlCovObjective, true>,
     };
-    return j.full ? walks[j.term()] : walk_policy<ClipObjective, false>;
+    const bool clamped = j.settings.log_ratio_clamp < __builtin_inf();
+    return clamped || j.term() != OBJ_CLIP ? walks[j.term()] : walk_policy<ClipObjective, false>;
 }
 
 template <int Estimator, int Gradient>
@@ -122,7 +122,7 @@ Pilots pilots_of(const Job& j, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end && found < PILOT; ++t)
         if (j.mask[t]) places[found++] = t;
     Pilots out = {};
-    if (j.log_probs && j.term() == OBJ_SEQUENCE && j.full) {
+    if (j.log_probs && j.term() == OBJ_SEQUENCE) {
         out.ratio = median_of(places, found, [&](int64_t t) { return j.sequences[t / j.T].of_sequence; });
     } else if (j.log_probs) {
         const float raw = median_of(places, found, [&](int64_t t) { return j.log_probs[t] - j.old_log_probs[t]; });
@@ -291,17 +291,16 @@ Weights weigh(const Job& j, Counts counts, double mode, const float* normalizer,
 
 }  // namespace
 
-// `settings` are those of reference/policy.py; not `full`: a clipped objective without the metrics that ppo_loss has not.
-// `sequences` [B, 2], `lengths` [B] and `workspace` are scratch.
+// `settings` are those of reference/policy.py. `sequences` [B, 2], `lengths` [B] and `workspace` are scratch.
 void policy_fwd_f32(const uint8_t* mask, const float* log_probs, const float* old_log_probs, const float* advantages,
                     const float* ref_log_probs, const float* weights, const float* coefficients, const float* values,
                     const float* old_values, const float* returns, const float* entropy, const float* normalizer,
-                    const float* entropy_normalizer, const double* settings, int64_t full, int64_t B, int64_t T,
-                    int64_t piece, int64_t* lengths, float* sequences, double* workspace, float* losses,
-                    float* grad_log_probs, float* grad_values, float* grad_entropy, float* stats, int64_t threads) {
+                    const float* entropy_normalizer, const double* settings, int64_t B, int64_t T, int64_t piece,
+                    int64_t* lengths, float* sequences, double* workspace, float* losses, float* grad_log_probs,
+                    float* grad_values, float* grad_entropy, float* stats, int64_t threads) {
     Job j = {mask, log_probs, old_log_probs, advantages, ref_log_probs, weights, coefficients, values,
              old_values ? old_values : values, returns, entropy, grad_log_probs, grad_values, grad_entropy, B, T, piece,
-             *(const Settings*)settings, {}, {}, {}, full != 0, (SequencePart*)sequences, (Totals*)workspace};
+             *(const Settings*)settings, {}, {}, {}, (SequencePart*)sequences, (Totals*)workspace};
     const Settings& s = j.settings;
     j.numbers = policy_numbers(s.a, s.b, s.c, s.log_ratio_clamp);
     const Counts counts = count_rows(j, lengths);

@@ -31,9 +31,7 @@ inline void add(Doubles& sum, const L& lanes) {
     sum += __builtin_convertvector(lanes, Doubles);
 }
 
-inline void tally(Ints& counts, Ints where) {
-    counts = W == 16 ? (where ? counts + 1 : counts) : counts - where;  // AVX-512 has its truths in mask registers
-}
+inline void tally(Ints& counts, Ints where) { counts -= where; }  // a truth is -1
 
 struct Totals {  // of a piece
     double sum[SUMS];
@@ -42,7 +40,7 @@ struct Totals {  // of a piece
 };
 
 // visit() takes a vector of each input, the last of which are 0 where the tokens end; INPUTS says how many.
-template <class Objective, bool Full>  // Full: with the metrics that ppo_loss has not
+template <class Objective, bool Clamped>  // Clamped: the log-ratio is
 struct PolicyPart {
     static constexpr int INPUTS = Objective::SEQUENCE ? 6 : Objective::COEFFICIENT ? 5 : 4;
     PolicyNumbers<Lanes> numbers;
@@ -55,7 +53,8 @@ struct PolicyPart {
     // x: log_prob, old_log_prob, advantage, weight; of_sequence and length, or the coefficient
     inline Lanes visit(const Lanes* x, Ints keep) {
         const Lanes zero = {};
-        PolicyToken<Lanes> token = policy_token(keep ? x[0] : zero, keep ? x[1] : zero, keep ? x[2] : zero, numbers);
+        PolicyToken<Lanes> token = policy_token<Clamped>(keep ? x[0] : zero, keep ? x[1] : zero, keep ? x[2] : zero,
+                                                         keep ? x[0] - x[1] : zero, numbers);
         if constexpr (Objective::SEQUENCE) token.of_sequence = keep ? x[4] : zero, token.length = x[5];
         if constexpr (Objective::COEFFICIENT) token.coefficient = keep ? x[4] : zero;
         const PolicyTerm<Lanes> term = Objective::of(token, numbers);
@@ -66,10 +65,11 @@ struct PolicyPart {
         gap += off;
         square += off * off;
         peak = ratio > peak ? ratio : peak;
-        tally(low, term.low & keep);
-        tally(high, term.high & keep);
+        tally(low, term.low);  // without `keep`: no band ends at a ratio of 1 with an advantage of 0
+        tally(high, term.high);
         tally(bounded, term.bounded & keep);
-        if constexpr (Full) k1 -= token.raw, k3 += kl_k3(-token.raw);
+        k1 -= token.raw;
+        k3 += kl_k3_of(token.exp, -token.raw);
         return x[3] * term.slope;
     }
 

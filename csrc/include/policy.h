@@ -20,7 +20,7 @@ enum RefKlGradient { REF_PLAIN, REF_STRAIGHT_THROUGH, REF_RATIO, REF_STRAIGHT_TH
 
 template <class T>
 RK_HD T held_within(T x, T low, T high) {  // a NaN stays NaN
-    return x < low ? low : x > high ? high : x;
+    return at_most(at_least(x, low), high);
 }
 
 template <class T>
@@ -44,18 +44,26 @@ RK_HD PolicyNumbers<T> splat_numbers(PolicyNumbers<float> n) {
 template <class T>
 struct PolicyToken {
     T log_prob, old_log_prob, advantage;
-    T raw;        // log_prob - old_log_prob
-    T ratio;      // e^raw, held
-    Truth<T> stuck;  // the clamp holds, so that nothing moves with log_prob
+    T raw;            // log_prob - old_log_prob
+    ExpParts<T> exp;  // of e^raw
+    T ratio;          // e^raw, held
+    Truth<T> stuck;   // the clamp holds, so that nothing moves with log_prob
     T of_sequence, length;  // as `sequence_part` made them
     T coefficient;
 };
 
+// raw: log_prob - old_log_prob. Not Clamped: the clamp is infinite.
+template <bool Clamped = true, class T>
+RK_HD PolicyToken<T> policy_token(T log_prob, T old_log_prob, T advantage, T raw, PolicyNumbers<T> n) {
+    const ExpParts<T> exp = exp_parts(raw);
+    const T ratio = Clamped ? held_within(exp_of(exp), n.least, n.most) : exp_of(exp);
+    const Truth<T> stuck = Clamped ? absolute(raw) > n.clamp : Truth<T>{};
+    return {log_prob, old_log_prob, advantage, raw, exp, ratio, stuck, T{}, T{}, T{}};
+}
+
 template <class T>
 RK_HD PolicyToken<T> policy_token(T log_prob, T old_log_prob, T advantage, PolicyNumbers<T> n) {
-    const T raw = log_prob - old_log_prob;
-    const T ratio = held_within(exp_f32(raw), n.least, n.most);
-    return {log_prob, old_log_prob, advantage, raw, ratio, absolute(raw) > n.clamp, T{}, T{}, T{}};
+    return policy_token(log_prob, old_log_prob, advantage, log_prob - old_log_prob, n);
 }
 
 template <class T>

@@ -33,7 +33,7 @@ RK_HD PolicyTerm<T> clip_term(T ratio, T advantage, RatioRange<T> range) {
     const T upper = gain ? range.high : harm ? range.dual : splat<T>(3.40282347e38f);
     const auto below = ratio < lower;
     const auto above = ratio > upper;
-    const T used = below ? lower : above ? upper : ratio;
+    const T used = at_most(at_least(ratio, lower), upper);
     const T slope = below ? zero : above ? zero : -advantage * ratio;
     return {ratio, -advantage * used, slope, below, above & gain, above & harm};
 }

@@ -9,17 +9,16 @@ PIECE = 16384  # tokens of which a thread takes one lot at a time, about 20 us o
 TOTALS = 33  # numbers that the kernel keeps of each piece
 
 
-def policy_fwd(tensors, settings, full=True):
-    """full=False: a clipped objective without the metrics that ppo_loss has not."""
+def policy_fwd(tensors, settings):
     mask, *inputs = tensors
     inputs = [dense_fp32(x) for x in inputs]
     B, T = mask.shape
     workspace = fresh((B * T + PIECE - 1) // PIECE * TOTALS, dtype=torch.float64)
-    sequences = fresh(2 * B) if full and settings.by_sequence and tensors.log_probs is not None else None
+    sequences = fresh(2 * B) if settings.by_sequence and tensors.log_probs is not None else None
     losses, stats = fresh(4), fresh(len(STATS))
     grads = [fresh(0) if x is None else fresh(B, T) for x in (tensors.log_probs, tensors.values, tensors.entropy)]
     run(
-        "policy_fwd_f32", mask, *inputs, torch.tensor(settings, dtype=torch.float64, device="cpu"), full, B, T, PIECE,
+        "policy_fwd_f32", mask, *inputs, torch.tensor(settings, dtype=torch.float64, device="cpu"), B, T, PIECE,
         fresh(B, dtype=torch.int64), sequences, workspace, losses, *grads, stats,
     )  # fmt: skip
     return losses, *grads, stats

@@ -24,5 +24,5 @@ def ppo_fwd(
         cliprange_value=or_infinite(cliprange_value), value_scale=value_scale, entropy_scale=entropy_scale,
         loss_agg_mode=mode, entropy_agg_mode=mode,
     )  # fmt: skip
-    losses, *grads, stats = policy_fwd(tensors, settings, full=False)
+    losses, *grads, stats = policy_fwd(tensors, settings)
     return torch.cat((losses[:1], losses[2:])), *grads, stats[: len(STATS)]

@@ -138,7 +138,7 @@ void policy(Source& s, Memory& m) {
     float* grads[3];
     for (int i = 0; i < 3; ++i) grads[i] = m.array<float>(counts[i]);
     m.call("policy_fwd_f32", mask, x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9], normalizers[0],
-           normalizers[1], copied, (int64_t)full, B, T, piece, lengths, sequences, workspace, losses, grads[0], grads[1],
+           normalizers[1], copied, B, T, piece, lengths, sequences, workspace, losses, grads[0], grads[1],
            grads[2], stats);
     REQUIRE(stats[0] == (float)kept, "%g tokens of %ld are kept", stats[0], (long)kept);
     for (int i = 0; i < 3; ++i)

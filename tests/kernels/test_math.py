@@ -39,6 +39,7 @@ FUNCTIONS = {
     "expm1_f32": (torch.expm1, -INF, 88.7, [(88.73, INF, INF)]),
     "expm1_nonpositive_f32": (torch.expm1, -INF, 0, []),
     "kl_k3": (k3, -88.7, INF, [(-INF, -88.8, INF)]),
+    "kl_k3_of": (k3, -88.7, INF, [(-INF, -88.8, INF)]),
     "kl_k3_slope": (lambda d: -torch.expm1(-d), -88.7, INF, [(20, INF, 1.0), (-INF, -88.8, -INF)]),
     "log1m_exp_f32": (log1m_exp, -104, 0, [(-INF, -104.1, 0.0), (0, INF, -INF)]),
     "log1p_f32": (torch.log1p, 0, 2**24 - 1, []),
