@@ -18,7 +18,7 @@ from torch import Tensor
 from ._planes import places
 from ._signatures import CODED, CPU, CUDA, signatures
 
-POOLED_BYTES = 4 << 20
+POOLED_BYTES = 2 << 20
 POOL = "RLHF_KERNELS_CPU_POOL_MB"
 EMPTY = 64
 DTYPES = {dtype: code for code, dtype in enumerate(CODED)}
