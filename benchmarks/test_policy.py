@@ -173,7 +173,7 @@ def cases():
     goals = (faster("eager", 8),)
     found = [Case("policy_loss", "fwdbwd", "fp32", sizes, every, build, goals, name) for name in OBJECTIVES]
     plain = (within("ppo_loss", 1.0),)
-    found.append(Case("policy_loss", "fwdbwd", "fp32", sizes, ("ours", "ppo_loss"), build_plain, plain, "alone"))
+    found.append(Case("policy_loss", "fwdbwd", "fp32", sizes, ("ours", "ppo_loss"), build_plain, plain, "clip-alone"))
     found.append(Case("value_loss", "fwdbwd", "fp32", sizes, every, build_values, goals))
     for value in doubled(T=256)[1]:
         grown = {"B": 256, "T": value}

@@ -268,6 +268,7 @@ def policy_settings(objective, kl_numbers, log_ratio_clamp, entropy_coef, loss_a
         **objective.numbers(),
         **kl_numbers,
         log_ratio_clamp=math.inf if log_ratio_clamp is None else float(log_ratio_clamp),
+        value_scale=0.0,  # there are no values
         entropy_scale=-float(entropy_coef),
         loss_agg_mode=float(AGG_MODES.index(loss_agg_mode)),
         entropy_agg_mode=float(AGG_MODES.index(entropy_agg_mode)),

@@ -269,11 +269,10 @@ def weights_of(tensors: Tensors, settings: Settings, dtype: torch.dtype) -> tupl
 
 def total_loss(losses: Tensor, settings: Settings) -> Tensor:
     """The loss of its parts [4]: policy + kl_coef kl + value_scale value + entropy_scale entropy."""
-    total, *others = losses.unbind()
-    scales = settings.kl_coef, settings.value_scale, settings.entropy_scale
-    for part, scale in zip(others, scales, strict=True):
+    total = losses[0]
+    for part, scale in enumerate((settings.kl_coef, settings.value_scale, settings.entropy_scale), 1):
         if scale:
-            total = total.add(part, alpha=scale)
+            total = total.add(losses[part], alpha=scale)
     return total if total._base is None else total.clone()
 
 
