@@ -121,18 +121,25 @@ def linear_logprobs_bwd(
     rows: Tensor | None, bias: Tensor | None, temperatures: Tensor | None, low: Tensor | None, up: Tensor | None,
     logprobs: Tensor, entropy: Tensor, row_max: Tensor, log_sum: Tensor, temperature: float, softcap: float | None,
     ignore_index: int, chunk_size: int, fast: bool, group_name: str, vocab_start: int, needs: list[bool],
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """wide: the gradients are fp32 (fp64 for fp64) instead of their inputs' dtypes."""
+    dtypes = (_row_dtype(hidden),) * len(PLACES) if wide else None
     with backend_of(hidden) as backend:
         return backend.linear_logprobs_bwd(
             grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, low, up, logprobs, entropy,
             row_max, log_sum, temperature, softcap, ignore_index, chunk_size, fast, group_of(group_name), vocab_start,
-            needs,
+            needs, dtypes=dtypes,
         )  # fmt: skip
 
 
 @linear_logprobs_bwd.register_fake
-def _(grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, low, up, *rest):
-    return fake_gradients((hidden, weight, bias, low, up), rest[-1])
+def _(
+    grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatures, low, up, logprobs, entropy, row_max,
+    log_sum, temperature, softcap, ignore_index, chunk_size, fast, group_name, vocab_start, needs, wide=False,
+):  # fmt: skip
+    found = fake_gradients((hidden, weight, bias, low, up), needs)
+    return tuple(x.to(_row_dtype(hidden)) for x in found) if wide else found
 
 
 def _logprobs_setup(ctx, inputs, output):

@@ -62,11 +62,7 @@ class ModelHead(NamedTuple):
     @property
     def lora(self) -> tuple[Tensor, Tensor, float] | None:
         """(A [r, H], B [V, r], scaling) of the adapter that is active now, or None."""
-        names = _adapters(self.module)
-        if not names:
-            return None
-        layer, name = self.module, names[0]
-        return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        return None if _adapters(self.module) is None else active_lora(self.module)
 
     def options(self, temperature: float | Tensor = 1.0) -> dict:
         """Keyword arguments temperature and softcap of the `linear_*` functions, with the scale folded in; and lora.
@@ -107,6 +103,22 @@ def _adapters(layer: nn.Module) -> list[str] | None:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     fits = not names or (len(names) == 1 and _is_product(layer, names[0]))
     return names if fits else None
+
+
+def has_lora(layer: nn.Module) -> bool:
+    """Whether a layer has adapters of peft's LoRA, of which now none or one counts, as `active_lora` takes them."""
+    return _is_lora(layer) and _adapters(layer) is not None
+
+
+def active_lora(head: nn.Module) -> tuple[Tensor, Tensor, float] | None:
+    """(A [r, H], B [V, r], scaling) of the LoRA adapter that a head has now, or None; raise if it has another thing."""
+    names = _adapters(head)
+    if names is None:
+        raise NotImplementedError(
+            f"the LM head is {type(head).__name__} with something else on it than one LoRA adapter of peft without "
+            "dropout, bias or DoRA; leave the head out of the adapter's target_modules, or set its dropout to 0"
+        )
+    return (head.lora_A[names[0]].weight, head.lora_B[names[0]].weight, head.scaling[names[0]]) if names else None
 
 
 def _is_product(layer: nn.Module, name: str) -> bool:
