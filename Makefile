@@ -65,6 +65,22 @@ BENCH_OPS := $(or $(OP),$(filter-out train_ppo,$(patsubst benchmarks/test_%.py,%
 
 TRL_PPO := .venv-trl-1.12
 
+# Each other trainer in an environment of its own, with the versions that its drop-in is tested with.
+PEERS := .venv-peers
+.PHONY: test-integrations-trl
+test-integrations-trl: $(PEERS)/trl/ready
+	$(PEERS)/trl/bin/python -m pytest --quiet tests/integrations/test_trl.py tests/integrations/test_parity.py $(ARGS)
+
+.PRECIOUS: $(PEERS)/%/ready
+$(PEERS)/%/ready: tests/integrations/requirements-%.txt pyproject.toml setup.py constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(@D)
+	@echo '*' > $(PEERS)/.gitignore
+	@echo "installing torch, the package and $* into $(@D) (some minutes, once)"
+	$(subst $(BIN),$(@D)/bin,$(PIP)) torch
+	$(subst $(BIN),$(@D)/bin,$(PIP)) --editable '.[test,dev]'
+	$(subst $(BIN),$(@D)/bin,$(PIP)) --requirement $<
+	touch $@
+
 .PHONY: bench
 bench: export RLHF_KERNELS_TRL112_PYTHON ?= $(CURDIR)/$(TRL_PPO)/bin/python
 bench: $(BENCH)/ready $(if $(RLHF_KERNELS_TRL112_PYTHON),,$(if $(filter train_ppo,$(BENCH_OPS)),$(TRL_PPO)/ready))

@@ -32,6 +32,7 @@ BESIDE = {  # public files that are no op's own
     "importance",
     "model_head",
     "objectives",
+    "parity",
     "preferences",
 }
 # Public functions of the op linear beside it; token_statistics has one of logprobs too.
