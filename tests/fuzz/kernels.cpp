@@ -51,11 +51,12 @@ const Target kTargets[] = {
     {bradley_terry, {"bradley_terry_fwd_f32", "bradley_terry_bwd_f32"}},
     {plackett_luce, {"plackett_luce_fwd_f32", "bradley_terry_bwd_f32"}},
     {policy, {"policy_fwd_f32", "policy_bwd_f32"}},
-    {logprobs, {"logprobs_fwd", "logprobs_bwd"}},
+    {logprobs, {"logprobs_fwd", "token_statistics_fwd", "logprobs_bwd"}},
+    {row_sums, {"row_sums"}},
     {kl, {"kl_fwd", "kl_bwd"}},
     {approx_kl, {"approx_kl_fwd", "approx_kl_bwd"}},
     {preference, {"preference_fwd_f32", "preference_bwd_f32"}},
-    {linear, {"linear_fold_f32", "linear_gradient_f32"}},
+    {linear, {"linear_fold_f32", "linear_fold_extras_f32", "linear_gradient_f32"}},
 };
 
 bool has_target(const char* kernel) {

@@ -57,8 +57,19 @@ void logprobs_of(Source& s, Memory& m, int64_t dtype) {
     const int64_t length = l.N == 0 ? 0 : 1 + s.below(l.N);  // any: the rows all lie at one distance
     float* temperatures = s.coin() ? m.array<float>(l.N, Use::input) : nullptr;
     for (int64_t n = 0; temperatures && n < l.N; ++n) temperatures[n] = (float)l.temperature;
-    m.call("logprobs_fwd", x.data, dtype, length, length * x.stride, x.stride, labels, l.N, l.V, temperatures, l.temperature,
-           l.softcap, (int64_t)-100, logprobs, entropy, row_max, log_sum);
+    if (with_entropy && with_labels && s.coin()) {
+        float *log_squares = m.array<float>(l.N), *mean = m.array<float>(l.N);
+        uint8_t* top = m.array<uint8_t>(l.N);
+        m.call("token_statistics_fwd", x.data, dtype, length, length * x.stride, x.stride, labels, l.N, l.V, temperatures,
+               l.temperature, l.softcap, (int64_t)-100, logprobs, entropy, row_max, log_sum, log_squares, mean, top);
+        for (int64_t n = 0; n < l.N; ++n) {
+            REQUIRE(!(log_squares[n] > 0.0f), "log sum p^2 is %g", log_squares[n]);
+            REQUIRE(top[n] < 2 && (!top[n] || labels[n] >= 0), "label %ld is the first: %d", (long)labels[n], top[n]);
+        }
+    } else {
+        m.call("logprobs_fwd", x.data, dtype, length, length * x.stride, x.stride, labels, l.N, l.V, temperatures,
+               l.temperature, l.softcap, (int64_t)-100, logprobs, entropy, row_max, log_sum);
+    }
     for (int64_t n = 0; n < l.N; ++n) {
         const bool ignored = labels && labels[n] == -100, stray = labels && !ignored && (labels[n] < 0 || labels[n] >= l.V);
         const RowFacts<T> row(x, n, l.temperature);
@@ -84,7 +95,9 @@ void logprobs_of(Source& s, Memory& m, int64_t dtype) {
         out = {m.array<T>(l.N * l.V), l.N, l.V, l.V};
     std::vector<float> logits;
     for (int64_t i = 0; i < l.N * l.V; ++i) logits.push_back(x.at(i / l.V, i % l.V));
-    m.call("logprobs_bwd", for_logprobs, for_entropy, x.data, dtype, length, length * x.stride, x.stride, labels, logprobs,
+    const float* for_sum = s.coin() ? m.numbers(l.N, l.upstream) : nullptr;
+    const float* for_each = s.coin() ? m.numbers(l.N, l.upstream) : nullptr;
+    m.call("logprobs_bwd", for_logprobs, for_entropy, for_sum, for_each, x.data, dtype, length, length * x.stride, x.stride, labels, logprobs,
            entropy, row_max, log_sum, l.N, l.V, temperatures, l.temperature, l.softcap, (int64_t)-100, out.data, length * out.stride,
            out.stride);
     for (int64_t i = 0; i < l.N * l.V; ++i) {
@@ -168,6 +181,30 @@ void approx_kl(Source& s, Memory& m) {
     (dtype == 0 ? approx_kl_of<float> : dtype == 1 ? approx_kl_of<Bf16> : approx_kl_of<Half>)(s, m, dtype);
 }
 
+template <class T>
+void row_sums_of(Source& s, Memory& m, int64_t dtype) {
+    const Logits l(s);
+    const Matrix<T> x = m.matrix<T>(l.N, l.V, l.numbers);
+    uint8_t* kept = m.array<uint8_t>(l.N, Use::input);
+    double *total = m.array<double>(l.N, Use::both), *count = m.array<double>(l.N, Use::both);
+    float* temperatures = s.coin() ? m.array<float>(l.N, Use::input) : nullptr;
+    for (int64_t n = 0; n < l.N; ++n) {
+        kept[n] = s.coin(), total[n] = count[n] = 0.0;
+        if (temperatures) temperatures[n] = (float)l.temperature;
+    }
+    m.call("row_sums", x.data, dtype, x.stride, l.N, l.V, temperatures, l.temperature, l.softcap, kept, total, count);
+    for (int64_t n = 0; n < l.N; ++n) {
+        REQUIRE(count[n] >= 0.0 && count[n] <= (double)l.V, "%g entries of %ld", count[n], (long)l.V);
+        REQUIRE(kept[n] || (total[n] == 0.0 && count[n] == 0.0), "a row that is not kept adds up to %g", total[n]);
+        if (l.tame) REQUIRE(isfinite(total[n]), "a sum of %g", total[n]);
+    }
+}
+
+void row_sums(Source& s, Memory& m) {
+    const int64_t dtype = s.below(3);
+    (dtype == 0 ? row_sums_of<float> : dtype == 1 ? row_sums_of<Bf16> : row_sums_of<Half>)(s, m, dtype);
+}
+
 // One row's vocabulary in chunks of any width, folded one after the other, then turned into gradients.
 void linear(Source& s, Memory& m) {
     const Logits l(s);
@@ -181,7 +218,14 @@ void linear(Source& s, Memory& m) {
     float *max = m.array<float>(l.N, Use::both), *label_logit = m.array<float>(l.N, Use::both);
     double *rest = m.array<double>(l.N, Use::both), *weighted = with_entropy ? m.array<double>(l.N, Use::both) : nullptr;
     uint8_t* here = m.array<uint8_t>(l.N, Use::both);
+    const bool with_extras = with_entropy && s.coin();
+    double* extras[3] = {};
+    for (double*& x : extras) x = with_extras ? m.array<double>(l.N, Use::both) : nullptr;
+    int64_t* top = with_extras ? m.array<int64_t>(l.N, Use::both) : nullptr;
     for (int64_t n = 0; n < l.N; ++n) {
+        for (double* x : extras)
+            if (x) x[n] = 0.0;
+        if (top) top[n] = -1;
         max[n] = -INFINITY, rest[n] = 0.0, label_logit[n] = 0.0f, here[n] = 0;
         if (weighted) weighted[n] = 0.0;
     }
@@ -194,9 +238,16 @@ void linear(Source& s, Memory& m) {
         for (int64_t n = 0; n < l.N; ++n)
             for (int64_t c = 0; !kept[n] && c < v; ++c) chunks.back().row(n)[c] = s.garbage();
         biases.push_back(with_bias ? m.numbers(v, bias_numbers) : nullptr);
-        m.call("linear_fold_f32", chunks.back().data, chunks.back().stride, l.N, v, first, biases.back(), temperatures,
-               l.temperature, l.softcap, labels, kept, max, rest, weighted, label_logit, here);
+        if (with_extras)
+            m.call("linear_fold_extras_f32", chunks.back().data, chunks.back().stride, l.N, v, first, biases.back(),
+                   temperatures, l.temperature, l.softcap, labels, kept, max, rest, weighted, label_logit, here, extras[0],
+                   extras[1], extras[2], top);
+        else
+            m.call("linear_fold_f32", chunks.back().data, chunks.back().stride, l.N, v, first, biases.back(), temperatures,
+                   l.temperature, l.softcap, labels, kept, max, rest, weighted, label_logit, here);
     }
+    for (int64_t n = 0; top && n < l.N; ++n)
+        REQUIRE(top[n] >= -1 && top[n] < l.V && (top[n] >= 0) == (max[n] > -INFINITY), "the first of maxima is %ld", (long)top[n]);
     float *logprobs = m.array<float>(l.N, Use::input), *entropy = m.array<float>(l.N, Use::input);
     float* log_sum = m.array<float>(l.N, Use::input);
     for (int64_t n = 0; n < l.N; ++n) {
@@ -212,8 +263,8 @@ void linear(Source& s, Memory& m) {
     for (size_t i = 0; i < chunks.size(); ++i) {
         const Matrix<float> x = chunks[i];
         m.call("linear_gradient_f32", x.data, x.stride, l.N, x.columns, (int64_t)i * width, biases[i], (int64_t)1,
-               temperatures, l.temperature, l.softcap, labels, kept, for_logprobs, for_entropy, logprobs, entropy, max,
-               log_sum);
+               temperatures, l.temperature, l.softcap, labels, kept, for_logprobs, for_entropy, (const float*)nullptr, (const float*)nullptr,
+               logprobs, entropy, max, log_sum);
         for (int64_t j = 0; j < l.N * x.columns; ++j) {
             const int64_t n = j / x.columns;
             const float g = x.at(n, j % x.columns);
