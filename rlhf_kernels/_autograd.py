@@ -1,6 +1,8 @@
 """How the ops join autograd: a backward runs on its forward's backend; other derivatives than the first are errors.
 
 Without this, gradients of gradients, forward mode and torch.func would take an op's result for a constant.
+Eager calls go straight to the functions behind the operators, whose own way takes 20 to 60 us a call, in tiny batches
+more than the kernels. What compiles, traces or watches calls, or rewrites tensors, gets the operator.
 """
 
 import torch
@@ -69,8 +71,67 @@ def differentiated_last(name, gradients, sources):
     return tuple(x if x is None else _Last.apply(x, name, *sources) for x in gradients)
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_direct(args) -> bool:
+    """Whether nothing but autograd stands before an operator's function: no compiler, tracer, mode or transform.
+
+    Nor a tensor that PyTorch makes another one of first: of a subclass, without memory, or negated only when read.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for x in args:
+        kind = type(x)
+        if kind in _PLAIN:
+            if x.is_meta or x.is_neg() or x._is_zerotensor():
+                return False
+        elif issubclass(kind, Tensor):
+            return False
+    return True
+
+
+def _asks_for_grad(args) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+
+def direct(op):
+    """An operator without derivative as it is to be called."""
+    function, mutated = op._init_fn, [i for i, x in enumerate(op._opoverload._schema.arguments) if x.is_write]
+
+    def call(*args):
+        if not _is_direct(args) or _asks_for_grad(args):
+            return op(*args)
+        results = function(*args)
+        for i in mutated:
+            torch.autograd.graph.increment_version(args[i])
+        return results
+
+    return call
+
+
+def _function(op, setup, run):
+    """The torch.autograd.Function of an op: what the operator itself gives autograd, without the dispatcher."""
+
+    def forward(ctx, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            results = op._init_fn(*args)
+            setup(ctx, args, results)
+        return results
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(run)}
+    return type(op._opoverload._opname, (torch.autograd.Function,), methods)
+
+
 def register(op, backward, setup_context, *, keeps_inputs=False, **differentiable):
-    """Give a custom op its derivative, and return the op as it is to be called.
+    """Give a custom op its derivative, and return the op as it is to be called, with all arguments.
 
     backward, setup_context: as for the op's `register_autograd`.
     keeps_inputs: setup_context always saves the inputs for the backward.
@@ -94,12 +155,19 @@ def register(op, backward, setup_context, *, keeps_inputs=False, **differentiabl
                 gradients = backward(ctx, *grads)
         return differentiated_last(op._qualname, gradients, (*sources, *grads))
 
+    function, places = _function(op, setup, run), tuple(differentiable.values())
+
     def call(*args):
         if torch.compiler.is_compiling():
             return op(*args)
-        inputs = [args[place] for place in differentiable.values()]
+        inputs = [args[place] for place in places]
         check_reverse_mode(differentiable, inputs)
-        results = op(*args)
+        if _is_direct(args):
+            if not _asks_for_grad(args):
+                return op._init_fn(*args)
+            results = function.apply(*args)
+        else:
+            results = op(*args)
         first = results if isinstance(results, Tensor) else results[0]
         if first.requires_grad and not keeps_inputs:
             first.grad_fn.sources = [_source(x) for x in inputs]
@@ -110,5 +178,7 @@ def register(op, backward, setup_context, *, keeps_inputs=False, **differentiabl
 
 
 def _source(x):
-    """A tensor without entries that depends on all that x depends on, and does not keep the memory of x."""
-    return x[:0].clone() if x is not None and x.requires_grad else None
+    """A tensor that depends on all that x depends on, and keeps no memory: without entries, or a leaf itself."""
+    if x is None or not x.requires_grad:
+        return None
+    return x if x.is_leaf else x.narrow(0, 0, 0).clone()

@@ -27,15 +27,18 @@ def chosen() -> str | None:
     return latest[0].name if latest else None
 
 
-@contextlib.contextmanager
-def resumed(name: str | None) -> Iterator[None]:
+class resumed:
     """This thread chooses again what `chosen` gave, in whatever thread that was."""
-    before = _own.get()
-    _own.set(name)
-    try:
-        yield
-    finally:
-        _own.set(before)
+
+    def __init__(self, name: str | None):
+        self.name = name
+
+    def __enter__(self):
+        self.before = _own.get()
+        _own.set(self.name)
+
+    def __exit__(self, *_):
+        _own.set(self.before)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _linear_ops as linear
 from . import dispatch
-from ._autograd import register
+from ._autograd import direct, register
 from .logprobs import _row_dtype, check_labels
 from .reference.cross_entropy import Settings, token_upstream
 from .reference.linear import spread_slopes
@@ -53,6 +53,9 @@ def _(grad, logits, *rest):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
+_cross_entropy_bwd = direct(cross_entropy_bwd)
+
+
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.smoothing, ctx.z_loss, ctx.dft = inputs
     ctx.save_for_backward(*tensors, *output[1:])
@@ -62,7 +65,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     options = (ctx.temperature, ctx.softcap, ctx.ignore_index, ctx.smoothing, ctx.z_loss, ctx.dft)
-    d = None if grad is None else cross_entropy_bwd(grad, *ctx.saved_tensors, *options)
+    d = None if grad is None else _cross_entropy_bwd(grad, *ctx.saved_tensors, *options)
     return d, *(None,) * 8
 
 
@@ -147,6 +150,9 @@ def _(grad, hidden, weight, labels, rows, bias, temperatures, low, up, *rest):
     return linear.fake_gradients((hidden, weight, bias, low, up), rest[-1])
 
 
+_linear_cross_entropy_each_bwd = direct(linear_cross_entropy_each_bwd)
+
+
 def _each_setup(ctx, inputs, output):
     tensors, options, (ctx.with_slopes, *execution) = inputs[:9], inputs[9:15], inputs[15:]
     ctx.options, ctx.count = (*options, *execution), len(inputs)
@@ -166,7 +172,7 @@ def _each_backward(ctx, grad, *_):
     if ctx.with_slopes:
         return linear.placed(ctx, [spread_slopes(grad, *ctx.saved_tensors, *ctx.hidden)])
     needs = [ctx.needs_input_grad[place] for place in linear.PLACES]
-    return linear.placed(ctx, linear_cross_entropy_each_bwd(grad, *ctx.saved_tensors, *ctx.options, needs))
+    return linear.placed(ctx, _linear_cross_entropy_each_bwd(grad, *ctx.saved_tensors, *ctx.options, needs))
 
 
 linear_cross_entropy_each = register(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import register
+from ._autograd import direct, register
 from ._checks import reads_values
 from .logprobs import check_labels, check_temperatures
 from .reference.linear import spread_slopes
@@ -142,6 +142,9 @@ def _(
     return tuple(x.to(_row_dtype(hidden)) for x in found) if wide else found
 
 
+logprobs_bwd = direct(linear_logprobs_bwd)
+
+
 def _logprobs_setup(ctx, inputs, output):
     *tensors, temperature, softcap, ignore_index, ctx.with_entropy, ctx.with_slopes, chunk, fast, group, start = inputs
     ctx.options, ctx.count = (temperature, softcap, ignore_index, chunk, fast, group, start), len(inputs)
@@ -163,7 +166,7 @@ def _logprobs_backward(ctx, grad_logprobs, grad_entropy, *_):
     if ctx.with_slopes:
         return placed(ctx, [spread_slopes(grad_logprobs, *ctx.saved_tensors, *ctx.hidden)])
     needs = [ctx.needs_input_grad[place] for place in PLACES]
-    return placed(ctx, linear_logprobs_bwd(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, needs))
+    return placed(ctx, logprobs_bwd(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, needs))
 
 
 logprobs = register(linear_logprobs_fwd, _logprobs_backward, _logprobs_setup, **DIFFERENTIABLE)
@@ -286,6 +289,9 @@ def _(grad, hidden, weight, ref_hidden, ref_weight, rows, bias, *rest):
     return fake_gradients((hidden, weight, bias), rest[-3:])
 
 
+_linear_kl_bwd = direct(linear_kl_bwd)
+
+
 def _kl_setup(ctx, inputs, output):
     *tensors, temperature, softcap, reverse, ctx.with_slopes, chunk_size, fast, group = inputs
     ctx.options = (temperature, softcap, reverse, chunk_size, fast, group)
@@ -305,7 +311,7 @@ def _kl_backward(ctx, grad, _):
     if ctx.with_slopes:
         return spread_slopes(grad, *ctx.saved_tensors, *ctx.hidden), *(None,) * 13
     need_hidden, need_weight, _, _, _, need_bias = ctx.needs_input_grad[:6]
-    d_hidden, d_weight, d_bias = linear_kl_bwd(
+    d_hidden, d_weight, d_bias = _linear_kl_bwd(
         grad, *ctx.saved_tensors, *ctx.options, need_hidden, need_weight, need_bias
     )
     grads = (d_hidden if need_hidden else None, d_weight if need_weight else None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _linear_ops as ops
-from ._autograd import register
+from ._autograd import direct, register
 from ._checks import check_index
 from .logprobs import check_labels
 from .reference.kept import kept_logits_bwd, kept_logits_fwd
@@ -140,6 +140,9 @@ def _(grad_logprobs, grad_entropy, hidden, weight, labels, rows, bias, temperatu
     return ops.fake_gradients((hidden, weight, bias, low, up), rest[-1])
 
 
+_linear_several_bwd = direct(linear_several_bwd)
+
+
 def _setup(ctx, inputs, output):
     *tensors, temperature, softcap, ignore_index, ctx.with_entropy, chunk_size, fast = inputs
     ctx.options, ctx.count = (temperature, softcap, ignore_index, chunk_size, fast), len(inputs)
@@ -153,7 +156,7 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):
     if grad_logprobs is None and grad_entropy is None:
         return (None,) * ctx.count
     needs = [ctx.needs_input_grad[place] for place in ops.PLACES]
-    found = linear_several_bwd(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, needs)
+    found = _linear_several_bwd(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, needs)
     return ops.placed(ctx, found)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import register
+from ._autograd import direct, register
 from .preferences import AOT, SFT, AOTUnpaired, BCOPair
 from .reference.preference import accumulator_dtype
 
@@ -67,6 +67,9 @@ def _(grad_loss, grad_chosen, grad_rejected):
     return torch.empty_like(grad_chosen), torch.empty_like(grad_rejected)
 
 
+_preference_bwd = direct(preference_bwd)
+
+
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(output[1], output[2])
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
@@ -77,7 +80,7 @@ def _backward(ctx, grad_loss, *_):
     nothing = (None,) * 11
     if grad_loss is None:
         return None, None, *nothing
-    chosen, rejected = torch.ops.rlhf_kernels.preference_bwd(grad_loss.contiguous(), *ctx.saved_tensors)
+    chosen, rejected = _preference_bwd(grad_loss.contiguous(), *ctx.saved_tensors)
     return chosen.to(ctx.dtypes[0]), rejected.to(ctx.dtypes[1]), *nothing
 
 

@@ -47,7 +47,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_logprobs, grad_entropy, *_):
     grad = None
     if grad_logprobs is not None or grad_entropy is not None:
-        grad = rows.logprobs_bwd(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options)
+        grad = rows.gradient(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options)
     return grad, *(None,) * (ctx.count - 1)
 
 
@@ -78,7 +78,7 @@ def _linear_backward(ctx, grad_logprobs, grad_entropy, *_):
     if grad_logprobs is None and grad_entropy is None:
         return (None,) * ctx.count
     needs = [ctx.needs_input_grad[place] for place in _linear_ops.PLACES]
-    found = _linear_ops.linear_logprobs_bwd(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, needs)
+    found = _linear_ops.logprobs_bwd(grad_logprobs, grad_entropy, *ctx.saved_tensors, *ctx.options, needs)
     return _linear_ops.placed(ctx, found)
 
 

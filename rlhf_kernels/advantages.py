@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from ._autograd import direct
 from ._checks import (
     FLOATS,
     check_cu_seqlens,
@@ -112,10 +113,9 @@ def _check_discounts(gamma, lam, critic_lam):
 
 def _gae(rewards, values, mask, gamma, lam, critic_lam, cu_seqlens, last_values):
     """Advantages with lam and returns with critic_lam; a second walk if they differ."""
-    walk = torch.ops.rlhf_kernels.gae_fwd
-    advantages, returns = walk(rewards, values, mask, gamma, lam, cu_seqlens, last_values)
+    advantages, returns = _gae_fwd(rewards, values, mask, float(gamma), float(lam), cu_seqlens, last_values)
     if critic_lam is not None and critic_lam != lam:
-        returns = walk(rewards, values, mask, gamma, critic_lam, cu_seqlens, last_values)[1]
+        returns = _gae_fwd(rewards, values, mask, float(gamma), float(critic_lam), cu_seqlens, last_values)[1]
     return advantages, returns
 
 
@@ -201,22 +201,22 @@ def rlhf_advantages(
         x.detach().to(dtype) for x in (scores, log_probs, ref_log_probs, values)
     )
     whiten_here = whiten and process_group is None
-    advantages, returns, rewards, kl = torch.ops.rlhf_kernels.rlhf_advantages_fwd(
+    advantages, returns, rewards, kl = _rlhf_advantages_fwd(
         scores,
         log_probs,
         ref_log_probs,
         values,
         mask,
-        kl_coef,
-        gamma,
-        lam,
+        float(kl_coef),
+        float(gamma),
+        float(lam),
         kl_estimator,
-        reward_clip,
+        None if reward_clip is None else float(reward_clip),
         whiten_here,
         cu_seqlens,
     )
     if critic_lam is not None and critic_lam != lam:
-        returns = torch.ops.rlhf_kernels.gae_fwd(rewards, values, mask, gamma, critic_lam, cu_seqlens, None)[1]
+        returns = _gae_fwd(rewards, values, mask, float(gamma), float(critic_lam), cu_seqlens, None)[1]
     if whiten and not whiten_here:
         advantages = masked_whiten(advantages, mask, process_group=process_group)
     return RLHFAdvantages(advantages, returns, rewards, kl)
@@ -273,12 +273,12 @@ def masked_whiten(
     if eps < 1e-12 and min_variance < 1e-12:
         raise ValueError(f"eps is {eps!r} and min_variance is {min_variance!r}, expected one of them to be >= 1e-12")
     values = values.detach().to(_compute_dtype(values))
-    stats = torch.ops.rlhf_kernels.whiten_stats_fwd(values, mask)
+    stats = _whiten_stats_fwd(values, mask)
     if process_group is not None:
         stats = _merged_stats(stats, process_group)
     if not scale or (correction, eps, min_variance) != (1, 1e-8, 0):
         stats = _with_denominator(stats, scale, correction, eps, min_variance)
-    return torch.ops.rlhf_kernels.whiten_fwd(values, mask, stats, center)
+    return _whiten_fwd(values, mask, stats, center)
 
 
 def _with_denominator(stats, scale, correction, eps, min_variance):
@@ -337,6 +337,9 @@ def _(rewards, values, mask, gamma, lam, cu_seqlens, last_values):
     return tuple(rewards.new_empty(rewards.shape) for _ in range(2))
 
 
+_gae_fwd = direct(gae_fwd)
+
+
 @torch.library.custom_op("rlhf_kernels::rlhf_advantages_fwd", mutates_args=())
 def rlhf_advantages_fwd(
     scores: Tensor,
@@ -376,6 +379,9 @@ def _(scores, log_probs, *options):
     return tuple(log_probs.new_empty(log_probs.shape) for _ in range(4))
 
 
+_rlhf_advantages_fwd = direct(rlhf_advantages_fwd)
+
+
 @torch.library.custom_op("rlhf_kernels::whiten_stats_fwd", mutates_args=())
 def whiten_stats_fwd(values: Tensor, mask: Tensor | None) -> Tensor:
     """The contract is in reference/advantages.py."""
@@ -387,6 +393,9 @@ def _(values, mask):
     return values.new_empty(3, dtype=torch.float64)
 
 
+_whiten_stats_fwd = direct(whiten_stats_fwd)
+
+
 @torch.library.custom_op("rlhf_kernels::whiten_fwd", mutates_args=())
 def whiten_fwd(values: Tensor, mask: Tensor | None, stats: Tensor, center: bool) -> Tensor:
     """The contract is in reference/advantages.py."""
@@ -396,3 +405,6 @@ def whiten_fwd(values: Tensor, mask: Tensor | None, stats: Tensor, center: bool)
 @whiten_fwd.register_fake
 def _(values, mask, stats, center):
     return values.new_empty(values.shape)
+
+
+_whiten_fwd = direct(whiten_fwd)

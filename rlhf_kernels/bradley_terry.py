@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import register
+from ._autograd import direct, register
 from ._checks import (
     FLOATS,
     check_cu_seqlens,
@@ -255,6 +255,9 @@ def _(grad_loss, grad, cu_groups):
     return torch.empty_like(grad)
 
 
+_bradley_terry_bwd = direct(bradley_terry_bwd)
+
+
 def _fake_forward(scores, cu_groups):
     dtype, prompts = accumulator_dtype(scores.dtype), cu_groups.shape[0] - 1
     return (
@@ -275,7 +278,7 @@ def _backward(ctx, grad_loss, grad_grad, grad_stats):
     if grad_loss is None:
         return None, *nothing
     grad, cu_groups = ctx.saved_tensors
-    grad_scores = torch.ops.rlhf_kernels.bradley_terry_bwd(grad_loss.contiguous(), grad, cu_groups)
+    grad_scores = _bradley_terry_bwd(grad_loss.contiguous(), grad, cu_groups)
     return grad_scores.to(ctx.scores_dtype), *nothing
 
 

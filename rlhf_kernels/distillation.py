@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import register
+from ._autograd import direct, register
 from ._checks import FLOATS, check_dtype, check_in, check_index, check_range, check_same_device, check_shape
 from ._linear_checks import check_execution, check_head, check_scale
 from .kept import check_tokens, kept_logits
@@ -187,6 +187,9 @@ def _(grad, hidden, weight, bias, *rest):
     return hidden.new_empty(shapes[0]), weight.new_empty(shapes[1]), bias_grad
 
 
+_jsd_bwd = direct(jsd_bwd)
+
+
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:6])
     ctx.options = inputs[6:]
@@ -194,7 +197,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad):
     needs = ctx.needs_input_grad[:3]
-    found = torch.ops.rlhf_kernels.jsd_bwd(grad, *ctx.saved_tensors, *ctx.options, *needs)
+    found = _jsd_bwd(grad, *ctx.saved_tensors, *ctx.options, *needs)
     return *(x if need else None for x, need in zip(found, needs, strict=True)), *(None,) * 7
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import register
+from ._autograd import direct, register
 from ._checks import check_cu_seqlens, check_index, check_range, check_same_device, check_shape, reads_values
 from ._linear_checks import check_head, check_lora
 from .logprobs import check_logits, logprobs_and_entropy_from_logits, logprobs_from_logits
@@ -210,6 +210,9 @@ def _(grad, hidden, weight, kept, need_hidden, need_weight, need_bias):
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+_kept_logits_bwd = direct(kept_logits_bwd)
+
+
 def _setup_context(ctx, inputs, output):
     hidden, weight, kept, bias = inputs
     ctx.save_for_backward(hidden, weight, kept)
@@ -219,7 +222,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     hidden, weight, kept = ctx.saved_tensors
     needs = [ctx.needs_input_grad[place] for place in (0, 1, 3)]
-    found = torch.ops.rlhf_kernels.kept_logits_bwd(grad, hidden, weight, kept, *needs)
+    found = _kept_logits_bwd(grad, hidden, weight, kept, *needs)
     dtypes = (hidden.dtype, weight.dtype, ctx.bias_dtype)
     grads = [x.to(dtype) if need else None for x, dtype, need in zip(found, dtypes, needs, strict=True)]
     return grads[0], grads[1], None, grads[2]

@@ -7,7 +7,7 @@ import math
 import torch
 
 from . import dispatch
-from ._autograd import register
+from ._autograd import direct, register
 from ._checks import check_dtype, check_in, check_range, check_same_device, check_shape
 from .logprobs import check_logits
 
@@ -60,6 +60,9 @@ def _(grad, logits, ref_logits, *rest):
     return _gradients_like(logits, ref_logits, *rest[-2:])
 
 
+_kl_bwd = direct(kl_bwd)
+
+
 def _kl_setup(ctx, inputs, output):
     logits, ref_logits, *ctx.options = inputs
     ctx.save_for_backward(logits, ref_logits, output[0].clone(), *output[1:])  # the caller may write over the result
@@ -71,7 +74,7 @@ def _kl_backward(ctx, grad, *_):
     need = ctx.needs_input_grad[:2]
     if grad is None:
         return None, None, None, None
-    grads = kl_bwd(grad, *ctx.saved_tensors, *ctx.options, *need)
+    grads = _kl_bwd(grad, *ctx.saved_tensors, *ctx.options, *need)
     return *(g if wanted else None for g, wanted in zip(grads, need)), None, None
 
 
@@ -133,6 +136,9 @@ def _(grad, log_probs, ref_log_probs, estimator, straight_through, bounds, need_
     return _gradients_like(log_probs, ref_log_probs, need_log_probs, need_ref)
 
 
+_approx_kl_bwd = direct(approx_kl_bwd)
+
+
 def _approx_setup(ctx, inputs, output):
     log_probs, ref_log_probs, *ctx.options = inputs
     ctx.save_for_backward(log_probs, ref_log_probs)
@@ -140,7 +146,7 @@ def _approx_setup(ctx, inputs, output):
 
 def _approx_backward(ctx, grad):
     need = ctx.needs_input_grad[:2]
-    grads = approx_kl_bwd(grad, *ctx.saved_tensors, *ctx.options, *need)
+    grads = _approx_kl_bwd(grad, *ctx.saved_tensors, *ctx.options, *need)
     return *(g if wanted else None for g, wanted in zip(grads, need)), None, None, None
 
 

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from . import _several_labels, dispatch
-from ._autograd import register
+from ._autograd import direct, register
 from ._checks import (
     check_dtype,
     check_index,
@@ -122,6 +122,9 @@ def logprobs_bwd_(
     )  # fmt: skip
 
 
+gradient, gradient_in_place = direct(logprobs_bwd), direct(logprobs_bwd_)
+
+
 def _setup_context(ctx, inputs, output):
     *tensors, temperature, softcap, ignore_index, ctx.with_entropy, ctx.inplace = inputs
     ctx.options = (temperature, softcap, ignore_index)
@@ -139,9 +142,9 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):
     if grad_logprobs is not None or grad_entropy is not None:
         if ctx.inplace:
             grad = logits.detach()
-            logprobs_bwd_(grad_logprobs, grad_entropy, grad, labels, *saved, *ctx.options)
+            gradient_in_place(grad_logprobs, grad_entropy, grad, labels, *saved, *ctx.options)
         else:
-            grad = logprobs_bwd(grad_logprobs, grad_entropy, logits, labels, *saved, *ctx.options)
+            grad = gradient(grad_logprobs, grad_entropy, logits, labels, *saved, *ctx.options)
     return grad, None, None, None, None, None, None, None
 
 
@@ -297,4 +300,4 @@ def entropy_from_logits(
     if row_mask is not None:
         check_same_device(logits=logits, row_mask=row_mask)
         labels = torch.where(check_mask("row_mask", row_mask, tuple(logits.shape[:-1])), 0, -100)
-    return _logprobs(logits, labels, *scale, -100, True)[1]
+    return _logprobs(logits, labels, *scale, -100, True, False)[1]

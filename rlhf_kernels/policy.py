@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import register
+from ._autograd import direct, register
 from ._checks import (
     FLOATS,
     check_dtype,
@@ -422,6 +422,9 @@ def _(grad_loss, grad, grad_entropy=None):
     return torch.empty_like(grad), grad.new_empty(0) if grad_entropy is None else torch.empty_like(grad_entropy)
 
 
+_policy_bwd = direct(policy_bwd)
+
+
 def _derivative(places, saved):
     """(backward, setup_context) of an operator: outputs `saved` are the gradients of the arguments at `places`."""
 
@@ -437,7 +440,7 @@ def _derivative(places, saved):
         if grad_loss is not None:
             products = ctx.saved_tensors
             if not (reads_values(grad_loss) and grad_loss.item() == 1):
-                products = torch.ops.rlhf_kernels.policy_bwd(grad_loss, *products)
+                products = _policy_bwd(grad_loss, *products)
             for place, dtype, product in zip(places, ctx.dtypes, products, strict=False):
                 grads[place] = None if dtype is None else product.to(dtype)
         return tuple(grads)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import register
+from ._autograd import direct, register
 from ._checks import check_range, check_same_device, reads_values
 from .policy import check_entropy, check_like, check_policy, check_targets, normalizer_of
 from .reference.ppo import STATS, accumulator_dtype
@@ -240,6 +240,9 @@ def _(grad_loss, grad_policy_loss, grad_value_loss, *grads_and_numbers):
     return tuple(torch.empty_like(x) for x in grads_and_numbers[:3])
 
 
+_ppo_bwd = direct(ppo_bwd)
+
+
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*output[3:6])
     ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in (0, 4, 7)]
@@ -260,7 +263,7 @@ def _backward(ctx, grad_loss, grad_policy_loss, grad_value_loss, *_):
         if _is_one(*upstream) and ctx.vf_coef != 0:
             products = ctx.saved_tensors
         else:
-            products = torch.ops.rlhf_kernels.ppo_bwd(*upstream, *ctx.saved_tensors, ctx.vf_coef)
+            products = _ppo_bwd(*upstream, *ctx.saved_tensors, ctx.vf_coef)
         for position, dtype, product in zip((0, 4, 7), ctx.dtypes, products, strict=True):
             grads[position] = None if dtype is None else product.to(dtype)
     return tuple(grads)
