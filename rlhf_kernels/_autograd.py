@@ -5,6 +5,8 @@ Eager calls go straight to the functions behind the operators, whose own way tak
 more than the kernels. What compiles, traces or watches calls, or rewrites tensors, gets the operator.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
@@ -44,6 +46,13 @@ def needs_grad(tensor: Tensor | None) -> bool:
     return tensor.requires_grad
 
 
+def without_autocast(device: torch.device):
+    """A context without autocast; entering torch.autocast takes time, also where there is none."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 class _Last(torch.autograd.Function):
     """The first tensor itself, as a function of all of them that has no derivative."""
 
@@ -74,10 +83,11 @@ def differentiated_last(name, gradients, sources):
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _is_direct(args) -> bool:
-    """Whether nothing but autograd stands before an operator's function: no compiler, tracer, mode or transform.
+def _way(args) -> tuple[bool, bool]:
+    """(whether nothing but autograd stands before an operator's function, whether autograd records the call).
 
-    Nor a tensor that PyTorch makes another one of first: of a subclass, without memory, or negated only when read.
+    Else there is a compiler, tracer, mode or transform, or a tensor that PyTorch makes another one of first: of a
+    subclass, without memory, or negated only when it is read.
     """
     if (
         torch.compiler.is_compiling()
@@ -87,19 +97,17 @@ def _is_direct(args) -> bool:
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     ):
-        return False
+        return False, False
+    recorded = False
     for x in args:
         kind = type(x)
         if kind in _PLAIN:
             if x.is_meta or x.is_neg() or x._is_zerotensor():
-                return False
+                return False, False
+            recorded = recorded or x.requires_grad
         elif issubclass(kind, Tensor):
-            return False
-    return True
-
-
-def _asks_for_grad(args) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+            return False, False
+    return True, recorded and torch.is_grad_enabled()
 
 
 def direct(op):
@@ -107,7 +115,8 @@ def direct(op):
     function, mutated = op._init_fn, [i for i, x in enumerate(op._opoverload._schema.arguments) if x.is_write]
 
     def call(*args):
-        if not _is_direct(args) or _asks_for_grad(args):
+        direct, recorded = _way(args)
+        if recorded or not direct:
             return op(*args)
         results = function(*args)
         for i in mutated:
@@ -162,12 +171,10 @@ def register(op, backward, setup_context, *, keeps_inputs=False, **differentiabl
             return op(*args)
         inputs = [args[place] for place in places]
         check_reverse_mode(differentiable, inputs)
-        if _is_direct(args):
-            if not _asks_for_grad(args):
-                return op._init_fn(*args)
-            results = function.apply(*args)
-        else:
-            results = op(*args)
+        direct, recorded = _way(args)
+        if direct and not recorded:
+            return op._init_fn(*args)
+        results = function.apply(*args) if direct else op(*args)
         first = results if isinstance(results, Tensor) else results[0]
         if first.requires_grad and not keeps_inputs:
             first.grad_fn.sources = [_source(x) for x in inputs]

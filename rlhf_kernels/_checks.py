@@ -9,6 +9,7 @@ import numbers
 import os
 
 import torch
+from torch._C import _functorch as functorch
 from torch._subclasses.fake_tensor import is_fake
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,7 +29,7 @@ def check_tensor(name, tensor):
 def check_index(name, tensor):
     """Return the tensor as int64; int32 is taken too. Raise for another dtype."""
     check_dtype(name, tensor, (torch.int64, torch.int32))
-    return tensor.to(torch.int64)
+    return tensor if tensor.dtype == torch.int64 else tensor.to(torch.int64)
 
 
 def check_shape(name, tensor, expected, meaning=""):
@@ -37,6 +38,8 @@ def check_shape(name, tensor, expected, meaning=""):
     `meaning` says in words what is wanted, for example "[B, T], like log_probs".
     """
     check_tensor(name, tensor)
+    if tensor.shape == expected:
+        return
     fits = tensor.dim() == len(expected) and all(
         want is None or got == want for got, want in zip(tensor.shape, expected, strict=True)
     )
@@ -49,7 +52,7 @@ def check_shape(name, tensor, expected, meaning=""):
 def check_dtype(name, tensor, allowed=FLOATS):
     """Raise unless the tensor's dtype is among `allowed` (a dtype or a sequence of them)."""
     check_tensor(name, tensor)
-    allowed = (allowed,) if isinstance(allowed, torch.dtype) else tuple(allowed)
+    allowed = (allowed,) if isinstance(allowed, torch.dtype) else allowed
     if tensor.dtype not in allowed:
         names = ", ".join(_dtype_name(dtype) for dtype in allowed)
         raise ValueError(f"{name} has dtype {_dtype_name(tensor.dtype)}, expected one of: {names}")
@@ -57,12 +60,15 @@ def check_dtype(name, tensor, allowed=FLOATS):
 
 def check_same_device(**tensors):
     """Raise unless all tensors (None entries are skipped) live on one device."""
-    present = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    for name, tensor in present:
+    first_name = device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
         check_tensor(name, tensor)
-        first_name, first = present[0]
-        if tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {first.device}, where {first_name} is")
+        if device is None:
+            first_name, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {device}, where {first_name} is")
 
 
 def check_mask(name, mask, shape=None):
@@ -102,11 +108,19 @@ def check_range(name, value, low=None, high=None, *, low_open=False, high_open=F
         raise ValueError(f"{name} must be a number{' ' if parts else ''}{' and '.join(parts)}, got {value!r}")
 
 
+def _is_ordinary(tensor):
+    """Whether a look at its type tells that the tensor is not fake: `is_fake` takes longer than the checks."""
+    if type(tensor) is not torch.Tensor:
+        return False
+    return not (torch._is_functional_tensor(tensor) or functorch.is_functorch_wrapped_tensor(tensor))
+
+
 def reads_values(tensor):
     """Whether a check may read this tensor's values: yes on the CPU, elsewhere only with RLHF_KERNELS_CHECK=1."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta" or is_fake(tensor):
+    kind = tensor.device.type
+    if torch.compiler.is_compiling() or kind == "meta" or (not _is_ordinary(tensor) and is_fake(tensor)):
         return False
-    return tensor.device.type == "cpu" or os.environ.get("RLHF_KERNELS_CHECK") == "1"
+    return kind == "cpu" or os.environ.get("RLHF_KERNELS_CHECK") == "1"
 
 
 def check_cu_seqlens(name, cu_seqlens, total):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._autograd import needs_grad
+from ._autograd import needs_grad, without_autocast
 from ._checks import check_dtype, check_in, check_index, check_range, check_same_device, check_shape
 from .reference.logprobs import accumulator_dtype
 
@@ -50,14 +50,22 @@ def check_head(hidden_states, weight, bias, prefix=""):
     return hidden_states.reshape(-1, hidden_states.shape[-1]), weight, bias
 
 
-def check_scale(temperature, softcap, labels):
-    """(temperatures [M] or None, temperature, softcap) from a number or a tensor of temperatures."""
+def check_scale(temperature, softcap, labels, shape=None):
+    """(temperatures [M] or None, temperature, softcap) from a number or a tensor of temperatures.
+
+    labels: None where only a number will do; shape: theirs, if it is another tensor that stands for them.
+    """
     if softcap is not None:
         check_range("softcap", softcap, 0.0, _INF, low_open=True, high_open=True)
         softcap = float(softcap)
     if isinstance(temperature, Tensor) and labels is not None:
         check_dtype("temperature", temperature)
-        check_shape("temperature", temperature, tuple(labels.shape), "a number, or the shape of labels")
+        check_shape(
+            "temperature",
+            temperature,
+            tuple(labels.shape if shape is None else shape),
+            "a number, or the shape of labels",
+        )
         check_same_device(labels=labels, temperature=temperature)
         return temperature.detach().reshape(-1), 1.0, softcap
     check_range("temperature", temperature, 0.0, _INF, low_open=True, high_open=True)
@@ -96,7 +104,7 @@ def check_lora(lora, hidden, weight, kept, rows):
         places = torch.where(kept & (rows >= 0), rows, count).clamp(max=count)
         kept = torch.zeros(count + 1, dtype=torch.bool, device=rows.device).index_fill(0, places, True)[:count]
     dtype = accumulator_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         h = torch.where(kept.unsqueeze(-1), hidden, 0.0).to(dtype)
         return float(scaling) * (h @ a.to(dtype).t()), b
 

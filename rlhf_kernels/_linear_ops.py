@@ -10,13 +10,11 @@ trained.
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import direct, register
+from ._autograd import direct, register, without_autocast
 from ._checks import reads_values
 from .logprobs import check_labels, check_temperatures
 from .reference.linear import spread_slopes
@@ -37,11 +35,19 @@ def group_of(group_name: str):
     return _resolve_process_group(group_name)
 
 
-@contextlib.contextmanager
-def backend_of(hidden: Tensor, op: str = "linear"):
+class backend_of:
     """The backend, outside autocast: its products must not be rounded behind its back."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        yield dispatch.pick(op, hidden)
+
+    def __init__(self, hidden: Tensor, op: str = "linear"):
+        self.hidden, self.op, self.outside = hidden, op, without_autocast(hidden.device)
+
+    def __enter__(self):
+        backend = dispatch.pick(self.op, self.hidden)
+        self.outside.__enter__()
+        return backend
+
+    def __exit__(self, *error):
+        self.outside.__exit__(*error)
 
 
 def _check_rows(rows, hidden):

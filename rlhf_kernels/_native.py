@@ -160,7 +160,9 @@ def dense_rows(tensor: Tensor | None) -> Tensor | None:
 
 def dense_fp32(tensor: Tensor | None) -> Tensor | None:
     """The tensor in fp32 and contiguous."""
-    return None if tensor is None else tensor.to(torch.float32).contiguous()
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(torch.float32).contiguous()
 
 
 def alike_as_rows(*tensors: Tensor) -> list[Tensor]:

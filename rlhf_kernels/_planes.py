@@ -11,6 +11,8 @@ def planes(*tensors: Tensor) -> list[Tensor]:
     A view, if the last dimension is dense and the others merge into two, as those of logits[:, :-1] do; else a copy.
     Where other tensors are cut into rows of rows in another way, the first one decides.
     """
+    if len(tensors) == 1 and tensors[0].is_contiguous():
+        return [tensors[0].view(1, _count(tensors[0]), tensors[0].shape[-1])]
     cuts = [_cut(x) for x in tensors]
     batch, length = next((cut for cut in cuts if cut is not None and cut[0] > 1), (1, _count(tensors[0])))
     return [_as(x, cut, batch, length) for x, cut in zip(tensors, cuts)]

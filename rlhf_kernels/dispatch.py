@@ -9,6 +9,7 @@ The module rlhf_kernels.<backend>.<op> has the functions `<name>_fwd` and `<name
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ TABLE: dict[str, list[tuple[str, Applies]]] = {
 BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(row[0] for rows in TABLE.values() for row in rows))
 
 
+@functools.cache
 def _module(name: str, op: str) -> ModuleType:
     return importlib.import_module(f"rlhf_kernels.{name}.{op}")
 

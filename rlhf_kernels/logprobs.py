@@ -24,6 +24,11 @@ def check_labels(labels: torch.Tensor, vocab: int, ignore_index: int) -> None:
     """Raise if a label is neither in [0, vocab) nor ignore_index; reads the labels only where checks may do so."""
     if not reads_values(labels):
         return
+    if labels.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(labels)
+    if lowest.item() >= 0 and highest.item() < vocab:
+        return
     outside = ((labels < 0) | (labels >= vocab)) & (labels != ignore_index)
     if bool(outside.any()):
         position = tuple(outside.nonzero()[0].tolist())
@@ -128,7 +133,7 @@ gradient, gradient_in_place = direct(logprobs_bwd), direct(logprobs_bwd_)
 def _setup_context(ctx, inputs, output):
     *tensors, temperature, softcap, ignore_index, ctx.with_entropy, ctx.inplace = inputs
     ctx.options = (temperature, softcap, ignore_index)
-    rows = (x.clone() for x in output[:2])  # the caller may write over the results
+    rows = (x.clone() if x.numel() else x for x in output[:2])  # the caller may write over the results
     ctx.save_for_backward(*tensors, *rows, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
@@ -175,7 +180,7 @@ def _forward(logits, labels, temperature, softcap, ignore_index, row_mask, inpla
     if row_mask is not None:
         kept = check_mask("row_mask", row_mask, rows)
         labels = torch.where(kept.unsqueeze(-1) if several else kept, labels, ignore_index)
-    scale = check_scale(temperature, softcap, logits[..., 0])
+    scale = check_scale(temperature, softcap, logits, logits.shape[:-1])
     inplace = inplace_backward and not torch.compiler.is_compiling() and not _shares_memory(logits)
     return _logprobs(logits, labels, *scale, ignore_index, with_entropy, inplace)[:2]
 
@@ -295,7 +300,7 @@ def entropy_from_logits(
         tensor([2.0794])
     """
     check_logits("logits", logits)
-    scale = check_scale(temperature, softcap, logits[..., 0])
+    scale = check_scale(temperature, softcap, logits, logits.shape[:-1])
     labels = None
     if row_mask is not None:
         check_same_device(logits=logits, row_mask=row_mask)

@@ -18,7 +18,7 @@ def _wanted(gradient, needed):
 
 def kl_fwd(logits, ref_logits, temperature, reverse):
     sides, (*shape, vocab) = planes(logits, ref_logits), logits.shape
-    out = [torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(5)]
+    out = [fresh(*shape) for _ in range(5)]
     sides, statistics = (sides, out[1:]) if reverse else (sides[::-1], out[3:] + out[1:3])
     run("kl_fwd", *typed_planes(*sides), math.prod(shape), vocab, temperature, out[0], *statistics)
     return tuple(out)

@@ -14,7 +14,7 @@ def logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_inde
     shape, vocab = logits.shape[:-1], logits.shape[-1]
     (rows,) = planes(logits)
     wanted = (labels is not None, with_entropy, True, True)
-    out = [torch.empty(shape if want else 0, dtype=torch.float32, device="cpu") for want in wanted]
+    out = [fresh(*(shape if want else (0,))) for want in wanted]
     run(
         "logprobs_fwd", rows, DTYPES[rows.dtype], *places(rows), _dense(labels), shape.numel(), vocab,
         dense_fp32(temperatures), temperature, softcap or 0.0, ignore_index, out[0], out[1] if with_entropy else None,
