@@ -95,7 +95,7 @@ def check_range(name, value, low=None, high=None, *, low_open=False, high_open=F
 
     NaN never passes; infinity passes only where the bound on its side is None.
     """
-    ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    ok = type(value) in (float, int) or (isinstance(value, numbers.Real) and not isinstance(value, bool))
     ok = ok and value == value  # not NaN; torch.compile traces this also for a float that it made symbolic
     ok = ok and (low is None or (value > low if low_open else value >= low))
     ok = ok and (high is None or (value < high if high_open else value <= high))

@@ -97,15 +97,11 @@ class State:
     @staticmethod
     def _rows(merged, kept, astray):
         row_max, rest, weighted, label_logit, here = merged
-        found = finish_statistics(row_max.double(), rest, weighted, label_logit.double())
-        logprob, entropy, log_sum = found
-        lost = kept & (~here | astray)
-        return Rows(
-            *(
-                None if x is None else torch.where(kept, x, 0.0).masked_fill(lost, float("nan")).float()
-                for x in (logprob, entropy, row_max, log_sum)
-            )
-        )
+        row_max = row_max.double()
+        logprob, entropy, log_sum = finish_statistics(row_max, rest, weighted, label_logit.double())
+        found, nothing = kept & here & ~astray, torch.where(kept, float("nan"), 0.0).double()
+        rows = (logprob, entropy, row_max, log_sum)
+        return Rows(*(None if x is None else torch.where(found, x, nothing).float() for x in rows))
 
     def statistics(self, labels, kept, astray, group=None, vocab_start=0):
         """(`Rows` without sums, log sum p^2, mean of the entries that are not -inf, whether the label is the first)."""
@@ -236,7 +232,7 @@ class Walk:
 
     def __init__(self, kernels: Kernels, head: Head, labels: Tensor, kept: Tensor, vocab_start: int):
         self.kernels, self.head, self.kept, self.vocab_start = kernels, head, kept.contiguous(), vocab_start
-        columns = labels - vocab_start  # of this rank's head, or beyond it
+        columns = labels - vocab_start if vocab_start else labels  # of this rank's head, or beyond it
         self.labels = torch.where(self.kept, columns, -1).contiguous()
         self.bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
         self.temperatures = None if head.temperatures is None else head.temperatures.to(torch.float32).contiguous()

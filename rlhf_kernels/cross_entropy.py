@@ -195,7 +195,9 @@ def linear_cross_entropy(
     )
     temperatures, temperature, softcap = check_scale(temperature, softcap, labels)
     execution = check_execution(chunk_size, precision, process_group, vocab_start_index)
-    low, up = check_lora(lora, hidden, weight, flat_labels != ignore_index, rows)
+    low = up = None
+    if lora is not None:
+        low, up = check_lora(lora, hidden, weight, flat_labels != ignore_index, rows)
     inputs = (hidden, weight, flat_labels, rows, bias, temperatures, low, up, weights)
     options = (temperature, softcap, ignore_index, *terms)
     if reduction == "none":

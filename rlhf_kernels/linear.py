@@ -90,8 +90,10 @@ def linear_logprobs(
     execution = check_execution(chunk_size, precision, process_group, vocab_start_index)
     if several:
         flat_labels = labels.reshape(-1, labels.shape[-1])
-    kept = flat_labels != ignore_index
-    low, up = check_lora(lora, hidden, weight, kept.any(-1) if several else kept, rows)
+    low = up = None
+    if lora is not None:
+        kept = flat_labels != ignore_index
+        low, up = check_lora(lora, hidden, weight, kept.any(-1) if several else kept, rows)
     inputs = hidden, weight, flat_labels, rows, bias, temperatures, low, up, temperature, softcap, ignore_index
     if several:
         logprobs, entropy, *_ = _linear_several.logprobs(*inputs, return_entropy, *execution[:2])

@@ -328,11 +328,11 @@ def _reduce(loss, reduction, num_items_in_batch):
 
 
 def _metrics(unpaired, chosen_rewards, rejected_rewards, chosen, rejected):
-    dtype = chosen_rewards.dtype
+    dtype, won, lost = chosen_rewards.dtype, chosen_rewards.mean(), rejected_rewards.mean()
     metrics = {
-        "rewards/chosen": chosen_rewards.mean(),
-        "rewards/rejected": rejected_rewards.mean(),
-        "rewards/margins": chosen_rewards.mean() - rejected_rewards.mean(),
+        "rewards/chosen": won,
+        "rewards/rejected": lost,
+        "rewards/margins": won - lost,
         "logps/chosen": chosen.to(dtype).mean(),
         "logps/rejected": rejected.to(dtype).mean(),
     }

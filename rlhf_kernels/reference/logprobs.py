@@ -118,8 +118,7 @@ def finish_statistics(row_max, rest, weighted, label_logit):
     log_sum = torch.log1p(rest)
     logprob = entropy = None
     if label_logit is not None:
-        centred = torch.where(dead, 0.0, label_logit) - torch.where(dead, 0.0, row_max)
-        logprob = torch.where(dead, -math.inf, centred - log_sum)
+        logprob = torch.where(dead, -math.inf, label_logit - row_max - log_sum)
     if weighted is not None:
         entropy = torch.where(dead, 0.0, log_sum - weighted / (1.0 + rest))
     return logprob, entropy, log_sum

@@ -269,11 +269,13 @@ def weights_of(tensors: Tensors, settings: Settings, dtype: torch.dtype) -> tupl
 
 def total_loss(losses: Tensor, settings: Settings) -> Tensor:
     """The loss of its parts [4]: policy + kl_coef kl + value_scale value + entropy_scale entropy."""
-    total = losses[0]
-    for part, scale in enumerate((settings.kl_coef, settings.value_scale, settings.entropy_scale), 1):
+    total, scales = losses[0], (settings.kl_coef, settings.value_scale, settings.entropy_scale)
+    if not any(scales):
+        return total.clone()
+    for part, scale in enumerate(scales, 1):
         if scale:
             total = total.add(losses[part], alpha=scale)
-    return total if total._base is None else total.clone()
+    return total
 
 
 def token_gradients(tensors: Tensors, settings: Settings, dtype: torch.dtype, log_probs: Tensor | None = None):
