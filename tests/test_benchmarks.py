@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rlhf_kernels
-from benchmarks import cases, figures, plot, roof
+from benchmarks import cases, figures, overhead, plot, roof
 from benchmarks.cases import Bench, Case, Skip, faster, memory, within
 from benchmarks.worker import Worker
 from rlhf_kernels import dispatch
@@ -142,6 +142,22 @@ def test_formulas():
                 assert (bench.flops or bench.moved) == by_hand[key], key
                 seen.add(key)
     assert seen == by_hand.keys()
+
+
+def test_tiny_calls_of_every_op_are_measured(capsys):
+    """Each function that is timed beside PyTorch; and one of them measured."""
+    for op in dispatch.TABLE:
+        found = overhead.tiny_cases(op)
+        beside = {case.function for case in module(op).CASES if "eager" in case.impls and case.dtype == "fp32"}
+        assert {case.function for case in found} == beside and len({case.group for case in found}) == len(found)
+        assert all(case.op == op and max(case.sizes.values()) <= 64 for case in found)
+    case = next(case for case in overhead.tiny_cases("ppo"))
+    rows = {"ours": {"ms": 0.030}, "eager": {"ms": 0.010}}
+    assert overhead.line(case, rows).split()[-3:] == ["3.00", "x", "met"]
+    assert overhead.line(case, {**rows, "ours": {"ms": 0.031}}).endswith("3.10 x  missed")
+    overhead.main(["ppo"])
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.endswith("at most 3 x") and row.startswith("ppo_loss")
 
 
 def toy(calls, **options):

@@ -68,7 +68,9 @@ def test_without_autograd_the_results_are_the_same(name, backend):
 
 def test_function_modes_and_subclasses_get_the_operator():
     class Seen(TorchFunctionMode):
-        names = []
+        def __init__(self):
+            super().__init__()
+            self.names = []
 
         def __torch_function__(self, function, types, args=(), kwargs=None):
             self.names.append(str(function))
