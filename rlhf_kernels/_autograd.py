@@ -112,11 +112,12 @@ def _way(args) -> tuple[bool, bool]:
 
 def direct(op):
     """An operator without derivative as it is to be called."""
-    function, mutated = op._init_fn, [i for i, x in enumerate(op._opoverload._schema.arguments) if x.is_write]
+    function, arguments = op._init_fn, op._opoverload._schema.arguments
+    mutated = [i for i, x in enumerate(arguments) if x.alias_info is not None and x.alias_info.is_write]
 
     def call(*args):
-        direct, recorded = _way(args)
-        if recorded or not direct:
+        plain, recorded = _way(args)
+        if recorded or not plain:
             return op(*args)
         results = function(*args)
         for i in mutated:
@@ -171,10 +172,10 @@ def register(op, backward, setup_context, *, keeps_inputs=False, **differentiabl
             return op(*args)
         inputs = [args[place] for place in places]
         check_reverse_mode(differentiable, inputs)
-        direct, recorded = _way(args)
-        if direct and not recorded:
+        plain, recorded = _way(args)
+        if plain and not recorded:
             return op._init_fn(*args)
-        results = function.apply(*args) if direct else op(*args)
+        results = function.apply(*args) if plain else op(*args)
         first = results if isinstance(results, Tensor) else results[0]
         if first.requires_grad and not keeps_inputs:
             first.grad_fn.sources = [_source(x) for x in inputs]

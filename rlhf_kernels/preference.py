@@ -217,7 +217,8 @@ def unpaired_preference_loss(
     loss, *_ = differentiable(
         signed, signed.detach()[:0], *nothing, torch.zeros_like(held), "kto", float(beta), 1.0, 1.0, "reverse_kl", 1.0
     )
-    loss = torch.where(labels, a * loss, b * loss)
+    if (a, b) != (1.0, 1.0):
+        loss = torch.where(labels, a * loss, b * loss)
     rewards = beta * ratio.detach()
     metrics = _unpaired_metrics(labels, rewards, policy_logps.detach().to(held.dtype))
     return UnpairedPreferenceLoss(_reduce(loss, reduction, num_items_in_batch), rewards, metrics)
@@ -343,9 +344,9 @@ def _metrics(unpaired, chosen_rewards, rejected_rewards, chosen, rejected):
 
 
 def _unpaired_metrics(labels, rewards, log_probs):
-    found = {}
+    found, zero = {}, rewards.new_zeros(())
     for side, kept in (("chosen", labels), ("rejected", ~labels)):
         count = kept.sum()
-        found[f"rewards/{side}"] = torch.where(kept, rewards, 0).sum() / count
-        found[f"logps/{side}"] = torch.where(kept, log_probs, 0).sum() / count
+        found[f"rewards/{side}"] = torch.where(kept, rewards, zero).sum() / count
+        found[f"logps/{side}"] = torch.where(kept, log_probs, zero).sum() / count
     return {**found, "rewards/margins": found["rewards/chosen"] - found["rewards/rejected"]}
