@@ -31,8 +31,7 @@ class Patches:
     Args:
         package: the package's name as it is imported, which is also that of its distribution.
         tested: versions that are accepted.
-        replacements: called by the first enable(); gives (holder, attribute, replacement), the holder a module or
-            class; with a fourth entry, False, it is replaced there alone.
+        replacements: called by the first enable(); gives (module or class, attribute, replacement).
     """
 
     def __init__(
@@ -86,12 +85,11 @@ class Patches:
 
     def _found(self, replacements):
         seen = set()
-        for holder, name, new, *everywhere in replacements:
+        for holder, name, new in replacements:
             old = vars(holder).get(name, _MISSING)
             if old is _MISSING:
                 raise AttributeError(f"{_called(holder)} has no {name!r}, which the drop-in replaces")
-            spread = isinstance(holder, ModuleType) and all(everywhere)
-            others = self._holding(old) if spread else []
+            others = self._holding(old) if isinstance(holder, ModuleType) else []
             for place, key in [(holder, name), *others]:
                 if (id(place), key) not in seen:
                     seen.add((id(place), key))
