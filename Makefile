@@ -10,6 +10,7 @@
 # make lint                                                       ruff
 # make wheel                                                      dist/: sdist and wheel, checked, and tried in an empty environment
 # make test-versions [VERSIONS="2.8.0:3.12 ..."]                  the kernels' tests on other versions of torch and Python
+# make test-integrations                                          the drop-ins beside their peers, and the peers' own tests on them
 # make sanitize [ARGS=...]                                        the native kernels' tests, with bounds and arithmetic checked
 # make fuzz [SECONDS=3600] [ISA=avx2]                             random calls of the native kernels; needs clang
 PYTHON ?= python3
@@ -54,6 +55,32 @@ test-versions: $(foreach pair,$(VERSIONS),.venv-versions/torch-$(subst :,-python
 	cd $(@D)/source && ../bin/python -m pytest --quiet --numprocesses=auto --maxprocesses=4 --dist=loadfile \
 		-m "not slow" $(KERNEL_TESTS) $(ARGS)
 	@$(@D)/bin/python -c 'import platform, torch; print("passed: torch", torch.__version__, "on Python", platform.python_version())'
+
+# Each peer with an environment of its own, where it comes without what it requires: that would replace torch, or needs
+# a GPU. First its own tests, with its own functions and then with ours, then our tests.
+PEERS := openrlhf verl
+PEER_openrlhf := openrlhf==0.11.2
+PEER_verl := verl==0.9.1
+PEER_VENVS ?= .venv-peer
+PEER_PIP = $(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/constraints.txt
+
+.PHONY: test-integrations $(PEERS:%=test-integrations-%)
+test-integrations: $(PEERS:%=test-integrations-%)
+$(PEERS:%=test-integrations-%): export OMP_NUM_THREADS ?= 1
+$(PEERS:%=test-integrations-%): test-integrations-%: $(PEER_VENVS)-%/ready
+	$(PEER_VENVS)-$*/bin/python tests/integrations/peer_tests.py $*
+	$(PEER_VENVS)-$*/bin/python -m pytest --quiet tests/integrations/test_patch.py tests/integrations/test_$*.py $(ARGS)
+
+$(PEERS:%=$(PEER_VENVS)-%/ready): $(PEER_VENVS)-%/ready: tests/integrations/requirements-%.txt pyproject.toml setup.py constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(@D)
+	@echo '*' > $(@D)/.gitignore
+	grep '^torch=\|^triton=\|^numpy=\|^hypothesis=' constraints.txt > $(@D)/constraints.txt
+	@echo "installing torch, the package and $* into $(@D) (some minutes, once)"
+	$(PEER_PIP) torch
+	$(PEER_PIP) --editable '.[test-kernels]'
+	$(PEER_PIP) --requirement $<
+	$(PEER_PIP) --no-deps $(PEER_$*)
+	touch $@
 
 # On the machine's own python (PYTHON=), whose torch and triton see the GPU.
 gpu:

@@ -2,12 +2,14 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 _MISSING = object()
+Place = tuple[object, str, object]  # (module or class, attribute, replacement)
 
 
 def check_version(package: str, tested: tuple[str, ...]) -> None:
@@ -32,12 +34,21 @@ class Patches:
         package: the package's name as it is imported, which is also that of its distribution.
         tested: versions that are accepted.
         replacements: called by the first enable(); gives (module or class, attribute, replacement).
+        on_import: {module: {"function" or "Class.method": replacement}}. Nothing is imported for these: they are
+            replaced at once in modules that are loaded, and in the others as soon as they are.
     """
 
     def __init__(
-        self, package: str, tested: tuple[str, ...], replacements: Callable[[], Iterable[tuple[object, str, object]]]
+        self,
+        package: str,
+        tested: tuple[str, ...],
+        replacements: Callable[[], Iterable[Place]] = tuple,
+        *,
+        on_import: Mapping[str, Mapping[str, object]] | None = None,
     ):
         self.package, self.tested, self._replacements = package, tested, replacements
+        self.on_import = dict(on_import or {})
+        self._finder = _Finder(self.on_import, self._imported)
         self._depth = 0
         self._places: list[tuple[object, str, object, object]] = []  # (holder, attribute, original, replacement)
         self._lock = threading.RLock()
@@ -53,9 +64,15 @@ class Patches:
                 self._check_ours()
             else:
                 check_version(self.package, self.tested)
-                self._places = list(self._found(self._replacements()))
-                for holder, name, _, new in self._places:
-                    setattr(holder, name, new)
+                loaded = [
+                    place
+                    for name, attributes in self.on_import.items()
+                    if name in sys.modules
+                    for place in places_in(sys.modules[name], attributes)
+                ]
+                self._replace([*self._replacements(), *loaded])
+                if self.on_import:
+                    sys.meta_path.insert(0, self._finder)
             self._depth += 1
 
     def disable(self) -> None:
@@ -67,6 +84,8 @@ class Patches:
             self._depth -= 1
             if self._depth:
                 return
+            if self._finder in sys.meta_path:
+                sys.meta_path.remove(self._finder)
             for holder, name, old, _ in self._places:
                 setattr(holder, name, old)
             for old, new in {id(new): (old, new) for _, _, old, new in self._places}.values():
@@ -82,6 +101,17 @@ class Patches:
             yield
         finally:
             self.disable()
+
+    def _imported(self, module):
+        with self._lock:
+            if self._depth:
+                self._replace(places_in(module, self.on_import[module.__name__]))
+
+    def _replace(self, replacements):
+        found = list(self._found(replacements))
+        for holder, name, _, new in found:
+            setattr(holder, name, new)
+        self._places += found
 
     def _found(self, replacements):
         seen = set()
@@ -112,6 +142,57 @@ class Patches:
                     f"{_called(holder)}.{name} was replaced by somebody else while the drop-in was enabled; undo that "
                     "first"
                 )
+
+
+def places_in(module: ModuleType, attributes: Mapping[str, object]) -> list[Place]:
+    """{"function" or "Class.method": replacement} of a module as (module or class, attribute, replacement)."""
+    found = []
+    for path, new in attributes.items():
+        *owners, name = path.split(".")
+        holder = module
+        for owner in owners:
+            if owner not in vars(holder):
+                raise AttributeError(f"{_called(holder)} has no {owner!r}, in which the drop-in replaces {name!r}")
+            holder = vars(holder)[owner]
+        found.append((holder, name, new))
+    return found
+
+
+def call_on_import(name: str, imported: Callable[[ModuleType], None]) -> None:
+    """Call `imported` with a module, which is not loaded yet, as soon as it is."""
+    sys.meta_path.insert(0, _Finder((name,), imported))
+
+
+class _Finder(MetaPathFinder):
+    """Calls `imported` with each module of `names` as soon as it has been executed."""
+
+    def __init__(self, names, imported):
+        self._names, self._imported = names, imported
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in self._names:
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Loader(spec.loader, self._imported)
+                return spec
+        return None
+
+
+class _Loader:
+    """A module's own loader, and a call after it."""
+
+    def __init__(self, loader, imported):
+        self._loader, self._imported = loader, imported
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._imported(module)
 
 
 def _called(holder):

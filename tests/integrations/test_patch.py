@@ -1,5 +1,7 @@
 """rlhf_kernels.integrations._patch, on a package made up here."""
 
+import importlib
+import inspect
 import sys
 from types import ModuleType
 
@@ -115,3 +117,50 @@ def test_refuses_other_versions_and_names_those_tested(peer, monkeypatch):
 def test_refuses_what_is_not_installed():
     with pytest.raises(ImportError, match=rf"{NAME} is not installed; .* tested with {NAME} 1\.0\.0"):
         check_version(NAME, ("1.0.0",))
+
+
+@pytest.fixture
+def on_disk(tmp_path, monkeypatch):
+    """A package of which nothing is loaded: user imports a function of home by name."""
+    folder = tmp_path / "rk_on_disk"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "home.py").write_text("def function():\n    return 'old'\n\nclass Class:\n    method = function\n")
+    (folder / "user.py").write_text("from .home import function\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(_patch, "version", lambda package: "1.2.3")
+    importlib.invalidate_caches()
+    yield Patches("rk_on_disk", ("1.2.3",), on_import={"rk_on_disk.home": {"function": new, "Class.method": new}})
+    for name in [name for name in sys.modules if name.startswith("rk_on_disk")]:
+        del sys.modules[name]
+
+
+def test_imports_nothing_and_replaces_on_import(on_disk):
+    before = list(sys.meta_path)
+    with on_disk.patched():
+        assert not any(name.startswith("rk_on_disk") for name in sys.modules)
+        user = importlib.import_module("rk_on_disk.user")
+        home = sys.modules["rk_on_disk.home"]
+        assert user.function is home.function is home.Class.method is new
+        assert "return 'old'" in inspect.getsource(home)
+    assert user.function is home.function and home.function() == home.Class.method() == "old"
+    assert sys.meta_path == before
+
+
+def test_replaces_on_import_what_was_loaded_before(on_disk):
+    user = importlib.import_module("rk_on_disk.user")
+    with on_disk.patched():
+        assert user.function is sys.modules["rk_on_disk.home"].function is new
+    assert user.function() == "old"
+
+
+def test_import_after_disable_is_left_alone(on_disk):
+    with on_disk.patched():
+        pass
+    assert importlib.import_module("rk_on_disk.home").function() == "old"
+
+
+def test_attribute_that_the_imported_module_lacks_is_an_error(on_disk):
+    made = Patches("rk_on_disk", ("1.2.3",), on_import={"rk_on_disk.home": {"Gone.method": new}})
+    with made.patched(), pytest.raises(AttributeError, match=r"rk_on_disk\.home has no 'Gone'"):
+        importlib.import_module("rk_on_disk.home")

@@ -1,0 +1,1 @@
+"""Nothing: OpenRLHF imports deepspeed where its losses are, and calls it only to train."""
