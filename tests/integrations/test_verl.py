@@ -204,7 +204,8 @@ def test_policy_losses(peer, config_of, name, mode, info, dtype):
 
 def test_clip_cov_drops_as_many_tokens(peer, config_of):
     """Which ones is drawn at random in both: with every candidate drawn, none is left to chance."""
-    new, old, advantages = -randn(B, T, seed=1).abs(), -randn(B, T, seed=2).abs(), 3 * randn(B, T, seed=3)
+    new, advantages = -randn(B, T, seed=1).abs(), 3 * randn(B, T, seed=3)
+    old = new + 0.1 * randn(B, T, seed=2)
     config = config_of({}, policy={"clip_cov_ratio": 1.0, "clip_cov_lb": 0.5, "clip_cov_ub": 50.0})
     (_, wanted), (_, mine) = compare(
         *(
