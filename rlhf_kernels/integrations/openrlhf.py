@@ -27,7 +27,7 @@ def _normalised(token_level_loss, dp_size, batch_num_tokens, global_batch_size):
     return mode, total, 1 if total is None else dp_size
 
 
-def aggregate_loss(
+def _aggregate_loss(
     loss, loss_mask, token_level_loss=True, dp_size=1, batch_num_tokens=None, global_batch_size=None
 ):  # fmt: skip
     mode, total, factor = _normalised(token_level_loss, dp_size, batch_num_tokens, global_batch_size)
@@ -35,15 +35,15 @@ def aggregate_loss(
     return rk.aggregate_loss(loss, mask, loss_agg_mode=mode, num_items_in_batch=total) * factor
 
 
-def log_probs_from_logits(logits, labels, temperature=1.0):
+def _log_probs_from_logits(logits, labels, temperature=1.0):
     return rk.logprobs_from_logits(logits, labels, temperature=temperature)
 
 
-def compute_entropy(logits):
+def _compute_entropy(logits):
     return rk.entropy_from_logits(logits)
 
 
-def compute_approx_kl(log_probs, log_probs_base, log_probs_old=None, kl_estimator="k1", unbiased_gradient=False):
+def _compute_approx_kl(log_probs, log_probs_base, log_probs_old=None, kl_estimator="k1", unbiased_gradient=False):
     if unbiased_gradient and log_probs_old is not None:  # the gradient times the ratio, at most 10; the value as it is
         ratio = (log_probs.detach() - log_probs_old).exp().clamp(max=10)
         log_probs = log_probs.detach() + ratio * (log_probs - log_probs.detach())
@@ -57,7 +57,7 @@ def compute_approx_kl(log_probs, log_probs_base, log_probs_old=None, kl_estimato
     )
 
 
-def policy_loss(
+def _policy_loss(
     self, log_probs, old_log_probs, advantages, action_mask=None, rollout_log_probs=None, dp_size=1,
     batch_num_tokens=None, global_batch_size=None,
 ):  # fmt: skip
@@ -114,7 +114,7 @@ def _correction(self, old_log_probs, rollout_log_probs, mask):
     return found.weights, found.metrics["rollout_kl"], found.metrics[name]
 
 
-def value_loss(
+def _value_loss(
     self, values, old_values, returns, action_mask=None, dp_size=1, batch_num_tokens=None, global_batch_size=None
 ):
     """OpenRLHF's ValueLoss."""
@@ -131,22 +131,22 @@ def value_loss(
     return out.loss * factor
 
 
-def pair_loss(self, chosen_reward, reject_reward, margin=None):
+def _pair_loss(self, chosen_reward, reject_reward, margin=None):
     """OpenRLHF's PairWiseLoss: the mean over pairs of -log sigmoid(chosen - rejected - margin)."""
     scores = torch.stack((chosen_reward.flatten(), reject_reward.flatten()), -1)
-    ranks = torch.tensor([0, 1], device=scores.device).expand(scores.shape)
+    ranks = torch.arange(2, dtype=torch.int64, device=scores.device).expand(scores.shape)
     margins = margin
     if isinstance(margin, Tensor):
         margins = margin.to(scores.device, torch.promote_types(scores.dtype, torch.float32)).flatten()
     return rk.bradley_terry_loss(scores, ranks, margins=margins).loss
 
 
-def log_exp_loss(self, chosen_reward, reject_reward, margin=None):
+def _log_exp_loss(self, chosen_reward, reject_reward, margin=None):
     """OpenRLHF's LogExpLoss, which reads no margin."""
-    return pair_loss(self, chosen_reward, reject_reward)
+    return _pair_loss(self, chosen_reward, reject_reward)
 
 
-def dpo_loss(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+def _dpo_loss(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
     """(loss, chosen rewards, rejected rewards) of OpenRLHF's DPOLoss."""
     out = rk.preference_loss(
         policy_chosen_logps,
@@ -160,13 +160,13 @@ def dpo_loss(self, policy_chosen_logps, policy_rejected_logps, reference_chosen_
     return out.loss, out.chosen_rewards, out.rejected_rewards
 
 
-def get_advantages_and_returns(self, values, rewards, action_mask, gamma, lambd):
+def _get_advantages_and_returns(self, values, rewards, action_mask, gamma, lambd):
     """OpenRLHF's GAE, in which a masked token has reward and value 0, and passes on what comes behind it."""
     mask = kept("action_mask", action_mask, rewards)
     return rk.gae(torch.where(mask, rewards, 0), torch.where(mask, values, 0), gamma=gamma, lam=lambd)
 
 
-def get_cumulative_returns(self, rewards, action_mask, gamma):
+def _get_cumulative_returns(self, rewards, action_mask, gamma):
     """OpenRLHF's discounted sums of the rewards from each token on."""
     rewards = torch.where(kept("action_mask", action_mask, rewards), rewards, 0)
     return rk.gae(rewards, torch.zeros_like(rewards), gamma=gamma, lam=1.0)[1]
@@ -174,21 +174,21 @@ def get_cumulative_returns(self, rewards, action_mask, gamma):
 
 REPLACED = {
     "openrlhf.models.utils": {
-        "log_probs_from_logits": log_probs_from_logits,
-        "compute_entropy": compute_entropy,
-        "compute_approx_kl": compute_approx_kl,
+        "log_probs_from_logits": _log_probs_from_logits,
+        "compute_entropy": _compute_entropy,
+        "compute_approx_kl": _compute_approx_kl,
     },
     "openrlhf.models.loss": {
-        "aggregate_loss": aggregate_loss,
-        "PolicyLoss.forward": policy_loss,
-        "ValueLoss.forward": value_loss,
-        "PairWiseLoss.forward": pair_loss,
-        "LogExpLoss.forward": log_exp_loss,
-        "DPOLoss.forward": dpo_loss,
+        "aggregate_loss": _aggregate_loss,
+        "PolicyLoss.forward": _policy_loss,
+        "ValueLoss.forward": _value_loss,
+        "PairWiseLoss.forward": _pair_loss,
+        "LogExpLoss.forward": _log_exp_loss,
+        "DPOLoss.forward": _dpo_loss,
     },
     "openrlhf.trainer.ppo_utils.experience_maker": {
-        "RemoteExperienceMaker.get_advantages_and_returns": get_advantages_and_returns,
-        "RemoteExperienceMaker.get_cumulative_returns": get_cumulative_returns,
+        "RemoteExperienceMaker.get_advantages_and_returns": _get_advantages_and_returns,
+        "RemoteExperienceMaker.get_cumulative_returns": _get_cumulative_returns,
     },
 }
 _patches = Patches("openrlhf", TESTED, on_import=REPLACED)

@@ -146,7 +146,7 @@ LOSSES = {f"rk_{name}": _policy_loss(name) for name in _OBJECTIVES}
 # Advantages
 
 
-def gae(token_level_rewards, values=None, response_mask=None, gamma=None, lam=None, config=None, **unused):
+def _gae(token_level_rewards, values=None, response_mask=None, gamma=None, lam=None, config=None, **unused):
     """verl's "gae": advantages whitened over the kept tokens, and returns; both are 0 under the mask's zeros."""
     if values is None:
         raise ValueError(
@@ -197,10 +197,11 @@ def _groups(index):
     if isinstance(index, Tensor):
         return index
     numbers = {}
-    return torch.tensor([numbers.setdefault(name, len(numbers)) for name in index], dtype=torch.int64)
+    found = [numbers.setdefault(name, len(numbers)) for name in index]
+    return torch.tensor(found, dtype=torch.int64, device="cpu")
 
 
-def reinforce_plus_plus(token_level_rewards, response_mask, config=None, **unused):
+def _reinforce_plus_plus(token_level_rewards, response_mask, config=None, **unused):
     """verl's "reinforce_plus_plus": discounted sums over the kept tokens, whitened."""
     mask = kept("response_mask", response_mask, response_mask)
     zeros = torch.zeros_like(token_level_rewards)
@@ -208,7 +209,7 @@ def reinforce_plus_plus(token_level_rewards, response_mask, config=None, **unuse
     return rk.masked_whiten(returns, mask), returns
 
 
-def reinforce_plus_plus_baseline(token_level_rewards, response_mask, index=None, config=None, **unused):
+def _reinforce_plus_plus_baseline(token_level_rewards, response_mask, index=None, config=None, **unused):
     """verl's "reinforce_plus_plus_baseline": the group's mean taken away, then whitened over the tokens."""
     mask = kept("response_mask", response_mask, response_mask)
     centred, _ = _of_groups("dr_grpo")(token_level_rewards, response_mask, index)
@@ -217,35 +218,35 @@ def reinforce_plus_plus_baseline(token_level_rewards, response_mask, index=None,
 
 
 ESTIMATORS = {
-    "rk_gae": gae,
+    "rk_gae": _gae,
     "rk_grpo": _of_groups("grpo"),
     "rk_rloo": _of_groups("rloo"),
     "rk_opo": _of_groups("opo", lengths=True),
-    "rk_reinforce_plus_plus": reinforce_plus_plus,
-    "rk_reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+    "rk_reinforce_plus_plus": _reinforce_plus_plus,
+    "rk_reinforce_plus_plus_baseline": _reinforce_plus_plus_baseline,
 }
 
 # What has no registry
 
 
-def logprobs_from_logits(logits, labels, inplace_backward=True):
+def _logprobs_from_logits(logits, labels, inplace_backward=True):
     return rk.logprobs_from_logits(logits, labels, inplace_backward=inplace_backward and not logits.is_leaf)
 
 
-def entropy_from_logits(logits):
+def _entropy_from_logits(logits):
     return rk.entropy_from_logits(logits)
 
 
-def entropy_from_logits_with_chunking(logits, chunk_size=2048):
+def _entropy_from_logits_with_chunking(logits, chunk_size=2048):
     return rk.entropy_from_logits(logits)
 
 
-def calculate_sum_pi_squared_from_logits(logits):
+def _calculate_sum_pi_squared_from_logits(logits):
     labels = logits.new_zeros(logits.shape[:-1], dtype=torch.int64)
     return rk.token_statistics_from_logits(logits, labels).log_sum_sq_probs.exp()
 
 
-def fused_linear(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+def _fused_linear(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
     """(log-probs, entropy) of FusedLinearForPPO, whatever its backend; temperature also [...], one for each token."""
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(input_ids.shape)
@@ -253,7 +254,7 @@ def fused_linear(self, hidden_states, vocab_weights, input_ids, temperature=1.0)
     return rk.linear_logprobs(hidden_states, vocab_weights, labels, temperature=temperature, return_entropy=True)
 
 
-def compute_value_loss(
+def _compute_value_loss(
     vpreds, returns, values, response_mask, cliprange_value, loss_agg_mode="token-mean", dp_size=1,
     batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None,
 ):  # fmt: skip
@@ -277,7 +278,7 @@ def compute_value_loss(
 _ESTIMATORS_OF_KL = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"}
 
 
-def kl_penalty(logprob, ref_logprob, kl_penalty):
+def _kl_penalty(logprob, ref_logprob, kl_penalty):
     name = kl_penalty.removesuffix("+")
     if name not in _ESTIMATORS_OF_KL:
         raise NotImplementedError(
@@ -296,17 +297,17 @@ def kl_penalty(logprob, ref_logprob, kl_penalty):
 
 REPLACED = {
     _CORE: {
-        "compute_value_loss": compute_value_loss,
-        "kl_penalty": kl_penalty,
-        "compute_gae_advantage_return": gae,
+        "compute_value_loss": _compute_value_loss,
+        "kl_penalty": _kl_penalty,
+        "compute_gae_advantage_return": _gae,
     },
     "verl.utils.torch_functional": {
-        "logprobs_from_logits": logprobs_from_logits,
-        "entropy_from_logits": entropy_from_logits,
-        "entropy_from_logits_with_chunking": entropy_from_logits_with_chunking,
-        "calculate_sum_pi_squared_from_logits": calculate_sum_pi_squared_from_logits,
+        "logprobs_from_logits": _logprobs_from_logits,
+        "entropy_from_logits": _entropy_from_logits,
+        "entropy_from_logits_with_chunking": _entropy_from_logits_with_chunking,
+        "calculate_sum_pi_squared_from_logits": _calculate_sum_pi_squared_from_logits,
     },
-    "verl.utils.experimental.torch_functional": {"FusedLinearForPPO.forward": fused_linear},
+    "verl.utils.experimental.torch_functional": {"FusedLinearForPPO.forward": _fused_linear},
 }
 _patches = Patches("verl", TESTED, on_import=REPLACED)
 

@@ -40,12 +40,12 @@ def test_float_mask_of_zeros_and_ones_is_taken_and_a_half_refused():
     with pytest.raises(ValueError, match=r"action_mask has the entry 0\.5, expected 0 or 1"):
         openrlhf.kept("action_mask", torch.tensor([[1.0, 0.5]]), mask)
     with pytest.raises(ValueError, match="loss_mask has the entry nan"):
-        openrlhf.aggregate_loss(mask, torch.tensor([[1.0, math.nan]]))
+        openrlhf._aggregate_loss(mask, torch.tensor([[1.0, math.nan]]))
 
 
 def test_log_exp_loss_is_finite_at_any_gap():
     chosen = torch.tensor([-60.0, 0.0], requires_grad=True)
-    loss = openrlhf.log_exp_loss(None, chosen, torch.tensor([60.0, 0.0]))
+    loss = openrlhf._log_exp_loss(None, chosen, torch.tensor([60.0, 0.0]))
     loss.backward()
     torch.testing.assert_close(loss.item(), (120 + math.log(2)) / 2)
     torch.testing.assert_close(chosen.grad, torch.tensor([-0.5, -0.25]))
@@ -285,7 +285,7 @@ def test_advantages(maker, interior, discounts, masked):
     wanted = own.get_advantages_and_returns(values, rewards, mask, *discounts)
     sums = own.get_cumulative_returns(rewards, mask, discounts[0])
     with openrlhf.patched():
-        assert maker.get_advantages_and_returns is openrlhf.get_advantages_and_returns
+        assert maker.get_advantages_and_returns is openrlhf._get_advantages_and_returns
         torch.testing.assert_close(own.get_advantages_and_returns(values, rewards, mask, *discounts), wanted)
         torch.testing.assert_close(own.get_cumulative_returns(rewards, mask, discounts[0]), sums)
 
@@ -295,8 +295,8 @@ def test_patched_reaches_those_that_imported_by_name(peer):
     own = peer[0].aggregate_loss
     assert models.aggregate_loss is own
     with openrlhf.patched():
-        assert models.aggregate_loss is peer[0].aggregate_loss is openrlhf.aggregate_loss
-        assert sys.modules["openrlhf.models.actor"].log_probs_from_logits is openrlhf.log_probs_from_logits
+        assert models.aggregate_loss is peer[0].aggregate_loss is openrlhf._aggregate_loss
+        assert sys.modules["openrlhf.models.actor"].log_probs_from_logits is openrlhf._log_probs_from_logits
     assert models.aggregate_loss is peer[0].aggregate_loss is own
 
 

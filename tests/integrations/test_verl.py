@@ -95,7 +95,7 @@ def test_kl_behind_a_clamp_is_finite():
     for name in ("k3", "k3+", "low_var_kl", "low_var_kl+"):
         for gap in (-100.0, 100.0):
             log_prob = torch.tensor([gap], requires_grad=True)
-            kl = verl.kl_penalty(log_prob, torch.zeros(1), name)
+            kl = verl._kl_penalty(log_prob, torch.zeros(1), name)
             kl.backward()
             assert kl.item() == 10
             assert log_prob.grad.item() == (gap if name.endswith("+") else 0)
@@ -103,18 +103,18 @@ def test_kl_behind_a_clamp_is_finite():
 
 def test_kl_of_an_unknown_name_is_refused():
     with pytest.raises(NotImplementedError, match="kl_penalty must be one of"):
-        verl.kl_penalty(torch.zeros(1), torch.zeros(1), "full")
+        verl._kl_penalty(torch.zeros(1), torch.zeros(1), "full")
 
 
 def test_gae_without_values_says_what_to_do():
     with pytest.raises(ValueError, match="adv_estimator=gae"):
-        verl.gae(token_level_rewards=torch.zeros(1, 2), response_mask=torch.ones(1, 2), config=SimpleNamespace())
+        verl._gae(token_level_rewards=torch.zeros(1, 2), response_mask=torch.ones(1, 2), config=SimpleNamespace())
 
 
 def test_several_ranks_need_the_global_count():
     x = torch.zeros(1, 2)
     with pytest.raises(ValueError, match="batch_num_tokens is None, but dp_size=2"):
-        verl.compute_value_loss(x, x, x, torch.ones(1, 2), 0.2, dp_size=2)
+        verl._compute_value_loss(x, x, x, torch.ones(1, 2), 0.2, dp_size=2)
 
 
 # Beside verl
