@@ -172,8 +172,8 @@ class _Finder(MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         if fullname not in self._names:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target)
             if spec is not None and spec.loader is not None:
                 spec.loader = _Loader(spec.loader, self._imported)
                 return spec

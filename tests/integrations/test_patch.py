@@ -154,6 +154,16 @@ def test_replaces_on_import_what_was_loaded_before(on_disk):
     assert user.function() == "old"
 
 
+def test_two_wait_for_the_same_module(on_disk, monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    seen = []
+    with on_disk.patched():
+        _patch.call_on_import("rk_on_disk.home", seen.append)
+        home = importlib.import_module("rk_on_disk.home")
+        assert seen == [home] and home.function is new
+    assert type(home.__loader__).__name__ == "SourceFileLoader"
+
+
 def test_import_after_disable_is_left_alone(on_disk):
     with on_disk.patched():
         pass
