@@ -56,30 +56,33 @@ test-versions: $(foreach pair,$(VERSIONS),.venv-versions/torch-$(subst :,-python
 		-m "not slow" $(KERNEL_TESTS) $(ARGS)
 	@$(@D)/bin/python -c 'import platform, torch; print("passed: torch", torch.__version__, "on Python", platform.python_version())'
 
-# Each peer with an environment of its own, where it comes without what it requires: that would replace torch, or needs
-# a GPU. First its own tests, with its own functions and then with ours, then our tests.
-PEERS := openrlhf verl
-PEER_openrlhf := openrlhf==0.11.2
-PEER_verl := verl==0.9.1
+# Each peer with an environment of its own. OpenRLHF and verl come without what they require: that would replace torch, or
+# needs a GPU. First their own tests, with their own functions and then with ours, then our tests; TRL ships none.
+PEERS := trl openrlhf verl
+PEER_trl := --constraint constraints.txt trl==1.16.0
+PEER_openrlhf := --no-deps openrlhf==0.11.2
+PEER_verl := --no-deps verl==0.9.1
 PEER_VENVS ?= .venv-peer
-PEER_PIP = $(@D)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(@D)/constraints.txt
+PEER_PIP = $(@D)/bin/python -m pip --disable-pip-version-check install --quiet
+PEER_PIN = $(PEER_PIP) --constraint $(@D)/constraints.txt
 
 .PHONY: test-integrations $(PEERS:%=test-integrations-%)
 test-integrations: $(PEERS:%=test-integrations-%)
 $(PEERS:%=test-integrations-%): export OMP_NUM_THREADS ?= 1
 $(PEERS:%=test-integrations-%): test-integrations-%: $(PEER_VENVS)-%/ready
-	$(PEER_VENVS)-$*/bin/python tests/integrations/peer_tests.py $*
-	$(PEER_VENVS)-$*/bin/python -m pytest --quiet tests/integrations/test_patch.py tests/integrations/test_$*.py $(ARGS)
+	$(if $(filter trl,$*),,$(PEER_VENVS)-$*/bin/python tests/integrations/peer_tests.py $*)
+	$(PEER_VENVS)-$*/bin/python -m pytest --quiet tests/integrations/test_patch.py tests/integrations/test_parity.py \
+		tests/integrations/test_$*.py $(ARGS)
 
 $(PEERS:%=$(PEER_VENVS)-%/ready): $(PEER_VENVS)-%/ready: tests/integrations/requirements-%.txt pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(@D)
 	@echo '*' > $(@D)/.gitignore
 	grep '^torch=\|^triton=\|^numpy=\|^hypothesis=' constraints.txt > $(@D)/constraints.txt
 	@echo "installing torch, the package and $* into $(@D) (some minutes, once)"
-	$(PEER_PIP) torch
-	$(PEER_PIP) --editable '.[test-kernels]'
-	$(PEER_PIP) --requirement $<
-	$(PEER_PIP) --no-deps $(PEER_$*)
+	$(PEER_PIN) torch
+	$(PEER_PIN) --editable '.[test-kernels]'
+	$(PEER_PIN) --requirement $<
+	$(PEER_PIP) $(PEER_$*)
 	touch $@
 
 # On the machine's own python (PYTHON=), whose torch and triton see the GPU.
@@ -91,22 +94,6 @@ BENCH_PIP := $(subst $(BIN),$(BENCH)/bin,$(PIP))
 BENCH_OPS := $(or $(OP),$(filter-out train_ppo,$(patsubst benchmarks/test_%.py,%,$(wildcard benchmarks/test_*.py))))
 
 TRL_PPO := .venv-trl-1.12
-
-# Each other trainer in an environment of its own, with the versions that its drop-in is tested with.
-PEERS := .venv-peers
-.PHONY: test-integrations-trl
-test-integrations-trl: $(PEERS)/trl/ready
-	$(PEERS)/trl/bin/python -m pytest --quiet tests/integrations/test_trl.py tests/integrations/test_parity.py $(ARGS)
-
-.PRECIOUS: $(PEERS)/%/ready
-$(PEERS)/%/ready: tests/integrations/requirements-%.txt pyproject.toml setup.py constraints.txt $(NATIVE)
-	$(PYTHON) -m venv $(@D)
-	@echo '*' > $(PEERS)/.gitignore
-	@echo "installing torch, the package and $* into $(@D) (some minutes, once)"
-	$(subst $(BIN),$(@D)/bin,$(PIP)) torch
-	$(subst $(BIN),$(@D)/bin,$(PIP)) --editable '.[test,dev]'
-	$(subst $(BIN),$(@D)/bin,$(PIP)) --requirement $<
-	touch $@
 
 .PHONY: bench
 bench: export RLHF_KERNELS_TRL112_PYTHON ?= $(CURDIR)/$(TRL_PPO)/bin/python

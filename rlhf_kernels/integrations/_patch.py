@@ -33,7 +33,8 @@ class Patches:
     Args:
         package: the package's name as it is imported, which is also that of its distribution.
         tested: versions that are accepted.
-        replacements: called by the first enable(); gives (module or class, attribute, replacement).
+        replacements: called by the first enable(); gives (module or class, attribute, replacement), and a fourth entry,
+            False, for what is replaced there alone.
         on_import: {module: {"function" or "Class.method": replacement}}. Nothing is imported for these: they are
             replaced at once in modules that are loaded, and in the others as soon as they are.
     """
@@ -115,11 +116,12 @@ class Patches:
 
     def _found(self, replacements):
         seen = set()
-        for holder, name, new in replacements:
+        for holder, name, new, *everywhere in replacements:
             old = vars(holder).get(name, _MISSING)
             if old is _MISSING:
                 raise AttributeError(f"{_called(holder)} has no {name!r}, which the drop-in replaces")
-            others = self._holding(old) if isinstance(holder, ModuleType) else []
+            spread = isinstance(holder, ModuleType) and all(everywhere)
+            others = self._holding(old) if spread else []
             for place, key in [(holder, name), *others]:
                 if (id(place), key) not in seen:
                     seen.add((id(place), key))

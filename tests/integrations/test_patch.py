@@ -51,6 +51,14 @@ def test_replaces_wherever_the_package_holds_it_and_nowhere_else(peer):
     assert not made.enabled
 
 
+def test_replaces_there_alone(peer):
+    home, user, _ = peer
+    made = Patches(NAME, ("1.2.3",), lambda: [(home, "function", new, False)])
+    with made.patched():
+        assert home.function is new and user.renamed is old
+    assert home.function is user.renamed is old
+
+
 def test_nests_and_disable_without_enable_does_nothing(peer):
     home, user, _ = peer
     made = patches(home)
