@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PEERS = ("trl",)
+PEERS = ("trl", "openrlhf", "verl")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VALUE_BOUND = 1e-5  # of an error over 1 + |value|: sums of products in fp32
 GRADIENT_BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of an error by norm
@@ -37,7 +37,7 @@ class Shape(NamedTuple):
 class Comparison(NamedTuple):
     """A function of a peer, ours in its place, and the same in float64; each takes leaves, gives a tuple of tensors.
 
-    The first `differentiable` results are differentiated in the leaves.
+    The first `differentiable` results are differentiated in the leaves; 0 for none.
     """
 
     name: str
@@ -67,7 +67,7 @@ def run(function: Callable, leaves: tuple[Tensor, ...], differentiable: int) -> 
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     results = list(function(*leaves))
     outputs = results[:differentiable]
-    gradients = torch.autograd.grad(outputs, leaves, [upstream(x) for x in outputs])
+    gradients = torch.autograd.grad(outputs, leaves, [upstream(x) for x in outputs]) if outputs else ()
     return [x.detach() for x in results], list(gradients)
 
 

@@ -8,6 +8,7 @@ import torch
 import trl.trainer.utils as trl_utils
 
 from ..parity import Comparison, Shape
+from . import _parity_plain as plain
 from . import trl as drop_in
 from ._patch import check_version
 
@@ -20,40 +21,19 @@ def check() -> None:
     check_version("trl", drop_in.TESTED)
 
 
-def _normal(generator, *shape, scale=1.0):
-    return torch.randn(shape, generator=generator, dtype=torch.float32) * scale
-
-
-def _head(hidden, weight, labels, temperature, softcap):
-    """All outputs of the fused head, plainly; the logits are [rows, vocab]."""
-    logits = hidden @ weight.t()
-    z = (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / temperature
-    log_p = torch.log_softmax(z, -1)
-    own = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    more = (2 * log_p.detach()).logsumexp(-1), z.detach().mean(-1), (z.argmax(-1) == labels).to(z.dtype)
-    return own, -(log_p.exp() * log_p).sum(-1), *more
-
-
 def _as_numbers(found):
     """Results without what was not asked for, the top-1 as numbers."""
     return tuple(x.to(found[0].dtype) if x.dtype == torch.bool else x for x in found if x is not None)
 
 
-def _selected(logits, labels):
-    return (torch.log_softmax(logits, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1),)
-
-
-def _entropy(logits):
-    log_p = torch.log_softmax(logits, -1)
-    return (-(log_p.exp() * log_p).sum(-1),)
-
-
 def comparisons(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
     """The fused head with one, two and five outputs, then the functions from logits."""
     generator = torch.Generator().manual_seed(0)
-    hidden = _normal(generator, shape.rows, shape.hidden).to(dtype).to(device)
-    weight = _normal(generator, shape.vocab, shape.hidden, scale=2.0 / shape.hidden**0.5).to(dtype).to(device)
-    labels = torch.randint(0, shape.vocab, (shape.rows,), generator=generator, dtype=torch.int64).to(device)
+    hidden = plain.normal(generator, shape.rows, shape.hidden).to(dtype).to(device)
+    weight = plain.normal(generator, shape.vocab, shape.hidden, scale=2.0 / shape.hidden**0.5).to(dtype).to(device)
+    labels = torch.randint(0, shape.vocab, (shape.rows,), generator=generator, dtype=torch.int64, device="cpu").to(
+        device
+    )
     theirs, ours = trl_utils._ChunkedLogProbFunction, drop_in._Head(trl_utils)
     for outputs, temperature, softcap in ((OUTPUTS[:1], 1.0, None), (OUTPUTS[:2], 0.7, None), (OUTPUTS, 1.0, 30.0)):
 
@@ -61,12 +41,12 @@ def comparisons(shape: Shape, dtype: torch.dtype, device: torch.device) -> Itera
             return lambda h, w: _as_numbers(head.apply(h, w, None, labels, temperature, 32768, softcap, 1.0, outputs))
 
         def exact(h, w, outputs=outputs, temperature=temperature, softcap=softcap):
-            return _head(h, w, labels, temperature, softcap)[: len(outputs)]
+            return plain.head(h, w, labels, temperature, softcap)[: len(outputs)]
 
         name = f"fused head, {len(outputs)} output{'s' if len(outputs) > 1 else ''}"
         count = min(len(outputs), 2)
         yield Comparison(name, scored(ours), scored(theirs), exact, (hidden, weight), count)
-    logits = (_normal(generator, shape.rows, shape.vocab, scale=2.0)).to(dtype).to(device)
+    logits = (plain.normal(generator, shape.rows, shape.vocab, scale=2.0)).to(dtype).to(device)
     rows, places = logits.unsqueeze(0), labels.unsqueeze(0)
 
     def alone(function, *arguments):
@@ -77,12 +57,12 @@ def comparisons(shape: Shape, dtype: torch.dtype, device: torch.device) -> Itera
         return call
 
     def both(x):
-        return *_selected(x, places), *_entropy(x)
+        return *plain.selected(x, places), *plain.entropy(x)
 
-    for name, arguments, plain, count in (
-        ("selective_log_softmax", (places,), lambda x: _selected(x, places), 1),
-        ("entropy_from_logits", (), _entropy, 1),
+    for name, arguments, exactly, count in (
+        ("selective_log_softmax", (places,), lambda x: plain.selected(x, places), 1),
+        ("entropy_from_logits", (), plain.entropy, 1),
         ("selective_log_softmax_and_entropy", (places,), both, 2),
     ):
         sides = (alone(getattr(module, name), *arguments) for module in (drop_in, trl_utils))
-        yield Comparison(name, *sides, plain, (rows,), count)
+        yield Comparison(name, *sides, exactly, (rows,), count)

@@ -1,10 +1,12 @@
 """The comparison with a peer that is installed: its errors, its table, its exit status."""
 
 import math
+import os
 import subprocess
 import sys
 import types
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,17 +77,26 @@ def test_bad_arguments(arguments, message, capsys):
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(find_spec("trl") is not None, reason="the package trl is installed")
-def test_an_absent_peer_is_named(capsys):
+@pytest.mark.parametrize("peer", parity.PEERS)
+def test_an_absent_peer_is_named(peer, capsys):
+    if find_spec(peer) is not None:
+        pytest.skip(f"the package {peer} is installed")
     with pytest.raises(SystemExit):
-        parity.main(["trl"])
-    assert "trl" in capsys.readouterr().err
+        parity.main([peer])
+    assert peer in capsys.readouterr().err
 
 
-@pytest.mark.skipif(find_spec("trl") is None, reason="the package trl is not installed: make test-integrations-trl")
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
-def test_trl(dtype):
-    command = [sys.executable, "-m", "rlhf_kernels.parity", "trl", "--shape", "24x500x32", "--dtype", dtype]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+@pytest.mark.parametrize(
+    ("peer", "row"), (("trl", "fused head, 5"), ("openrlhf", "PolicyLoss"), ("verl", "compute_gae"))
+)
+def test_the_peers_that_are_installed(peer, row, dtype):
+    if find_spec(peer) is None:
+        pytest.skip(f"the package {peer} is not installed: make test-integrations-{peer}")
+    stubs = str(Path(__file__).parent / "stubs") if peer == "openrlhf" else ""
+    path = os.pathsep.join(x for x in (os.environ.get("PYTHONPATH"), stubs) if x)
+    command = [sys.executable, "-m", "rlhf_kernels.parity", peer, "--shape", "24x500x32", "--dtype", dtype]
+    env = {**os.environ, "PYTHONPATH": path, "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "fused head, 5 outputs" in done.stdout and "OUTSIDE" not in done.stdout
+    assert row in done.stdout and "OUTSIDE" not in done.stdout
