@@ -31,6 +31,14 @@ def head(hidden, weight, labels, temperature=1.0, softcap=None):
     return log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1), *more
 
 
+def problem(generator, shape, dtype, device):
+    """Hidden states [rows, hidden], a head whose logits have a standard deviation of 2, and labels [rows]."""
+    hidden = normal(generator, shape.rows, shape.hidden).to(dtype).to(device)
+    weight = normal(generator, shape.vocab, shape.hidden, scale=2.0 / shape.hidden**0.5).to(dtype).to(device)
+    labels = torch.randint(0, shape.vocab, (shape.rows,), generator=generator, dtype=torch.int64, device="cpu")
+    return hidden, weight, labels.to(device)
+
+
 def mean_of(x, mask):
     return (x * mask).sum() / mask.sum()
 

@@ -29,11 +29,7 @@ def _as_numbers(found):
 def comparisons(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
     """The fused head with one, two and five outputs, then the functions from logits."""
     generator = torch.Generator().manual_seed(0)
-    hidden = plain.normal(generator, shape.rows, shape.hidden).to(dtype).to(device)
-    weight = plain.normal(generator, shape.vocab, shape.hidden, scale=2.0 / shape.hidden**0.5).to(dtype).to(device)
-    labels = torch.randint(0, shape.vocab, (shape.rows,), generator=generator, dtype=torch.int64, device="cpu").to(
-        device
-    )
+    hidden, weight, labels = plain.problem(generator, shape, dtype, device)
     theirs, ours = trl_utils._ChunkedLogProbFunction, drop_in._Head(trl_utils)
     for outputs, temperature, softcap in ((OUTPUTS[:1], 1.0, None), (OUTPUTS[:2], 0.7, None), (OUTPUTS, 1.0, 30.0)):
 

@@ -26,11 +26,7 @@ def check() -> None:
 def comparisons(shape: Shape, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
     """The head, the functions from logits, then losses of tokens, which are fp32 in every trainer."""
     generator = torch.Generator().manual_seed(0)
-    hidden = plain.normal(generator, shape.rows, shape.hidden).to(dtype).to(device)
-    weight = plain.normal(generator, shape.vocab, shape.hidden, scale=2.0 / shape.hidden**0.5).to(dtype).to(device)
-    labels = torch.randint(0, shape.vocab, (shape.rows,), generator=generator, dtype=torch.int64, device="cpu").to(
-        device
-    )
+    hidden, weight, labels = plain.problem(generator, shape, dtype, device)
     theirs = FusedLinearForPPO()
     yield Comparison(
         "FusedLinearForPPO",

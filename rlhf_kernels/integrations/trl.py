@@ -81,7 +81,8 @@ class _Scores(torch.autograd.Function):
                 *inputs, *ctx.scale, with_entropy, ctx.with_slopes, *ctx.execution
             )
         if ctx.with_slopes:
-            ctx.save_for_backward(slopes, hidden)
+            ctx.save_for_backward(slopes)
+            ctx.hidden_dtype = hidden.dtype
         else:
             results = log_probs.clone(), entropy.clone()  # the caller may write over what it gets
             ctx.save_for_backward(hidden, weight, bias, low, up, labels, *results, row_max, log_sum)
@@ -95,8 +96,8 @@ class _Scores(torch.autograd.Function):
         if grad_log_probs is None and grad_entropy is None:
             return (None,) * 11
         if ctx.with_slopes:
-            slopes, hidden = ctx.saved_tensors
-            return (grad_log_probs.unsqueeze(-1) * slopes).to(hidden.dtype), *(None,) * 10
+            (slopes,) = ctx.saved_tensors
+            return (grad_log_probs.unsqueeze(-1) * slopes).to(ctx.hidden_dtype), *(None,) * 10
         hidden, weight, bias, low, up, labels, *results = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
         with ctx.gather(weight, bias):

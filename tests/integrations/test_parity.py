@@ -27,10 +27,6 @@ def rounded(x):
     return ((x * x).bfloat16().float(),)
 
 
-def wrong_slope(x):
-    return (x * x.detach() * 2 - x.detach() * x.detach(),)
-
-
 def test_errors_are_measured_against_float64():
     sides = parity.measured(comparison(square, rounded), 1)
     assert sides["ours"].value < 1e-7 < 1e-3 < sides["theirs"].value
