@@ -10,7 +10,7 @@
 # make lint                                                       ruff
 # make wheel                                                      dist/: sdist and wheel, checked, and tried in an empty environment
 # make test-versions [VERSIONS="2.8.0:3.12 ..."]                  the kernels' tests on other versions of torch and Python
-# make test-integrations                                          the drop-ins beside their peers, and the peers' own tests on them
+# make test-integrations [TRL=CLONE]                              the drop-ins beside their peers, and the peers' own tests on them
 # make sanitize [ARGS=...]                                        the native kernels' tests, with bounds and arithmetic checked
 # make fuzz [SECONDS=3600] [ISA=avx2]                             random calls of the native kernels; needs clang
 PYTHON ?= python3
@@ -70,7 +70,9 @@ PEER_PIN = $(PEER_PIP) --constraint $(@D)/constraints.txt
 test-integrations: $(PEERS:%=test-integrations-%)
 $(PEERS:%=test-integrations-%): export OMP_NUM_THREADS ?= 1
 $(PEERS:%=test-integrations-%): test-integrations-%: $(PEER_VENVS)-%/ready
-	$(if $(filter trl,$*),,$(PEER_VENVS)-$*/bin/python tests/integrations/peer_tests.py $*)
+	$(if $(filter trl,$*),$(if $(TRL),$(PEER_VENVS)-trl/bin/python tests/integrations/trl_tests.py $(TRL),\
+		@echo "TRL ships no tests: TRL=CLONE names a clone of huggingface/trl whose trainer tests run too"),\
+		$(PEER_VENVS)-$*/bin/python tests/integrations/peer_tests.py $*)
 	$(PEER_VENVS)-$*/bin/python -m pytest --quiet tests/integrations/test_patch.py tests/integrations/test_parity.py \
 		tests/integrations/test_$*.py $(ARGS)
 

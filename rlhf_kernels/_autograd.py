@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from ._choice import chosen, resumed
 
@@ -128,7 +129,10 @@ def direct(op):
 
 
 def _function(op, setup, run):
-    """The torch.autograd.Function of an op: what the operator itself gives autograd, without the dispatcher."""
+    """The autograd function of an op: what the operator itself gives autograd, without the dispatcher.
+
+    torch.autograd.Function would look through the arguments for torch.func's tensors, which `_way` has done.
+    """
 
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
@@ -137,7 +141,7 @@ def _function(op, setup, run):
         return results
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(run)}
-    return type(op._opoverload._opname, (torch.autograd.Function,), methods)
+    return type(op._opoverload._opname, (_SingleLevelFunction,), methods)
 
 
 def register(op, backward, setup_context, *, keeps_inputs=False, **differentiable):

@@ -38,6 +38,7 @@ from .reference.logprobs import Upstream, finish_extras, finish_statistics, rais
 
 NARROW = 4096  # columns of a chunk when all its columns are not needed at once
 TOKENS = 2048  # tokens of such a chunk
+NOWHERE = -(1 << 62)  # the label of rows that do not count
 WIDE_BYTES = 128 << 20  # size of a chunk that spans the vocabulary
 
 
@@ -199,6 +200,11 @@ class Kernels:
         out.addmm_(a, b) if add else torch.mm(a, b, out=out)
 
     @staticmethod
+    def whole_rows(chunk, with_entropy):
+        """`Rows` without sums of a chunk that spans the vocabulary, bias added to it; or None: then `fold` does it."""
+        return None
+
+    @staticmethod
     def capped(logits, bias, softcap):
         """softcap(logits + bias), in place if that is as good."""
         if bias is not None:
@@ -233,7 +239,7 @@ class Walk:
     def __init__(self, kernels: Kernels, head: Head, labels: Tensor, kept: Tensor, vocab_start: int):
         self.kernels, self.head, self.kept, self.vocab_start = kernels, head, kept.contiguous(), vocab_start
         columns = labels - vocab_start if vocab_start else labels  # of this rank's head, or beyond it
-        self.labels = torch.where(self.kept, columns, -1).contiguous()
+        self.labels = torch.where(self.kept, columns, NOWHERE).contiguous()
         self.bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
         self.temperatures = None if head.temperatures is None else head.temperatures.to(torch.float32).contiguous()
         self.buffer = None
@@ -351,8 +357,14 @@ class Gradients:
 def logprobs_fwd(walk: Walk, with_entropy, chunk_size, group, with_sums=False):
     """`Rows`, each [M]; ranks merge once, for all tokens."""
     head, kernels, device = walk.head, walk.kernels, walk.head.hidden.device
+    parts = walk.parts(chunk_size or kernels.tokens(head.count))
+    one = len(parts) == 1 and head.vocab <= kernels.columns(head.vocab)
+    if one and group is None and head.rows is None and not with_sums:
+        chunk = walk.chunk(parts[0], walk.inputs(parts[0]), slice(0, head.vocab))
+        if (rows := kernels.whole_rows(chunk, with_entropy)) is not None:
+            return rows
     state, sums = State.start(head.count, with_entropy, device), _sums(head.count, with_sums, device)
-    for part in walk.parts(chunk_size or kernels.tokens(head.count)):
+    for part in parts:
         inputs = walk.inputs(part)
         for columns in walk.columns(kernels.columns(head.vocab)):
             chunk = walk.chunk(part, inputs, columns)
@@ -406,12 +418,15 @@ def with_gradients(walk: Walk, token_gradients, needs, chunk_size, group, with_e
     for part in walk.parts(chunk_size or kernels.wide_tokens(head.count, head.vocab, group)):
         inputs = walk.inputs(part)
         chunk = walk.chunk(part, inputs, slice(0, head.vocab))
-        count, device = part.stop - part.start, head.hidden.device
-        state, totals = State.start(count, with_entropy, device), _sums(count, with_sums, device)
-        kernels.fold(chunk, state)
-        if with_sums:
-            kernels.row_sums(chunk, *totals)
-        rows = _results(state, totals, walk.kept[part], head.astray(part), group)
+        whole = group is None and head.rows is None and not with_sums  # `rows` may lead astray
+        rows = kernels.whole_rows(chunk, with_entropy) if whole else None
+        if rows is None:
+            count, device = part.stop - part.start, head.hidden.device
+            state, totals = State.start(count, with_entropy, device), _sums(count, with_sums, device)
+            kernels.fold(chunk, state)
+            if with_sums:
+                kernels.row_sums(chunk, *totals)
+            rows = _results(state, totals, walk.kept[part], head.astray(part), group)
         logprobs[part] = rows.log_prob
         if with_entropy:
             entropy[part] = rows.entropy

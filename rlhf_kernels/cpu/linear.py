@@ -7,8 +7,11 @@ import torch
 from .. import _linear_walk as walk
 from .._linear_backend import Operators
 from .._native import fresh, run
+from ..reference._head import Rows
 from . import kl as cpu_kl
-from .logprobs import add_row_sums
+from .logprobs import add_row_sums, logprobs_fwd
+
+SMALL = 1 << 16  # logits of a chunk whose fold takes less time than the steps around it
 
 
 class _Kernels(walk.Kernels):
@@ -34,6 +37,16 @@ class _Kernels(walk.Kernels):
     @staticmethod
     def row_sums(chunk, total, count):
         add_row_sums(chunk.logits, chunk.temperatures, chunk.temperature, chunk.softcap, chunk.kept, total, count)
+
+    @staticmethod
+    def whole_rows(chunk, with_entropy):
+        if chunk.logits.numel() > SMALL:
+            return None
+        if chunk.bias is not None:
+            chunk.logits += chunk.bias
+        options = (chunk.temperatures, chunk.temperature, chunk.softcap, walk.NOWHERE, with_entropy)
+        log_prob, entropy, *rest = logprobs_fwd(chunk.logits, chunk.labels, *options)
+        return Rows(log_prob, entropy if with_entropy else None, *rest)
 
     @staticmethod
     def gradient(chunk, upstream, rows):

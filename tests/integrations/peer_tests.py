@@ -97,6 +97,10 @@ def pytest_configure(config):
     if os.environ.get("PEER_PATCHED"):
         peer = os.environ["PEER"]
         drop_in = importlib.import_module(f"rlhf_kernels.integrations.{peer}")
+        if peer == "trl":
+            drop_in._Head.apply = _counted("head", drop_in._Head.apply)
+            drop_in.enable()
+            return
         if peer == "verl":
             drop_in.REPLACED["verl.trainer.ppo.core_algos"].update(_under_verls_names(drop_in))
         for attributes in drop_in.REPLACED.values():

@@ -362,6 +362,9 @@ def test_out_of_range_without_check(backend_name, monkeypatch):
     logprobs, entropy = rk.linear_logprobs(hidden, head, labels, rows=rows, return_entropy=True)
     assert logprobs.isnan().tolist() == entropy.isnan().tolist() == [False, True, False, True, True]
     assert rk.linear_cross_entropy(hidden, head, labels, rows=rows).isnan()
+    of_rows = torch.tensor([1, 11, -1])  # without `rows` a CPU may take another way
+    assert rk.linear_logprobs(hidden, head, of_rows).isnan().tolist() == [False, True, True]
+    assert rk.linear_cross_entropy(hidden, head, of_rows).isnan()
     logprobs[:2].sum().backward()
     assert hidden.grad[1].isnan().all() and head.grad.isnan().all()
 
