@@ -1,4 +1,4 @@
-"""Runs the tests that TRL's repository has of its trainers with our functions in place: `trl_tests.py CHECKOUT [NAME ...]`.
+"""Runs the tests of TRL's trainers with our functions in their place: `trl_tests.py CHECKOUT [NAME ...]`.
 
 TRL ships no tests, so CHECKOUT is a clone of huggingface/trl; its tiny models and data sets are made from its own
 scripts, without the Hub. What fails is run again with TRL's functions: what passes then is lost, and the status is 1.
