@@ -11,6 +11,7 @@
 # make wheel                                                      dist/: sdist and wheel, checked, and tried in an empty environment
 # make test-versions [VERSIONS="2.8.0:3.12 ..."]                  the kernels' tests on other versions of torch and Python
 # make test-integrations [TRL=CLONE]                              the drop-ins beside their peers, and the peers' own tests on them
+# make hub [HUB=DIR]                                              the kernels as a repository for the package kernels, tested; in build/hub
 # make sanitize [ARGS=...]                                        the native kernels' tests, with bounds and arithmetic checked
 # make fuzz [SECONDS=3600] [ISA=avx2]                             random calls of the native kernels; needs clang
 PYTHON ?= python3
@@ -85,6 +86,28 @@ $(PEERS:%=$(PEER_VENVS)-%/ready): $(PEER_VENVS)-%/ready: tests/integrations/requ
 	$(PEER_PIN) --editable '.[test-kernels]'
 	$(PEER_PIN) --requirement $<
 	$(PEER_PIP) $(PEER_$*)
+	touch $@
+
+# Written beside and renamed, then loaded by kernels, offline; Python writes no bytecode into it.
+HUB ?= build/hub
+HUB_VENV := .venv-hub
+HUB_PIP := $(HUB_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint $(HUB_VENV)/constraints.txt
+
+.PHONY: hub
+hub: export OMP_NUM_THREADS ?= 1
+hub: export PYTHONDONTWRITEBYTECODE := 1
+hub: $(HUB_VENV)/ready
+	$(HUB_VENV)/bin/python -m rlhf_kernels.hub $(HUB)
+	RLHF_KERNELS_HUB=$(abspath $(HUB)) $(HUB_VENV)/bin/python -m pytest --quiet tests/integrations/test_hub.py $(ARGS)
+
+$(HUB_VENV)/ready: pyproject.toml setup.py constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(@D)
+	@echo '*' > $(@D)/.gitignore
+	grep '^torch=\|^triton=\|^numpy=\|^hypothesis=\|^huggingface_hub=' constraints.txt > $(@D)/constraints.txt
+	@echo "installing torch, the package and kernels into $(@D) (some minutes, once)"
+	$(HUB_PIP) torch
+	$(HUB_PIP) --editable '.[triton,test-kernels]'
+	$(HUB_PIP) kernels==0.17.2
 	touch $@
 
 # On the machine's own python (PYTHON=), whose torch and triton see the GPU.

@@ -15,6 +15,13 @@ from torch.autograd.function import _SingleLevelFunction
 
 from ._choice import chosen, resumed
 
+NAMESPACE = __package__.replace(".", "_")  # of the operators; a copy of the package under another name has its own
+
+
+def custom_op(name: str, *, mutates_args: tuple[str, ...] = ()):
+    """torch.library.custom_op, in the package's namespace."""
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates_args)
+
 
 def check_reverse_mode(names, tensors) -> None:
     """Raise if torch.func or forward-mode AD differentiates one of the tensors."""

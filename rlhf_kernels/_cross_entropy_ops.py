@@ -10,13 +10,13 @@ from torch import Tensor
 
 from . import _linear_ops as linear
 from . import dispatch
-from ._autograd import direct, register
+from ._autograd import custom_op, direct, register
 from .logprobs import _row_dtype, check_labels
 from .reference.cross_entropy import Settings, token_upstream
 from .reference.linear import spread_slopes
 
 
-@torch.library.custom_op("rlhf_kernels::cross_entropy_fwd", mutates_args=())
+@custom_op("cross_entropy_fwd")
 def cross_entropy_fwd(
     logits: Tensor, labels: Tensor, weights: Tensor | None, temperature: float, softcap: float | None,
     ignore_index: int, label_smoothing: float, z_loss: float, dft: bool,
@@ -36,7 +36,7 @@ def _(logits, labels, weights, temperature, softcap, ignore_index, label_smoothi
     return new(count), new(count), new(count), new(count), new(count if label_smoothing else 0)
 
 
-@torch.library.custom_op("rlhf_kernels::cross_entropy_bwd", mutates_args=())
+@custom_op("cross_entropy_bwd")
 def cross_entropy_bwd(
     grad: Tensor, logits: Tensor, labels: Tensor, weights: Tensor | None, logprobs: Tensor, row_max: Tensor,
     log_sum: Tensor, counts: Tensor, temperature: float, softcap: float | None, ignore_index: int,
@@ -72,7 +72,7 @@ def _backward(ctx, grad, *_):
 cross_entropy = register(cross_entropy_fwd, _backward, _setup_context, keeps_inputs=True, logits=0)
 
 
-@torch.library.custom_op("rlhf_kernels::linear_cross_entropy_fwd", mutates_args=())
+@custom_op("linear_cross_entropy_fwd")
 def linear_cross_entropy_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
     temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, weights: Tensor | None, temperature: float,
@@ -98,7 +98,7 @@ linear_cross_entropy = register(
 )
 
 
-@torch.library.custom_op("rlhf_kernels::linear_cross_entropy_each_fwd", mutates_args=())
+@custom_op("linear_cross_entropy_each_fwd")
 def linear_cross_entropy_each_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
     temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, weights: Tensor | None, temperature: float,
@@ -126,7 +126,7 @@ def _(
     return new(True, count), *statistics, new(with_slopes, count, hidden.shape[1])
 
 
-@torch.library.custom_op("rlhf_kernels::linear_cross_entropy_each_bwd", mutates_args=())
+@custom_op("linear_cross_entropy_each_bwd")
 def linear_cross_entropy_each_bwd(
     grad: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
     temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, weights: Tensor | None, logprobs: Tensor,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import direct, register, without_autocast
+from ._autograd import custom_op, direct, register, without_autocast
 from ._checks import reads_values
 from .logprobs import check_labels, check_temperatures
 from .reference.linear import spread_slopes
@@ -93,7 +93,7 @@ def placed(ctx, found):
     return tuple(grads)
 
 
-@torch.library.custom_op("rlhf_kernels::linear_logprobs_fwd", mutates_args=())
+@custom_op("linear_logprobs_fwd")
 def linear_logprobs_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
     temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, temperature: float, softcap: float | None,
@@ -121,7 +121,7 @@ def _(
     return new(True, count), new(with_entropy, count), new(saved, count), new(saved, count), rows_of_slopes
 
 
-@torch.library.custom_op("rlhf_kernels::linear_logprobs_bwd", mutates_args=())
+@custom_op("linear_logprobs_bwd")
 def linear_logprobs_bwd(
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, labels: Tensor,
     rows: Tensor | None, bias: Tensor | None, temperatures: Tensor | None, low: Tensor | None, up: Tensor | None,
@@ -178,7 +178,7 @@ def _logprobs_backward(ctx, grad_logprobs, grad_entropy, *_):
 logprobs = register(linear_logprobs_fwd, _logprobs_backward, _logprobs_setup, **DIFFERENTIABLE)
 
 
-@torch.library.custom_op("rlhf_kernels::linear_ppo_fwd", mutates_args=())
+@custom_op("linear_ppo_fwd")
 def linear_ppo_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
     temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, old_log_probs: Tensor, advantages: Tensor,
@@ -204,7 +204,7 @@ def _(hidden, weight, labels, rows, bias, temperatures, low, up, *rest):
     return new(()), new(()), new(len(STATS)), *gradients
 
 
-@torch.library.custom_op("rlhf_kernels::linear_policy_fwd", mutates_args=())
+@custom_op("linear_policy_fwd")
 def linear_policy_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
     temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, mask: Tensor, old_log_probs: Tensor,
@@ -256,7 +256,7 @@ policy_loss = register(linear_policy_fwd, fused_backward, fused_setup, **DIFFERE
 ppo_loss = register(linear_ppo_fwd, fused_backward, fused_setup, **DIFFERENTIABLE)
 
 
-@torch.library.custom_op("rlhf_kernels::linear_kl_fwd", mutates_args=())
+@custom_op("linear_kl_fwd")
 def linear_kl_fwd(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, rows: Tensor | None, bias: Tensor | None,
     ref_bias: Tensor | None, temperature: float, softcap: float | None, reverse: bool, with_slopes: bool,
@@ -277,7 +277,7 @@ def _(hidden, weight, ref_hidden, ref_weight, rows, bias, ref_bias, temperature,
     return tuple(hidden.new_empty(shape, dtype=_row_dtype(hidden)) for shape in (count, slopes))
 
 
-@torch.library.custom_op("rlhf_kernels::linear_kl_bwd", mutates_args=())
+@custom_op("linear_kl_bwd")
 def linear_kl_bwd(
     grad: Tensor, hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, rows: Tensor | None,
     bias: Tensor | None, ref_bias: Tensor | None, temperature: float, softcap: float | None, reverse: bool,

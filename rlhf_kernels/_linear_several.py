@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _linear_ops as ops
-from ._autograd import direct, register
+from ._autograd import custom_op, direct, register
 from ._checks import check_index
 from .logprobs import check_labels
 from .reference.kept import kept_logits_bwd, kept_logits_fwd
@@ -51,7 +51,7 @@ def _scores(heads, named, bias, temperatures, temperature, softcap):
     return scale_logits(x, heat, softcap)
 
 
-@torch.library.custom_op("rlhf_kernels::linear_several_fwd", mutates_args=())
+@custom_op("linear_several_fwd")
 def linear_several_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
     temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, temperature: float, softcap: float | None,
@@ -90,7 +90,7 @@ def _(
     return new(*labels.shape), entropy, new(count), new(count), new(count), labels.new_empty((count, 1))
 
 
-@torch.library.custom_op("rlhf_kernels::linear_several_bwd", mutates_args=())
+@custom_op("linear_several_bwd")
 def linear_several_bwd(
     grad_logprobs: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, labels: Tensor,
     rows: Tensor | None, bias: Tensor | None, temperatures: Tensor | None, low: Tensor | None, up: Tensor | None,

@@ -32,7 +32,7 @@ def _load() -> tuple[object | None, str | None]:
         from . import _cpu
     except ImportError as error:
         note = Path(__file__).with_name("_cpu_build_error.txt")
-        return None, note.read_text().strip() if note.exists() else f"rlhf_kernels._cpu cannot be imported: {error}"
+        return None, note.read_text().strip() if note.exists() else f"{__package__}._cpu cannot be imported: {error}"
     return _cpu, None
 
 
@@ -55,7 +55,7 @@ def _load_cuda() -> tuple[object | None, str | None]:
         from . import _cuda
     except ImportError as error:
         note = Path(__file__).with_name("_cuda_build_error.txt")
-        return None, note.read_text().strip() if note.exists() else f"rlhf_kernels._cuda cannot be imported: {error}"
+        return None, note.read_text().strip() if note.exists() else f"{__package__}._cuda cannot be imported: {error}"
     return _cuda, None
 
 

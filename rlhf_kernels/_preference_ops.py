@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import direct, register
+from ._autograd import custom_op, direct, register
 from .preferences import AOT, SFT, AOTUnpaired, BCOPair
 from .reference.preference import accumulator_dtype
 
 
-@torch.library.custom_op("rlhf_kernels::preference_fwd", mutates_args=())
+@custom_op("preference_fwd")
 def preference_fwd(
     chosen: Tensor,
     rejected: Tensor,
@@ -48,7 +48,7 @@ def preference_fwd(
     )
 
 
-@torch.library.custom_op("rlhf_kernels::preference_bwd", mutates_args=())
+@custom_op("preference_bwd")
 def preference_bwd(grad_loss: Tensor, grad_chosen: Tensor, grad_rejected: Tensor) -> tuple[Tensor, Tensor]:
     """The saved gradients times the upstream gradient of each loss."""
     return dispatch.pick("preference", grad_chosen).preference_bwd(grad_loss, grad_chosen, grad_rejected)

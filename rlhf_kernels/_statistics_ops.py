@@ -7,10 +7,10 @@ from torch import Tensor
 
 from . import _linear_ops, dispatch
 from . import logprobs as rows
-from ._autograd import register
+from ._autograd import custom_op, register
 
 
-@torch.library.custom_op("rlhf_kernels::token_statistics_fwd", mutates_args=())
+@custom_op("token_statistics_fwd")
 def token_statistics_fwd(
     logits: Tensor, labels: Tensor, temperatures: Tensor | None, temperature: float, softcap: float | None,
     ignore_index: int,
@@ -54,7 +54,7 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):
 token_statistics = register(token_statistics_fwd, _backward, _setup, keeps_inputs=True, logits=0)
 
 
-@torch.library.custom_op("rlhf_kernels::linear_token_statistics_fwd", mutates_args=())
+@custom_op("linear_token_statistics_fwd")
 def linear_token_statistics_fwd(
     hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor | None, bias: Tensor | None,
     temperatures: Tensor | None, low: Tensor | None, up: Tensor | None, temperature: float, softcap: float | None,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import direct
+from ._autograd import custom_op, direct
 from ._checks import (
     FLOATS,
     check_cu_seqlens,
@@ -315,7 +315,7 @@ def _compute_dtype(*tensors):
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-@torch.library.custom_op("rlhf_kernels::gae_fwd", mutates_args=())
+@custom_op("gae_fwd")
 def gae_fwd(
     rewards: Tensor,
     values: Tensor,
@@ -340,7 +340,7 @@ def _(rewards, values, mask, gamma, lam, cu_seqlens, last_values):
 _gae_fwd = direct(gae_fwd)
 
 
-@torch.library.custom_op("rlhf_kernels::rlhf_advantages_fwd", mutates_args=())
+@custom_op("rlhf_advantages_fwd")
 def rlhf_advantages_fwd(
     scores: Tensor,
     log_probs: Tensor,
@@ -382,7 +382,7 @@ def _(scores, log_probs, *options):
 _rlhf_advantages_fwd = direct(rlhf_advantages_fwd)
 
 
-@torch.library.custom_op("rlhf_kernels::whiten_stats_fwd", mutates_args=())
+@custom_op("whiten_stats_fwd")
 def whiten_stats_fwd(values: Tensor, mask: Tensor | None) -> Tensor:
     """The contract is in reference/advantages.py."""
     return dispatch.pick("advantages", values).whiten_stats_fwd(values, mask)
@@ -396,7 +396,7 @@ def _(values, mask):
 _whiten_stats_fwd = direct(whiten_stats_fwd)
 
 
-@torch.library.custom_op("rlhf_kernels::whiten_fwd", mutates_args=())
+@custom_op("whiten_fwd")
 def whiten_fwd(values: Tensor, mask: Tensor | None, stats: Tensor, center: bool) -> Tensor:
     """The contract is in reference/advantages.py."""
     return dispatch.pick("advantages", values).whiten_fwd(values, mask, stats, center)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import direct, register
+from ._autograd import custom_op, direct, register
 from ._checks import (
     FLOATS,
     check_cu_seqlens,
@@ -204,7 +204,7 @@ def _metrics(stats, counted):
     }
 
 
-@torch.library.custom_op("rlhf_kernels::bradley_terry_fwd", mutates_args=())
+@custom_op("bradley_terry_fwd")
 def bradley_terry_fwd(
     scores: Tensor, ranks: Tensor, cu_groups: Tensor, margins: Tensor | None, ties_half: bool, center_coef: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,14 +218,14 @@ def bradley_terry_fwd(
     return loss, grad, stats
 
 
-@torch.library.custom_op("rlhf_kernels::plackett_luce_fwd", mutates_args=())
+@custom_op("plackett_luce_fwd")
 def plackett_luce_fwd(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [P], gradient [S], stats [P, 8]; the contract is in reference/bradley_terry.py."""
     _check_values(scores, cu_groups, None)
     return dispatch.pick("bradley_terry", scores).plackett_luce_fwd(scores, ranks, cu_groups)
 
 
-@torch.library.custom_op("rlhf_kernels::bradley_terry_bwd", mutates_args=())
+@custom_op("bradley_terry_bwd")
 def bradley_terry_bwd(grad_loss: Tensor, grad: Tensor, cu_groups: Tensor) -> Tensor:
     """Upstream gradient [P] times the saved gradient [S]."""
     return dispatch.pick("bradley_terry", grad).bradley_terry_bwd(grad_loss, grad, cu_groups)

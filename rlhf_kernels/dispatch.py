@@ -46,7 +46,7 @@ BACKENDS: tuple[str, ...] = tuple(dict.fromkeys(row[0] for rows in TABLE.values(
 
 @functools.cache
 def _module(name: str, op: str) -> ModuleType:
-    return importlib.import_module(f"rlhf_kernels.{name}.{op}")
+    return importlib.import_module(f".{name}.{op}", __package__)
 
 
 def _check_backend(name: str, source: str) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import direct, register, without_autocast
+from ._autograd import custom_op, direct, register, without_autocast
 from ._checks import FLOATS, check_dtype, check_in, check_index, check_range, check_same_device, check_shape
 from ._linear_checks import check_execution, check_head, check_scale
 from .kept import check_tokens, kept_logits
@@ -150,7 +150,7 @@ def _log_rest(log_p):
     return torch.where(rest < smallest, torch.full_like(rest, -torch.inf), rest.clamp(min=smallest).log())
 
 
-@torch.library.custom_op("rlhf_kernels::jsd_fwd", mutates_args=())
+@custom_op("jsd_fwd")
 def jsd_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor, teacher_weight: Tensor,
     teacher_bias: Tensor | None, beta: float, temperature: float, softcap: float | None, chunk_size: int,
@@ -166,7 +166,7 @@ def _(hidden, *rest):
     return hidden.new_empty(hidden.shape[0], dtype=accumulator_dtype(hidden))
 
 
-@torch.library.custom_op("rlhf_kernels::jsd_bwd", mutates_args=())
+@custom_op("jsd_bwd")
 def jsd_bwd(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor, teacher_weight: Tensor,
     teacher_bias: Tensor | None, beta: float, temperature: float, softcap: float | None, chunk_size: int,

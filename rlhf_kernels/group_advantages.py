@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._autograd import direct
+from ._autograd import custom_op, direct
 from ._checks import (
     FLOATS,
     INTEGERS,
@@ -211,7 +211,7 @@ def _gathered(x, process_group):
     return torch.cat(parts)
 
 
-@torch.library.custom_op("rlhf_kernels::group_sums", mutates_args=())
+@custom_op("group_sums")
 def group_sums(values: Tensor, index: Tensor) -> Tensor:
     """Of values [n, S] fp64 and index [S] in [0, S), the group of each member: each member's sums over its group.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import direct, register, without_autocast
+from ._autograd import custom_op, direct, register, without_autocast
 from ._checks import check_cu_seqlens, check_index, check_range, check_same_device, check_shape, reads_values
 from ._linear_checks import check_head, check_lora
 from .logprobs import check_logits, logprobs_and_entropy_from_logits, logprobs_from_logits
@@ -183,7 +183,7 @@ def _of_kept(x, labels, kept, temperature, softcap, ignore_index, return_entropy
     return torch.where(absent, -torch.inf, log_probs), entropy
 
 
-@torch.library.custom_op("rlhf_kernels::kept_logits_fwd", mutates_args=())
+@custom_op("kept_logits_fwd")
 def kept_logits_fwd(hidden: Tensor, weight: Tensor, kept: Tensor, bias: Tensor | None) -> Tensor:
     with without_autocast(hidden.device):
         return dispatch.pick("kept", hidden).kept_logits_fwd(hidden, weight, kept, bias)
@@ -194,7 +194,7 @@ def _(hidden, weight, kept, bias):
     return hidden.new_empty(kept.shape, dtype=accumulator_dtype(hidden))
 
 
-@torch.library.custom_op("rlhf_kernels::kept_logits_bwd", mutates_args=())
+@custom_op("kept_logits_bwd")
 def kept_logits_bwd(
     grad: Tensor, hidden: Tensor, weight: Tensor, kept: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

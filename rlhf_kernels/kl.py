@@ -7,7 +7,7 @@ import math
 import torch
 
 from . import dispatch
-from ._autograd import direct, register
+from ._autograd import custom_op, direct, register
 from ._checks import check_dtype, check_in, check_range, check_same_device, check_shape
 from .logprobs import check_logits
 
@@ -26,7 +26,7 @@ def _backend(a: torch.Tensor, b: torch.Tensor):
     return dispatch.pick("kl", b if b.dtype == torch.float64 else a)
 
 
-@torch.library.custom_op("rlhf_kernels::kl_fwd", mutates_args=())
+@custom_op("kl_fwd")
 def kl_fwd(
     logits: torch.Tensor, ref_logits: torch.Tensor, temperature: float, reverse: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -39,7 +39,7 @@ def _(logits, ref_logits, temperature, reverse):
     return tuple(logits.new_empty(logits.shape[:-1], dtype=dtype) for _ in range(5))
 
 
-@torch.library.custom_op("rlhf_kernels::kl_bwd", mutates_args=())
+@custom_op("kl_bwd")
 def kl_bwd(
     grad: torch.Tensor, logits: torch.Tensor, ref_logits: torch.Tensor, kl: torch.Tensor, row_max: torch.Tensor,
     log_sum: torch.Tensor, ref_row_max: torch.Tensor, ref_log_sum: torch.Tensor, temperature: float, reverse: bool,
@@ -81,7 +81,7 @@ def _kl_backward(ctx, grad, *_):
 _exact = register(kl_fwd, _kl_backward, _kl_setup, keeps_inputs=True, logits=0, ref_logits=1)
 
 
-@torch.library.custom_op("rlhf_kernels::approx_kl_fwd", mutates_args=())
+@custom_op("approx_kl_fwd")
 def approx_kl_fwd(
     log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str, straight_through: bool, bounds: list[float]
 ) -> torch.Tensor:
@@ -115,7 +115,7 @@ def _(log_probs, ref_log_probs, estimator, straight_through, bounds):
     return log_probs.new_empty(log_probs.shape, dtype=_wider(log_probs, ref_log_probs))
 
 
-@torch.library.custom_op("rlhf_kernels::approx_kl_bwd", mutates_args=())
+@custom_op("approx_kl_bwd")
 def approx_kl_bwd(
     grad: torch.Tensor, log_probs: torch.Tensor, ref_log_probs: torch.Tensor, estimator: str, straight_through: bool,
     bounds: list[float], need_log_probs: bool, need_ref: bool,

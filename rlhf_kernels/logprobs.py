@@ -7,7 +7,7 @@ import functools
 import torch
 
 from . import _several_labels, dispatch
-from ._autograd import direct, register
+from ._autograd import custom_op, direct, register
 from ._checks import (
     check_dtype,
     check_index,
@@ -65,7 +65,7 @@ def _row_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("rlhf_kernels::logprobs_fwd", mutates_args=())
+@custom_op("logprobs_fwd")
 def logprobs_fwd(
     logits: torch.Tensor, labels: torch.Tensor | None, temperatures: torch.Tensor | None, temperature: float,
     softcap: float | None, ignore_index: int, with_entropy: bool, inplace_backward: bool = False,
@@ -98,7 +98,7 @@ def _backward_of(labels: torch.Tensor | None, logits: torch.Tensor):
     return backend.logprobs_bwd
 
 
-@torch.library.custom_op("rlhf_kernels::logprobs_bwd", mutates_args=())
+@custom_op("logprobs_bwd")
 def logprobs_bwd(
     grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, logits: torch.Tensor,
     labels: torch.Tensor | None, temperatures: torch.Tensor | None, logprobs: torch.Tensor, entropy: torch.Tensor,
@@ -115,7 +115,7 @@ def _(grad_logprobs, grad_entropy, logits, *rest):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("rlhf_kernels::logprobs_bwd_", mutates_args=("logits",))
+@custom_op("logprobs_bwd_", mutates_args=("logits",))
 def logprobs_bwd_(
     grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None, logits: torch.Tensor,
     labels: torch.Tensor | None, temperatures: torch.Tensor | None, logprobs: torch.Tensor, entropy: torch.Tensor,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import direct, register
+from ._autograd import custom_op, direct, register
 from ._checks import (
     FLOATS,
     check_dtype,
@@ -350,7 +350,7 @@ def _differentiated(x):
 # settings come as one argument.
 
 
-@torch.library.custom_op("rlhf_kernels::policy_fwd", mutates_args=())
+@custom_op("policy_fwd")
 def policy_fwd(
     mask: Tensor,
     log_probs: Tensor,
@@ -374,7 +374,7 @@ def policy_fwd(
     return total_loss(losses, s), losses, grad_log_probs, grad_entropy, stats
 
 
-@torch.library.custom_op("rlhf_kernels::value_fwd", mutates_args=())
+@custom_op("value_fwd")
 def value_fwd(
     mask: Tensor,
     values: Tensor,
@@ -408,7 +408,7 @@ def _(mask, values, *_):
     return tuple(values.new_empty(shape, dtype=dtype) for shape in ((), values.shape, (len(STATS),)))
 
 
-@torch.library.custom_op("rlhf_kernels::policy_bwd", mutates_args=())
+@custom_op("policy_bwd")
 def policy_bwd(grad_loss: Tensor, grad: Tensor, grad_entropy: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The saved gradients times the upstream gradient of the loss; of an absent one nothing."""
     absent = grad.new_empty(0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import direct, register
+from ._autograd import custom_op, direct, register
 from ._checks import check_range, check_same_device, reads_values
 from .policy import check_entropy, check_like, check_policy, check_targets, normalizer_of
 from .reference.ppo import STATS, accumulator_dtype
@@ -160,7 +160,7 @@ def _metrics(stats, values, entropy, dual_clip):
     return {name: value for name, value in zip(STATS, stats.unbind(), strict=True) if name not in absent}
 
 
-@torch.library.custom_op("rlhf_kernels::ppo_fwd", mutates_args=())
+@custom_op("ppo_fwd")
 def ppo_fwd(
     log_probs: Tensor,
     old_log_probs: Tensor,
@@ -205,7 +205,7 @@ def ppo_fwd(
     return loss, policy_loss.clone(), value_loss.clone(), *grads, stats
 
 
-@torch.library.custom_op("rlhf_kernels::ppo_bwd", mutates_args=())
+@custom_op("ppo_bwd")
 def ppo_bwd(
     grad_loss: Tensor | None,
     grad_policy_loss: Tensor | None,

@@ -29,6 +29,7 @@ BESIDE = {  # public files that are no op's own
     "aggregation",
     "dispatch",
     "group_advantages",
+    "hub",
     "importance",
     "model_head",
     "objectives",

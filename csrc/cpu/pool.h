@@ -103,9 +103,11 @@ class Buffer {
     Block block_;
 };
 
+// The class is the module's own: a process may load several copies of the package.
 inline void bind_pool(pybind11::module_& module) {
-    pybind11::class_<Buffer>(module, "Buffer", pybind11::buffer_protocol(), "Uninitialised bytes from the pool.")
-        .def(pybind11::init<int64_t>())
+    using namespace pybind11;
+    class_<Buffer>(module, "Buffer", buffer_protocol(), module_local(), "Uninitialised bytes from the pool.")
+        .def(init<int64_t>())
         .def_buffer(&Buffer::info);
     module.def("keep", [](int64_t bytes) { return pool().limit(bytes); },
                "Set how many bytes of freed buffers the pool keeps; returns the bound before.");
