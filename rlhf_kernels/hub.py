@@ -51,7 +51,7 @@ rk.logprobs_from_logits(logits, labels).sum().backward()
 print(rk.backends())  # what serves each op here, and why not what does not
 ```
 
-`get_kernel("org/rlhf-kernels", version={major})` is the same with `LOCAL_KERNELS="org/rlhf-kernels=DIR"` in the environment.
+With `LOCAL_KERNELS="org/rlhf-kernels=DIR"` set, `get_kernel("org/rlhf-kernels", version={major})` is the same.
 
 | build | serves | with |
 |---|---|---|
