@@ -1,5 +1,6 @@
 """Replaces functions and classes of another package for a while, and puts back what was there."""
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,17 @@ def check_version(package: str, tested: tuple[str, ...]) -> None:
         raise ImportError(f"{package} is not installed; the drop-in was tested with {package} {wanted}") from None
     if found not in tested:
         raise RuntimeError(f"{package} is {found}, expected a version that the drop-in was tested with: {wanted}")
+
+
+def check_signatures(holder: ModuleType | type, wanted: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise unless a module's or class's functions take the arguments {name: names}; of a class, its `forward`."""
+    for name, arguments in wanted.items():
+        function = getattr(holder, name, None)
+        if function is None:
+            raise RuntimeError(f"{_called(holder)} has no {name}, which the drop-in serves")
+        found = tuple(inspect.signature(getattr(function, "forward", function)).parameters)
+        if found != arguments:
+            raise RuntimeError(f"{_called(holder)}.{name} takes {', '.join(found)}, expected {', '.join(arguments)}")
 
 
 class Patches:

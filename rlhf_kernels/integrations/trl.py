@@ -3,18 +3,19 @@
     from rlhf_kernels.integrations import trl as rk_trl
 
     rk_trl.enable()                        # until disable(), or: with rk_trl.patched(): ...
-    trainer = SFTTrainer(model, ...)       # DPO, KTO, GRPO, RLOO too
+    trainer = SFTTrainer(model, ...)       # DPO, KTO, GRPO, RLOO, Reward too
+
+    rk_trl.RankedRewardTrainer(model, ...)  # TRL's RewardTrainer on rows of K ranked responses; needs no enable()
 
 Served: the head of `model(..., fused_lm_head=True)`, with all its outputs from one read and on every device of the
 positions alone that have a label; `selective_log_softmax`, `entropy_from_logits` and
-`selective_log_softmax_and_entropy`, wherever TRL has imported them. Results are fp32 and exact for the inputs as they
-are. docs/integrations/trl.md tells what differs from TRL's own, and how far.
+`selective_log_softmax_and_entropy`, wherever TRL has imported them; the pair loss of RewardTrainer. Results are fp32
+and exact for the inputs as they are. docs/integrations/trl.md tells what differs from TRL's own, and how far.
 """
 
 from __future__ import annotations
 
 import importlib
-import inspect
 import weakref
 from contextlib import contextmanager
 
@@ -30,7 +31,7 @@ from .._linear_checks import PRECISIONS, check_lora
 from ..logprobs import entropy_from_logits as our_entropy
 from ..logprobs import logprobs_and_entropy_from_logits, logprobs_from_logits
 from ..model_head import active_lora, has_lora
-from ._patch import Patches
+from ._patch import Patches, check_signatures
 
 TESTED = ("1.16.0",)
 RESULTS = ("float32", "input")
@@ -192,20 +193,10 @@ def _rows(row_mask):
     return None if row_mask is None else row_mask != 0
 
 
-def _check_signatures(trl_utils) -> None:
-    for name, wanted in _SIGNATURES.items():
-        function = getattr(trl_utils, name, None)
-        if function is None:
-            raise RuntimeError(f"trl.trainer.utils has no {name}, which the drop-in serves")
-        found = tuple(inspect.signature(getattr(function, "forward", function)).parameters)
-        if found != wanted:
-            raise RuntimeError(f"trl.trainer.utils.{name} takes {', '.join(found)}, expected {', '.join(wanted)}")
-
-
 def _replacements():
     import trl.trainer.utils as trl_utils
 
-    _check_signatures(trl_utils)
+    check_signatures(trl_utils, _SIGNATURES)
     fuse = trl_utils.add_fused_lm_head
 
     def add_fused_lm_head(model, *args, **kwargs):
@@ -223,6 +214,11 @@ def _replacements():
         module = importlib.import_module(f"trl.trainer.{name}_trainer")
         if hasattr(module, "BaseTunerLayer"):
             yield module, "BaseTunerLayer", _unserved(module.BaseTunerLayer), False
+
+    from . import _trl_reward
+
+    _trl_reward.check_reward_trainer()
+    yield _trl_reward.RewardTrainer, "compute_loss", _trl_reward.pair_loss
 
 
 def _unserved(layers: type) -> type:
@@ -282,23 +278,41 @@ def patched(*, precision: str = "exact", results: str = "float32"):
 class KernelsCallback(TrainerCallback):
     """For `callbacks=[KernelsCallback()]` of a TRL trainer: these kernels from the beginning of training to its end.
 
+    transformers tells a callback nothing of a training that ends by an exception. Then TRL has its own functions again
+    as soon as the callback is collected (which the trainer holds, and the exception's traceback the trainer), and at
+    the latest at the end of the next training with such a callback, at whose beginning an earlier one's is over. Where
+    that is too late, `with patched(): trainer.train()` puts them back at once.
+
     Args:
         precision, results: as `enable`.
     """
 
+    _running = None  # what ends the last training that began; trainings do not overlap in a process
+
     def __init__(self, *, precision: str = "exact", results: str = "float32"):
         check_in("precision", precision, PRECISIONS)
         check_in("results", results, RESULTS)
-        self.options, self.enabled = {"precision": precision, "results": results}, False
+        self.options = {"precision": precision, "results": results}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if not self.enabled:
-            enable(**self.options)
-            self.enabled = True
+        self._end()
+        enable(**self.options)
+        KernelsCallback._running = weakref.finalize(self, disable)
         if model is not None:
             _models.add(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.enabled:
-            disable()
-            self.enabled = False
+        self._end()
+
+    @staticmethod
+    def _end():
+        if KernelsCallback._running is not None:
+            KernelsCallback._running()  # once; then it does nothing
+
+
+def __getattr__(name):
+    if name == "RankedRewardTrainer":  # a class of TRL's, which is imported with it
+        from ._trl_reward import RankedRewardTrainer
+
+        return RankedRewardTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
