@@ -1,6 +1,7 @@
 """TRL on these kernels: the same losses and gradients, closer to float64, and TRL's own functions back afterwards."""
 
 import copy
+import gc
 import importlib
 import sys
 
@@ -12,7 +13,7 @@ import trl
 import trl.trainer.utils as trl_utils
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from rlhf_kernels.integrations import trl as rk_trl
@@ -259,6 +260,66 @@ def test_a_callback_serves_training_alone(tmp_path):
         del rk_trl._Scores.apply
     assert len(seen) == 1
     assert seen[0] < 4 * 16, "prompts and padding are not scored"
+    assert trl_utils._ChunkedLogProbFunction is before
+
+
+class _Stop(TrainerCallback):
+    """Ends a training by an exception, once."""
+
+    raised = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self.raised:
+            self.raised = True
+            raise KeyboardInterrupt
+
+
+def stopped(folder, callback):
+    """A trainer whose training with `callback` has ended by an exception that is forgotten."""
+    tokenizer = word_tokenizer()
+    trainer = sft(language_model(tokenizer), tokenizer, folder)
+    trainer.add_callback(callback)
+    trainer.add_callback(_Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return trainer
+
+
+def test_a_training_that_raises_is_over_when_its_trainer_is_gone(tmp_path):
+    before = trl_utils._ChunkedLogProbFunction
+    trainer = stopped(tmp_path, rk_trl.KernelsCallback())
+    assert trl_utils._ChunkedLogProbFunction is not before
+    del trainer
+    gc.collect()
+    assert trl_utils._ChunkedLogProbFunction is before
+    assert not rk_trl._patches.enabled
+
+
+@pytest.mark.parametrize("same", (True, False), ids=("same trainer", "another"))
+def test_a_training_that_raised_is_over_with_the_next(same, tmp_path):
+    """Also where something holds the trainer that raised."""
+    before = trl_utils._ChunkedLogProbFunction
+    trainer = following = stopped(tmp_path, rk_trl.KernelsCallback())
+    if not same:
+        tokenizer = word_tokenizer()
+        following = sft(language_model(tokenizer), tokenizer, tmp_path / "other")
+        following.add_callback(rk_trl.KernelsCallback(precision="fast"))
+    following.train()
+    assert trl_utils._ChunkedLogProbFunction is before
+    assert not rk_trl._patches.enabled
+    del trainer, following
+    gc.collect()
+    with rk_trl.patched():
+        assert trl_utils._ChunkedLogProbFunction is not before, "what is over is not taken back twice"
+
+
+def test_patched_puts_back_at_once_what_raises(tmp_path):
+    before = trl_utils._ChunkedLogProbFunction
+    tokenizer = word_tokenizer()
+    trainer = sft(language_model(tokenizer), tokenizer, tmp_path)
+    trainer.add_callback(_Stop())
+    with pytest.raises(KeyboardInterrupt), rk_trl.patched():
+        trainer.train()
     assert trl_utils._ChunkedLogProbFunction is before
 
 
