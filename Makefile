@@ -75,7 +75,7 @@ $(PEERS:%=test-integrations-%): test-integrations-%: $(PEER_VENVS)-%/ready
 		@echo "TRL ships no tests: TRL=CLONE names a clone of huggingface/trl whose trainer tests run too"),\
 		$(PEER_VENVS)-$*/bin/python tests/integrations/peer_tests.py $*)
 	$(PEER_VENVS)-$*/bin/python -m pytest --quiet tests/integrations/test_patch.py tests/integrations/test_parity.py \
-		$(wildcard tests/integrations/test_$*.py tests/integrations/test_$*_steps.py) $(ARGS)
+		$(wildcard tests/integrations/test_$**.py) $(ARGS)
 
 $(PEERS:%=$(PEER_VENVS)-%/ready): $(PEER_VENVS)-%/ready: tests/integrations/requirements-%.txt pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(@D)

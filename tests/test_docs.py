@@ -226,8 +226,10 @@ def test_reference_shows_all_that_is_public():
 def test_reference_names_what_exists():
     for name, path in documented().items():
         module = path.rpartition(".")[0]
-        file = ROOT / f"{path.replace('.', '/')}.py"
-        assert file.is_file() or hasattr(importlib.import_module(module), name), f"docs/reference names {path}"
+        file, source = (ROOT / f"{dotted.replace('.', '/')}.py" for dotted in (path, module))
+        if file.is_file() or (source.name.startswith("_") and name in public_names(source)):
+            continue  # a private file may import a package that is not installed
+        assert hasattr(importlib.import_module(module), name), f"docs/reference names {path}"
 
 
 def test_citation_is_of_this_version():

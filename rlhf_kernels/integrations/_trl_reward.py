@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 from datasets import Dataset
 from torch.nn.functional import pad
 from trl import RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from ..bradley_terry import bradley_terry_loss
 from ._patch import check_signatures, check_version
@@ -47,7 +48,7 @@ def pair_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None
     margins = inputs.get("margin")
     outputs = model(**{key: value for key, value in inputs.items() if key != "margin"} | {"use_cache": False})
     scores = outputs.logits.squeeze(-1).view(2, -1).t()  # [P, 2], the chosen first
-    ranks = torch.arange(2, device=scores.device).expand(scores.shape)
+    ranks = torch.arange(2, dtype=torch.int64, device=scores.device).expand(scores.shape)
     loss, _ = bradley_terry_loss(scores, ranks, margins=margins, center_coef=_centering(self.args))
 
     gathered, metrics = self.accelerator.gather_for_metrics, self._metrics[mode]
@@ -80,17 +81,22 @@ class _Collator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows):
-        ids = [torch.tensor(response) for row in rows for response in row["completions_ids"]]
+        ids = [_integers(response) for row in rows for response in row["completions_ids"]]
         shape = {"padding_side": "right", "pad_to_multiple_of": self.pad_to_multiple_of}
         batch = {
-            "group_sizes": torch.tensor([len(row["ranks"]) for row in rows]),
-            "ranks": torch.tensor([rank for row in rows for rank in row["ranks"]]),
+            "group_sizes": _integers([len(row["ranks"]) for row in rows]),
+            "ranks": _integers([rank for row in rows for rank in row["ranks"]]),
             "input_ids": trl_utils.pad(ids, padding_value=self.pad_token_id, **shape),
             "attention_mask": trl_utils.pad([torch.ones_like(x) for x in ids], padding_value=0, **shape),
         }
         if "margin" in rows[0]:
-            batch["margin"] = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
+            margins = [row["margin"] for row in rows]
+            batch["margin"] = torch.tensor(margins, dtype=torch.float32, device="cpu")
         return batch
+
+
+def _integers(values):
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 class RankedRewardTrainer(RewardTrainer):
@@ -103,18 +109,17 @@ class RankedRewardTrainer(RewardTrainer):
 
     A row is `prompt` (a string or messages; none where the completions are whole texts or dialogues), `completions` and
     `ranks` (lower is better, equal is a tie) or `scores` (higher is better), and may hold `margin`, `tools` and
-    `chat_template_kwargs` as TRL's pairs do. Rows that are tokenised hold `completions_ids` and `ranks`. They become
-    ids as TRL's pairs do. A response of more than `max_length` tokens is left out of its row; a row that keeps no two
-    responses of different rank is left out, and a `Dataset` is told how many were.
+    `chat_template_kwargs` as TRL's pairs do; it becomes ids as they do. Rows that are tokenised hold `completions_ids`
+    and `ranks`, integers from 0. A response of more than `max_length` tokens is left out of its row, and a row that
+    keeps no two responses of different rank is left out; both are counted in a warning, but for streamed rows.
 
     Metrics are TRL's, means over the batches: accuracy (equal scores count half) and margin over all pairs of a batch,
     min_reward, mean_reward and max_reward over its responses, num_tokens.
 
     Args:
-        args: TRL's RewardConfig; a batch counts prompts, so that `per_device_train_batch_size=1` is K sequences.
-        data_collator: takes prepared rows and gives what the trainer's own does; default None, its own.
-        **options: the other arguments of TRL's RewardTrainer; `compute_metrics` is refused, whose predictions would be
-            single responses.
+        *arguments, **options: those of TRL's RewardTrainer. A batch counts prompts: `per_device_train_batch_size=1` is
+            K sequences. A `data_collator` takes prepared rows and gives what the trainer's own does. `compute_metrics`
+            is refused: its predictions would be single responses.
     Raises:
         ValueError: a row is not as above, by its number, or holds `weight` or `margins`, which are not taken here.
         RuntimeError: TRL is another version than those tested, or what this class replaces takes other arguments.
@@ -122,11 +127,11 @@ class RankedRewardTrainer(RewardTrainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model, args=None, data_collator=None, **options):
-        if options.get("compute_metrics") is not None:
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        if self.compute_metrics is not None:
             raise ValueError("compute_metrics must be None: this trainer reports metrics of pairs itself")
-        super().__init__(model, args, data_collator=data_collator, **options)
-        if data_collator is None:
+        if isinstance(self.data_collator, DataCollatorForPreference):
             self.data_collator = _Collator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
@@ -158,7 +163,7 @@ class RankedRewardTrainer(RewardTrainer):
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Prompts of all micro-batches and processes; every row that is prepared has a pair."""
-        prompts = torch.tensor(sum(len(batch["group_sizes"]) for batch in batch_samples), device=device)
+        prompts = _integers(sum(len(batch["group_sizes"]) for batch in batch_samples)).to(device)
         return self.accelerator.gather(prompts).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -198,13 +203,11 @@ def _tokenized(row, number, processing_class):
     """A ranked row as {completions_ids, ranks, margin}."""
     try:
         ranks = _ranks(row)
+        ids = [_ids(row, place, processing_class) for place in range(len(ranks))]
+        margin = {"margin": _margin(row["margin"])} if "margin" in row else {}
     except ValueError as error:
         raise ValueError(f"row {number}: {error}") from None
-    found = {
-        "completions_ids": [_ids(row, completion, processing_class) for completion in row["completions"]],
-        "ranks": ranks,
-    }
-    return found | ({"margin": float(row["margin"] or 0.0)} if "margin" in row else {})
+    return {"completions_ids": ids, "ranks": ranks, **margin}
 
 
 def _ranks(row):
@@ -221,15 +224,27 @@ def _ranks(row):
     values = row[given[0]]
     if not isinstance(values, list) or len(values) != len(completions):
         raise ValueError(f"`{given[0]}` must be a list as long as `completions` ({len(completions)}), got {values!r}")
-    if not all(isinstance(value, Real) and math.isfinite(value) for value in values):
+    if not all(map(_is_finite, values)):
         raise ValueError(f"`{given[0]}` must hold finite numbers, got {values!r}")
     better_first = sorted(set(values), reverse=given[0] == "scores")
     return [better_first.index(value) for value in values]
 
 
-def _ids(row, completion, processing_class):
-    """Token ids of prompt and completion, as TRL makes them of a chosen or rejected text."""
-    prompt = row.get("prompt")
+def _margin(value):
+    if value is not None and not _is_finite(value):
+        raise ValueError(f"`margin` must be a finite number, got {value!r}")
+    return float(value or 0.0)
+
+
+def _is_finite(value):
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _ids(row, place, processing_class):
+    """Token ids of a row's prompt and one of its completions, as TRL makes them of a chosen or rejected text."""
+    prompt, completion = row.get("prompt"), row["completions"][place]
+    if not isinstance(completion, str | list):
+        raise ValueError(f"`completions[{place}]` must be a string or a list of messages, got {completion!r}")
     if isinstance(completion, str) and isinstance(prompt, list):
         completion = [{"role": "assistant", "content": completion}]
     if isinstance(completion, str):

@@ -1,5 +1,6 @@
 """TRL on these kernels: the same losses and gradients, closer to float64, and TRL's own functions back afterwards."""
 
+import contextlib
 import copy
 import gc
 import importlib
@@ -367,6 +368,36 @@ def test_a_batch_without_labels_gives_a_zero_that_has_a_gradient():
         loss = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True).loss
         loss.backward()
     assert loss.item() == 0.0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("frozen", (False, True), ids=("trained", "frozen"))
+def test_a_head_in_parts_is_gathered_again_in_the_backward(frozen, monkeypatch):
+    """A stand-in for ZeRO-3, which holds the head's weight outside of TRL's context in parts, here not at all."""
+    hidden, weight, bias, labels = problem()
+    leaves = [hidden.requires_grad_(), *(torch.nn.Parameter(x, requires_grad=not frozen) for x in (weight, bias))]
+    wanted = torch.autograd.grad(
+        trl_utils._ChunkedLogProbFunction.apply(*leaves, labels, 1.0, 32)[0].sin().sum(), leaves[: 1 if frozen else 3]
+    )
+    entered = []
+
+    @contextlib.contextmanager
+    def gathered(*params):
+        entered.append(len(params))
+        for param, whole in zip(params, (weight, bias), strict=True):
+            param.data = whole
+        yield
+        for param in params:
+            param.data = torch.empty(0)
+
+    monkeypatch.setattr(trl_utils, "maybe_gather_lm_head_ctx", gathered)
+    with rk_trl.patched():
+        with gathered(*leaves[1:]):
+            found = trl_utils._ChunkedLogProbFunction.apply(*leaves, labels, 1.0, 32, None, 1.0, OUTPUTS[:1])[0]
+        assert leaves[1].numel() == 0
+        gradients = torch.autograd.grad(found.sin().sum(), leaves[: 1 if frozen else 3])
+    assert len(entered) == 1 + (not frozen), "a frozen head's gradient is there since the forward"
+    for x, y in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=5e-6)
 
 
 def test_compiled_head():

@@ -50,14 +50,15 @@ def reward_model(dtype=torch.float32):
     return model.to(dtype)
 
 
-def make(kind, rows, folder, model=None, eval_rows=None, **changes):
+def make(kind, rows, folder, model=None, eval_rows=None, compute_metrics=None, streamed=False, **changes):
     options = {
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 1, "seed": 0,
         "learning_rate": 0.1, "optim": "sgd", "per_device_train_batch_size": 5, "save_strategy": "no",
         "gradient_checkpointing": False, "disable_tqdm": True, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
         "logging_steps": 1, **changes,
     }  # fmt: skip
-    sets = {"train_dataset": Dataset.from_list(rows)}
+    rows = Dataset.from_list(rows)
+    sets = {"train_dataset": rows.to_iterable_dataset() if streamed else rows, "compute_metrics": compute_metrics}
     sets |= {"eval_dataset": Dataset.from_list(eval_rows)} if eval_rows else {}
     return kind(model or reward_model(), RewardConfig(**options), processing_class=tokenizer(), **sets)
 
@@ -189,6 +190,14 @@ def test_a_prompt_weighs_the_same_in_every_micro_batch(tmp_path):
     same(parts, whole)
 
 
+def test_streamed_and_tokenised_rows(tmp_path):
+    trainer = make(rk_trl.RankedRewardTrainer, RANKED, tmp_path)
+    prepared = list(trainer.train_dataset)
+    whole = step(trainer)
+    same(step(make(rk_trl.RankedRewardTrainer, RANKED, tmp_path, streamed=True)), whole)
+    same(step(make(rk_trl.RankedRewardTrainer, prepared, tmp_path)), whole)
+
+
 def test_evaluation_is_a_mean_over_prompts(tmp_path):
     changes = {"per_device_eval_batch_size": 2}
     trainer = make(rk_trl.RankedRewardTrainer, RANKED, tmp_path, eval_rows=RANKED, **changes)
@@ -247,6 +256,8 @@ BAD = {
     "row 1: `completions` must be a list of at least two": {"completions": ["a"], "ranks": [0]},
     "row 1: either `ranks` or `scores` must be given, got neither": {"ranks": None},
     "row 1: either `ranks` or `scores` must be given, got ranks and scores": {"scores": [1.0, 0.0]},
+    r"row 1: `completions\[0\]` must be a string or a list of messages, got None": {"completions": [None, "a"]},
+    "row 1: `margin` must be a finite number, got inf": {"margin": float("inf")},
     "row 1: `weight` is not taken here": {"weight": 2.0},
     "row 1: `margins` is not taken here": {"margins": [[0.0, 1.0], [1.0, 0.0]]},
 }
@@ -263,7 +274,7 @@ def test_bad_rows(message, tmp_path):
 
 def test_what_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="compute_metrics must be None"):
-        rk_trl.RankedRewardTrainer(reward_model(), compute_metrics=len)
+        make(rk_trl.RankedRewardTrainer, RANKED, tmp_path, compute_metrics=len)
     with pytest.raises(AttributeError, match="no attribute 'RankedTrainer'"):
         rk_trl.RankedTrainer  # noqa: B018
     monkeypatch.setattr(RewardTrainer, "compute_loss", lambda self, model, inputs: None)
