@@ -11,6 +11,7 @@ import trl.trainer.utils as trl_utils
 from accelerate.logging import get_logger
 from datasets import Dataset
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
@@ -114,12 +115,13 @@ class RankedRewardTrainer(RewardTrainer):
     keeps no two responses of different rank is left out; both are counted in a warning, but for streamed rows.
 
     Metrics are TRL's, means over the batches: accuracy (equal scores count half) and margin over all pairs of a batch,
-    min_reward, mean_reward and max_reward over its responses, num_tokens.
+    min_reward, mean_reward and max_reward over its responses, num_tokens. `predict` gives the scores, [rows, K], -100
+    where a row has fewer.
 
     Args:
         *arguments, **options: those of TRL's RewardTrainer. A batch counts prompts: `per_device_train_batch_size=1` is
             K sequences. A `data_collator` takes prepared rows and gives what the trainer's own does. `compute_metrics`
-            is refused: its predictions would be single responses.
+            is refused: transformers would not call it, since rankings have no labels.
     Raises:
         ValueError: a row is not as above, by its number, or holds `weight` or `margins`, which are not taken here.
         RuntimeError: TRL is another version than those tested, or what this class replaces takes other arguments.
@@ -130,7 +132,7 @@ class RankedRewardTrainer(RewardTrainer):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         if self.compute_metrics is not None:
-            raise ValueError("compute_metrics must be None: this trainer reports metrics of pairs itself")
+            raise ValueError("compute_metrics must be None: it would not be called, since rankings have no labels")
         if isinstance(self.data_collator, DataCollatorForPreference):
             self.data_collator = _Collator(self.processing_class.pad_token_id, self.args.pad_to_multiple_of)
 
@@ -178,7 +180,11 @@ class RankedRewardTrainer(RewardTrainer):
             loss, metrics = bradley_terry_loss(*ranked, **options, num_items_in_batch=num_items_in_batch)
             loss = loss * self.accelerator.num_processes  # whose gradients are averaged afterwards
         self._record(self._metrics[mode], metrics, mask.sum(), len(mask), mode)
-        return (loss, outputs) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        rows = ranked[0].split(inputs["group_sizes"].tolist())
+        outputs.logits = pad_sequence(rows, batch_first=True, padding_value=-100.0)  # as Trainer pads
+        return loss, outputs
 
     def _record(self, into, metrics, tokens, responses, mode):
         """Append a batch's metrics over all processes, which may hold different numbers of pairs and responses."""

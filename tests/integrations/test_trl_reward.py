@@ -211,10 +211,12 @@ def test_evaluation_is_a_mean_over_prompts(tmp_path):
     assert again["eval_accuracy"] == found["eval_accuracy"] and 0.0 < found["eval_accuracy"] < 1.0
 
 
-def test_metrics_of_a_batch(tmp_path):
-    trainer = make(rk_trl.RankedRewardTrainer, RANKED, tmp_path)
+def test_scores_and_metrics_of_a_batch(tmp_path):
+    trainer = make(rk_trl.RankedRewardTrainer, RANKED, tmp_path, per_device_eval_batch_size=2)
     prepared = list(trainer.train_dataset)
     scores = [[trainer.model(torch.tensor([x])).logits.item() for x in row["completions_ids"]] for row in prepared]
+    for row, found in zip(scores, trainer.predict(trainer.train_dataset).predictions, strict=True):
+        assert found.tolist() == pytest.approx(row + [-100.0] * (9 - len(row)), rel=1e-5)
     log, _ = step(trainer)
     gaps = [
         s[i] - s[j]
