@@ -99,6 +99,8 @@ def pytest_configure(config):
         drop_in = importlib.import_module(f"rlhf_kernels.integrations.{peer}")
         if peer == "trl":
             drop_in._Head.apply = _counted("head", drop_in._Head.apply)
+            reward = importlib.import_module("rlhf_kernels.integrations._trl_reward")
+            reward.pair_loss = _counted("pair loss", reward.pair_loss)
             drop_in.enable()
             return
         if peer == "verl":
