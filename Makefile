@@ -4,6 +4,7 @@
 # make test-all [ARGS="-m slow"]                                  every test (the exhaustive ones alone)
 # make test-models [MODEL=name]                                   every language model of transformers, tiny: docs/models.md's table
 # make bench [OP=name]                                            tests, then benchmarks: results file, tables and figures
+# make bench-integrations                                         the same of TRL's, verl's and OpenRLHF's steps on the drop-ins
 # make bench OP=name BASE=commit                                  the op now beside the op at that commit
 # make gpu OUT=DIR                                                what needs a GPU: tests, sanitizers, measurements
 # make docs                                                       the documentation as a site, in build/docs
@@ -75,7 +76,7 @@ $(PEERS:%=test-integrations-%): test-integrations-%: $(PEER_VENVS)-%/ready
 		@echo "TRL ships no tests: TRL=CLONE names a clone of huggingface/trl whose trainer tests run too"),\
 		$(PEER_VENVS)-$*/bin/python tests/integrations/peer_tests.py $*)
 	$(PEER_VENVS)-$*/bin/python -m pytest --quiet tests/integrations/test_patch.py tests/integrations/test_parity.py \
-		$(wildcard tests/integrations/test_$**.py) $(ARGS)
+		tests/integrations/test_integrations.py $(wildcard tests/integrations/test_$**.py) $(ARGS)
 
 $(PEERS:%=$(PEER_VENVS)-%/ready): $(PEER_VENVS)-%/ready: tests/integrations/requirements-%.txt pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(@D)
@@ -116,17 +117,22 @@ gpu:
 
 BENCH := .venv-bench
 BENCH_PIP := $(subst $(BIN),$(BENCH)/bin,$(PIP))
-BENCH_OPS := $(or $(OP),$(filter-out train_ppo,$(patsubst benchmarks/test_%.py,%,$(wildcard benchmarks/test_*.py))))
+BENCH_OPS := $(or $(OP),$(filter-out train_ppo integrations,$(patsubst benchmarks/test_%.py,%,$(wildcard benchmarks/test_*.py))))
 
 TRL_PPO := .venv-trl-1.12
 
-.PHONY: bench
+.PHONY: bench bench-integrations
 bench: export RLHF_KERNELS_TRL112_PYTHON ?= $(CURDIR)/$(TRL_PPO)/bin/python
-bench: $(BENCH)/ready $(if $(RLHF_KERNELS_TRL112_PYTHON),,$(if $(filter train_ppo,$(BENCH_OPS)),$(TRL_PPO)/ready))
+bench: export RLHF_KERNELS_PEER_PYTHONS ?= $(abspath $(PEER_VENVS))-{}/bin/python
+bench: $(BENCH)/ready $(if $(RLHF_KERNELS_TRL112_PYTHON),,$(if $(filter train_ppo,$(BENCH_OPS)),$(TRL_PPO)/ready)) \
+	$(if $(RLHF_KERNELS_PEER_PYTHONS),,$(if $(filter integrations,$(BENCH_OPS)),$(PEERS:%=$(PEER_VENVS)-%/ready)))
 	$(BENCH)/bin/python -m pytest --quiet $(foreach op,$(BENCH_OPS),$(call tests-of,$(op)))
 	$(BENCH)/bin/python -m pytest $(BENCH_OPS:%=benchmarks/test_%.py) --benchmark-columns=min,median,rounds \
 		--benchmark-sort=min $(if $(BASE),--base=$(BASE),--results --as-command='make bench$(OP:%= OP=%)') $(ARGS)
 	$(if $(BASE),,$(BENCH)/bin/python -m benchmarks.plot)
+
+bench-integrations:
+	$(MAKE) bench OP=integrations
 
 # The sources are read, not imported, so the site needs no torch.
 DOCS := .venv-docs

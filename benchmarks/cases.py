@@ -269,7 +269,7 @@ def _fill_in(rows: dict, seconds: dict[str, list[float]], bench: Bench, threads:
         row["ms"] = best[name] * 1e3
         row["median_ms"] = statistics.median(values) * 1e3
         row["rounds"] = len(values)
-        row["threads"] = threads
+        row.setdefault("threads", threads)  # another process has said how many of its own
         if bench.moved:
             row["gb_s"] = bench.moved / best[name] / 1e9
         if bench.flops:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-ROOFS = ("read", "copy", "matmuls")
+ROOFS = ("read", "copy", "matmuls", "backbone")
 PASSES = {"fwd": "forward", "fwdbwd": "forward + backward"}
 NAMES = {
     "ours": "ours", "eager": "eager PyTorch", "compile": "torch.compile", "trl": "TRL", "openrlhf": "OpenRLHF",
     "rows": "K rows", "eager-loop": "a loop", "pairs": "all pairs", "torch": "torch's own",
+    "trl-labels": "TRL on labels", "verl": "verl",
 }  # fmt: skip
 """How a row of the results file is called where people read it; a peer that is missing here keeps its name."""
 THEMES = {

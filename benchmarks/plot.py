@@ -1,8 +1,8 @@
 """Goals, tables and figures of the README and the docs, from one results file.
 
 FILE is by default the one in benchmarks/results that was measured last.
-    python -m benchmarks.plot [FILE]           rewrites the tables in README.md, docs/benchmarks.md and
-                                               docs/ops/linear.md, and the figures in docs/figures
+    python -m benchmarks.plot [FILE]           rewrites the tables in README.md, docs/benchmarks.md, docs/ops/linear.md
+                                               and docs/integrations/measured.md, and the figures in docs/figures
     python -m benchmarks.plot [FILE] --goals   prints goal, measured, met or missed by how much
 """
 
@@ -15,11 +15,12 @@ import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import figures
+from benchmarks import before_after, figures
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+TRAINERS = ROOT / "docs" / "integrations" / "measured.md"
 FIGURES = ROOT / "docs" / "figures"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 RATES = {"gb_s": "GB/s", "tflop_s": "TFLOP/s"}
@@ -39,6 +40,7 @@ SHOWN = (  # of the README: an op's row, and the row whose time counts as 1 in t
     ("linear_kept_logprobs-fwdbwd-fp32-256x768x50257x20", "eager"),
     ("pack_responses-fwdbwd-fp32-512x64x9x768", "rows"),
     ("ppo_iteration-fwdbwd-fp32-64x53x2048x4-demo", "trl"),
+    ("verl_actor-fwdbwd-fp32-8x96x256x50000-fused", "verl"),
 )
 # Functions that came after the last run of all benchmarks on the machine of the results file. Figures of one run on
 # another machine stand on the pages of their ops; a run of all of them empties this.
@@ -49,7 +51,8 @@ UNMEASURED = (
 )  # fmt: skip
 SHORT_TEXT = (
     "fp32, forward + backward where not said otherwise. ms is ours; then, how many times as long the others take.",
-    "All rows, goals, memory, errors and curves: [docs/benchmarks.md](docs/benchmarks.md).",
+    "All rows, goals, memory, errors and curves: [docs/benchmarks.md](docs/benchmarks.md); other trainers:",
+    "[docs/integrations/measured.md](docs/integrations/measured.md), `make bench-integrations`.",
 )
 SHORT_HEAD = "| call | shape | ms | eager | compile | others | goals |\n|---|---|---|---|---|---|---|"
 NOTHING = "Nothing is measured yet; `make bench` fills this part."
@@ -165,7 +168,7 @@ def the_file() -> Path | None:
 def shown(groups: list[dict]) -> list[tuple[dict, str]]:
     """(group, baseline) of the README's table and figure."""
     named = {group_name(group): group for group in groups}
-    return [(named[name], than) for name, than in SHOWN if name in named]
+    return [(named[name], than) for name, than in SHOWN if name in named and "ms" in named[name]["rows"]["ours"]]
 
 
 def readme_block(path: Path | None) -> str:
@@ -175,6 +178,7 @@ def readme_block(path: Path | None) -> str:
     data = load(path)
     lines = [*_machine(data), *SHORT_TEXT, "", SHORT_HEAD]
     lines += [_short_line(group, than) for group, than in shown(data["groups"])]
+    lines += before_after.short_table(data["groups"])
     return "\n".join(lines) + "\n"
 
 
@@ -194,6 +198,20 @@ def page_block(path: Path | None) -> str:
     if figures.curves(data["groups"]):
         lines += ["", "## Cost as one size is doubled three times", "", "![time and peak memory](figures/scale.svg)"]
     return "\n".join(lines) + "\n"
+
+
+def trainers_block(path: Path | None) -> str:
+    """What stands between the two marks of docs/integrations/measured.md: steps of other trainers, before and after."""
+    data = {} if path is None else load(path)
+    tables = before_after.page(data.get("groups", []))
+    if not tables:
+        return NOTHING + "\n"
+    run, machine = data["runs"]["integrations"], data["machine"]
+    heading = (
+        f"{machine['cpu']} ({machine['isa']}), torch {run['torch']}, commit {run['commit']}, {run['date']}: "
+        f"`{run['command']}`."
+    )
+    return "\n".join([heading, "", *tables]) + "\n"
 
 
 def step_table(groups: list[dict]) -> list[str]:
@@ -234,7 +252,7 @@ def _machine(data: dict) -> list[str]:
     text = (
         f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {told['threads']} threads, "
         f"torch {told['torch']}, commit {told['commit']}, {days}: `make bench` "
-        "(`ppo_iteration`: `make bench OP=train_ppo`)."
+        "(`ppo_iteration`: `OP=train_ppo`; other trainers: `OP=integrations`, CPU time)."
     )
     whole = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), text)  # code is not broken
     return [line.replace("\0", " ") for line in textwrap.wrap(whole, 118, break_on_hyphens=False)]
@@ -343,9 +361,10 @@ def replace_block(page: Path, begin: str, end: str, block: str) -> None:
 
 
 def write_pages(path: Path | None) -> None:
-    """The tables of the README and of docs/benchmarks.md, and the errors of the ops that name them in docs/ops."""
+    """The tables of the README, of docs/benchmarks.md and of docs/integrations, and the errors in docs/ops."""
     replace_block(README, BEGIN, END, readme_block(path))
     replace_block(PAGE, BEGIN, END, page_block(path))
+    replace_block(TRAINERS, BEGIN, END, trainers_block(path))
     if path is not None:
         marks = (mark.replace("benchmarks", "errors") for mark in (BEGIN, END))
         replace_block(ROOT / "docs" / "ops" / "linear.md", *marks, errors_block(load(path)["groups"]))

@@ -251,7 +251,10 @@ def test_results_file_and_what_comes_from_it(tmp_path, monkeypatch):
     assert [g["op"] for g in json.loads(path.read_text())["groups"]] == ["toy"]
 
 
-@pytest.mark.parametrize(("page", "block"), ((plot.README, plot.readme_block), (plot.PAGE, plot.page_block)))
+@pytest.mark.parametrize(
+    ("page", "block"),
+    ((plot.README, plot.readme_block), (plot.PAGE, plot.page_block), (plot.TRAINERS, plot.trainers_block)),
+)
 def test_pages_show_the_results_file(page, block):
     shown = page.read_text().partition(plot.BEGIN)[2].partition(plot.END)[0]
     assert shown.lstrip("\n") == block(plot.the_file()), "run `python -m benchmarks.plot`"
