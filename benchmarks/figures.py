@@ -9,7 +9,7 @@ PASSES = {"fwd": "forward", "fwdbwd": "forward + backward"}
 NAMES = {
     "ours": "ours", "eager": "eager PyTorch", "compile": "torch.compile", "trl": "TRL", "openrlhf": "OpenRLHF",
     "rows": "K rows", "eager-loop": "a loop", "pairs": "all pairs", "torch": "torch's own",
-    "trl-labels": "TRL on labels", "verl": "verl",
+    "trl-labels": "TRL on labels",
 }  # fmt: skip
 """How a row of the results file is called where people read it; a peer that is missing here keeps its name."""
 THEMES = {

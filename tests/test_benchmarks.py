@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rlhf_kernels
-from benchmarks import cases, figures, overhead, plot, roof
+from benchmarks import before_after, cases, figures, overhead, plot, roof
 from benchmarks.cases import Bench, Case, Skip, faster, memory, within
 from benchmarks.worker import Worker
 from rlhf_kernels import dispatch
@@ -261,14 +261,15 @@ def test_pages_show_the_results_file(page, block):
 
 
 def test_readme_shows_every_op():
-    """A row of each, also of one that is slower than eager; one row an op, and PPO's iteration."""
+    """A row of each, also of one that is slower than eager; one row an op, PPO's iteration, a table of TRL's steps."""
     path = plot.the_file()
     if path is None:
         pytest.skip("no results file is committed yet")
     rows = plot.shown(plot.load(path)["groups"])
     later = [name for name, _ in plot.SHOWN if name.partition("-")[0] in plot.UNMEASURED]
     ops = {case.op for name in NAMES for case in module(name).CASES if case.function not in plot.UNMEASURED}
-    assert {group["op"] for group, _ in rows} == ops
+    assert {group["op"] for group, _ in rows} == ops - {"integrations"}
+    assert len(before_after.short_table(plot.load(path)["groups"])) == 5
     assert len(rows) == len(plot.SHOWN) - len(later) and len(plot.SHOWN) <= len(NAMES) + 1
 
 
