@@ -33,7 +33,7 @@ STUBS = roof.ROOT / "tests" / "integrations" / "stubs"  # in the place of deepsp
 RATE = 1e-6  # the weights hardly move: every step does the same
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Step:
     """One step to run, the implementations it can run with, and what share of the positions has a label."""
 
@@ -244,7 +244,7 @@ def trl_step(kind: str, case: dict) -> Step:
         model.zero_grad()
         return loss
 
-    return Step(run, _trl_contexts(), trainer.model, labelled, folder)
+    return Step(run=run, contexts=_trl_contexts(), model=trainer.model, labelled=labelled, folder=folder)
 
 
 def _completed(trainer, found: Texts) -> tuple[dict, float]:
@@ -289,7 +289,7 @@ def trl_head(case: dict) -> Step:
         loss = -log_probs.mean() - 0.01 * entropy.mean()
         return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
-    return Step(run, _trl_contexts())
+    return Step(run=run, contexts=_trl_contexts())
 
 
 # verl and OpenRLHF
@@ -355,7 +355,7 @@ def verl_actor(case: dict) -> Step:
         with ours.patched(), mock.patch.dict(chosen, loss="rk_vanilla"):
             yield
 
-    return Step(run, {"ours": patched, "verl": nullcontext}, model)
+    return Step(run=run, contexts={"ours": patched, "verl": nullcontext}, model=model)
 
 
 @contextmanager
@@ -393,7 +393,7 @@ def openrlhf_actor(case: dict) -> Step:
         model.zero_grad()
         return loss.detach()
 
-    return Step(run, {"ours": ours.patched, "openrlhf": nullcontext}, model)
+    return Step(run=run, contexts={"ours": ours.patched, "openrlhf": nullcontext}, model=model)
 
 
 def _trajectories(sizes: dict[str, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -415,7 +415,7 @@ def verl_gae(case: dict) -> Step:
     def run():
         return core_algos.compute_gae_advantage_return(rewards, values, mask, 0.99, 0.95)
 
-    return Step(run, {"ours": ours.patched, "verl": nullcontext})
+    return Step(run=run, contexts={"ours": ours.patched, "verl": nullcontext})
 
 
 def openrlhf_gae(case: dict) -> Step:
@@ -435,7 +435,7 @@ def openrlhf_gae(case: dict) -> Step:
     def run():
         return RemoteExperienceMaker.get_advantages_and_returns(None, values, rewards, mask, 0.99, 0.95)
 
-    return Step(run, {"ours": ours.patched, "openrlhf": nullcontext})
+    return Step(run=run, contexts={"ours": ours.patched, "openrlhf": nullcontext})
 
 
 STEPS = {
