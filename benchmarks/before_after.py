@@ -94,7 +94,7 @@ def short_table(groups: list[dict]) -> list[str]:
         )
         lines.append(f"| {text} | {' | '.join(times)} |")
     peaks = (_peaks(found[kind, "fp32"], ("ours", "trl-labels", "trl")) for kind in kinds)
-    lines.append(f"| MiB above model and optimizer, fp32: ours, on labels, as it is | {' | '.join(peaks)} |")
+    lines.append(f"| MiB: ours, on labels, as it is | {' | '.join(peaks)} |")
     return ["", *lines]
 
 

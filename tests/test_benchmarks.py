@@ -269,7 +269,7 @@ def test_readme_shows_every_op():
     later = [name for name, _ in plot.SHOWN if name.partition("-")[0] in plot.UNMEASURED]
     ops = {case.op for name in NAMES for case in module(name).CASES if case.function not in plot.UNMEASURED}
     assert {group["op"] for group, _ in rows} == ops - {"integrations"}
-    assert len(before_after.short_table(plot.load(path)["groups"])) == 5
+    assert len(before_after.short_table(plot.load(path)["groups"])) == 6
     assert len(rows) == len(plot.SHOWN) - len(later) and len(plot.SHOWN) <= len(NAMES) + 1
 
 

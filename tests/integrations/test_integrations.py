@@ -122,9 +122,10 @@ def test_tables():
     assert "| SFT, bf16, fast | 150 | 4 × | 8 × | 10 ×, 22 × | 10, 15, 60, 120 |" in lines
     assert "| `verl_actor`, fp32 | 8x9 | 100 | 2.5 × | 10, 25 |" in lines
     assert not any("ppo_loss" in line for line in lines)
-    assert before_after.short_table(GROUPS)[-2:] == [
+    assert before_after.short_table(GROUPS)[-3:] == [
         "| TRL as it is takes | 5 ×; 8 × |",
         "| TRL on labels alone takes | 2.33 ×; 4 × |",
+        "| MiB: ours, on labels, as it is | 30, 70, 150 |",
     ]
     skipped = [{**GROUPS[0], "rows": {name: {"skipped": "no TRL"} for name in GROUPS[0]["rows"]}}]
     assert before_after.page(skipped) == before_after.short_table(skipped) == []
