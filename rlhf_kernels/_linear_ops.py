@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import custom_op, direct, register, without_autocast
+from ._autograd import custom_op, direct, register
 from ._checks import reads_values
+from ._precision import exact_products
 from .logprobs import check_labels, check_temperatures
 from .reference.linear import spread_slopes
 from .reference.policy import STATS as POLICY_STATS
@@ -36,10 +37,10 @@ def group_of(group_name: str):
 
 
 class backend_of:
-    """The backend, outside autocast: its products must not be rounded behind its back."""
+    """The backend, with exact products: they must not be rounded behind its back."""
 
     def __init__(self, hidden: Tensor, op: str = "linear"):
-        self.hidden, self.op, self.outside = hidden, op, without_autocast(hidden.device)
+        self.hidden, self.op, self.outside = hidden, op, exact_products(hidden.device)
 
     def __enter__(self):
         backend = dispatch.pick(self.op, self.hidden)

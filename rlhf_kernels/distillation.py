@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import custom_op, direct, register, without_autocast
+from ._autograd import custom_op, direct, register
 from ._checks import FLOATS, check_dtype, check_in, check_index, check_range, check_same_device, check_shape
 from ._linear_checks import check_execution, check_head, check_scale
+from ._precision import exact_products
 from .kept import check_tokens, kept_logits
 from .linear import linear_logprobs
 from .reference.logprobs import accumulator_dtype
@@ -155,7 +156,7 @@ def jsd_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor, teacher_weight: Tensor,
     teacher_bias: Tensor | None, beta: float, temperature: float, softcap: float | None, chunk_size: int,
 ) -> Tensor:  # fmt: skip
-    with without_autocast(hidden.device):
+    with exact_products(hidden.device):
         return dispatch.pick("distillation", hidden).jsd_fwd(
             hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, beta, temperature, softcap, chunk_size
         )
@@ -172,7 +173,7 @@ def jsd_bwd(
     teacher_bias: Tensor | None, beta: float, temperature: float, softcap: float | None, chunk_size: int,
     need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    with without_autocast(hidden.device):
+    with exact_products(hidden.device):
         return dispatch.pick("distillation", hidden).jsd_bwd(
             grad, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, beta, temperature, softcap,
             chunk_size, need_hidden, need_weight, need_bias,

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._autograd import custom_op, direct, register, without_autocast
+from ._autograd import custom_op, direct, register
 from ._checks import check_cu_seqlens, check_index, check_range, check_same_device, check_shape, reads_values
 from ._linear_checks import check_head, check_lora
+from ._precision import exact_products
 from .logprobs import check_logits, logprobs_and_entropy_from_logits, logprobs_from_logits
 from .reference.logprobs import accumulator_dtype
 
@@ -185,7 +186,7 @@ def _of_kept(x, labels, kept, temperature, softcap, ignore_index, return_entropy
 
 @custom_op("kept_logits_fwd")
 def kept_logits_fwd(hidden: Tensor, weight: Tensor, kept: Tensor, bias: Tensor | None) -> Tensor:
-    with without_autocast(hidden.device):
+    with exact_products(hidden.device):
         return dispatch.pick("kept", hidden).kept_logits_fwd(hidden, weight, kept, bias)
 
 
@@ -198,7 +199,7 @@ def _(hidden, weight, kept, bias):
 def kept_logits_bwd(
     grad: Tensor, hidden: Tensor, weight: Tensor, kept: Tensor, need_hidden: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with without_autocast(hidden.device):
+    with exact_products(hidden.device):
         backend = dispatch.pick("kept", hidden)
         return backend.kept_logits_bwd(grad, hidden, weight, kept, need_hidden, need_weight, need_bias)
 
