@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+READ_ON = "cpu"  # the device whose tensors checks may read
 
 
 def _dtype_name(dtype):
@@ -120,7 +121,7 @@ def reads_values(tensor):
     kind = tensor.device.type
     if torch.compiler.is_compiling() or kind == "meta" or (not _is_ordinary(tensor) and is_fake(tensor)):
         return False
-    return kind == "cpu" or os.environ.get("RLHF_KERNELS_CHECK") == "1"
+    return kind == READ_ON or os.environ.get("RLHF_KERNELS_CHECK") == "1"
 
 
 def check_cu_seqlens(name, cu_seqlens, total):

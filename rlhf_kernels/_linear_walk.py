@@ -25,12 +25,12 @@ d hidden and d weight are, in the same dtype of factors.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._linear_gradients import Gradients, Inputs
 from .reference._head import Head, Rows
 from .reference.kl import merge_divergence
 from .reference.linear import _saved_dtype, gaps
@@ -161,7 +161,12 @@ class Kernels:
 
     @staticmethod
     def columns(vocab):
-        """Columns of such a chunk."""
+        """Columns of such a chunk in a forward."""
+        return NARROW
+
+    @staticmethod
+    def backward_columns(vocab):
+        """Columns of such a chunk in a backward, which reads and writes d hidden once for each."""
         return NARROW
 
     @staticmethod
@@ -205,6 +210,11 @@ class Kernels:
         return None
 
     @staticmethod
+    def common_unit(walk, upstream):
+        """The unit of every d/dlogits of a backward, in which its sums are kept; None if `gradient` returns none."""
+        return None
+
+    @staticmethod
     def capped(logits, bias, softcap):
         """softcap(logits + bias), in place if that is as good."""
         if bias is not None:
@@ -215,22 +225,6 @@ class Kernels:
 def cap(x, softcap):
     """softcap * tanh(x / softcap); -inf stays -inf."""
     return torch.where(x == float("-inf"), x, softcap * torch.tanh(x / softcap))
-
-
-def factor(x, dtype, unit):
-    """x in the dtype of d/dlogits, with the unit of their product; fp16 holds x over its largest entry."""
-    if unit is None:
-        return x.to(dtype), None
-    x = x.to(torch.float32)
-    largest = torch.nan_to_num(x.abs().amax(), nan=0.0, posinf=0.0).clamp(1e-30, 1e30)
-    return (x / largest).to(dtype), unit * largest
-
-
-class Inputs(NamedTuple):
-    """Of some tokens: hidden states [n, H] as the products take them, and low [n, r] fp32 or None."""
-
-    hidden: Tensor
-    low: Tensor | None
 
 
 class Walk:
@@ -273,85 +267,6 @@ class Walk:
         bias = None if self.bias is None else self.bias[columns]
         options = (temperatures, head.temperature, head.softcap, self.labels[part], self.kept[part])
         return Chunk(logits, columns.start, bias, *options)
-
-
-class Gradients:
-    """fp32 sums of d hidden, d weight, d bias, d low and d up; those not needed stay empty.
-
-    apart: d hidden is kept for each label, [M, H], instead of summed over the labels that read one row.
-    """
-
-    def __init__(self, walk, need_hidden, need_weight, need_bias, need_low=False, need_up=False, apart=False):
-        head = walk.head
-        self.apart = apart or head.rows is None
-        self.kernels, self.head = walk.kernels, head
-        self.need_hidden, self.need_low = need_hidden, need_low
-        self.need_weight, self.need_bias, self.need_up = need_weight, need_bias, need_up
-        self.hidden, self.low = self._of_rows(head.hidden, need_hidden), self._of_rows(head.low, need_low)
-        self.weight, self.up = self._of_columns(head.weight, need_weight), self._of_columns(head.up, need_up)
-        self.bias = self._zeros(head.vocab if need_bias else 0)
-
-    def _zeros(self, shape):
-        return self.head.hidden.new_zeros(shape, dtype=torch.float32)
-
-    def _of_rows(self, x, need):
-        if need and self.apart:  # every row is written
-            return self.kernels.fresh((self.head.count, x.shape[1]), x.device)
-        return self._zeros(x.shape if need else 0)
-
-    def _of_columns(self, x, need):
-        if need and self.head.count:  # as every row is here
-            return self.kernels.fresh(x.shape, x.device)
-        return self._zeros(x.shape if need else 0)
-
-    def add(self, dlogits, unit, columns, inputs, sums, first_part):
-        """Fold in d/dlogits [n, v] of these columns; unit as `kernels.gradient` returned it."""
-        product, (h, low) = self.kernels.product, inputs
-        for block, weight in self.kernels.blocks(self.head.weight, columns):
-            part = dlogits[:, block.start - columns.start : block.stop - columns.start]
-            if sums.hidden is not None:
-                product(part, weight, sums.hidden, block.start > 0, unit)
-            if self.need_weight:
-                product(part.t(), h, self.weight[block], not first_part, unit)
-        if self.need_bias:
-            bias = dlogits.sum(0, dtype=torch.float32)
-            self.bias[columns] += bias if unit is None else bias * unit
-        if sums.low is not None:
-            up, scale = factor(self.head.up[columns], dlogits.dtype, unit)
-            product(dlogits, up, sums.low, columns.start > 0, scale)
-        if self.need_up:
-            low, scale = factor(low, dlogits.dtype, unit)
-            product(dlogits.t(), low, self.up[columns], not first_part, scale)
-
-    def start_part(self, part, inputs):
-        """`Inputs` where d hidden and d low of this part are summed, None where not needed.
-
-        In their place, or, with `rows`, in tensors of their own.
-        """
-
-        def sums(total, x, need):
-            if not need:
-                return None
-            return total[part] if self.apart else x.new_empty(x.shape, dtype=torch.float32)
-
-        return Inputs(sums(self.hidden, inputs.hidden, self.need_hidden), sums(self.low, inputs.low, self.need_low))
-
-    def finish_part(self, part, sums):
-        """Spread d hidden and d low over the rows that the labels read."""
-        for total, d in zip((self.hidden, self.low), sums):
-            if d is None or self.apart:
-                continue
-            if d.device.type == "cpu":
-                total.index_add_(0, self.head.safe_rows(part), d)
-            else:  # index_add_ uses atomics on a GPU, index_put_ sorts: the same bits on every run
-                total.index_put_((self.head.safe_rows(part),), d, accumulate=True)
-
-    def finish(self, dtypes, group):
-        """(d hidden, d weight, d bias, d low, d up), as many as dtypes, in these; of hidden and low over the group."""
-        for total, need in ((self.hidden, self.need_hidden), (self.low, self.need_low)):
-            if group is not None and need:
-                dist.all_reduce(total, group=group)
-        return tuple(g.to(x) for g, x in zip((self.hidden, self.weight, self.bias, self.low, self.up), dtypes))
 
 
 def logprobs_fwd(walk: Walk, with_entropy, chunk_size, group, with_sums=False):
@@ -398,13 +313,14 @@ def _results(state, sums, kept, astray, group):
 
 def logprobs_bwd(walk: Walk, upstream, results, needs, chunk_size, group, dtypes):
     """The gradients of `Gradients`: the chunks of the forward again, turned into them."""
-    head, kernels, gradients = walk.head, walk.kernels, Gradients(walk, *needs)
+    head, kernels = walk.head, walk.kernels
+    gradients = Gradients(walk, *needs, unit=kernels.common_unit(walk, upstream))
     for part in walk.parts(chunk_size or kernels.tokens(head.count)):
         inputs = walk.inputs(part)
         sums = gradients.start_part(part, inputs)
         some = Upstream(*(None if g is None else g[part] for g in upstream))
         rows = Rows(*(None if x is None else x[part] for x in results))
-        for columns in walk.columns(kernels.columns(head.vocab)):
+        for columns in walk.columns(kernels.backward_columns(head.vocab)):
             dlogits, unit = kernels.gradient(walk.chunk(part, inputs, columns), some, rows)
             gradients.add(dlogits, unit, columns, inputs, sums, part.start == 0)
         gradients.finish_part(part, sums)

@@ -1,7 +1,8 @@
-"""The op tests on a GPU: inside `OnGPU`, what a test creates lies on the device."""
+"""The op tests on a GPU, inside `OnGPU`, where what a test creates lies on the device; and as on one without it."""
 
 import sys
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -37,3 +38,19 @@ class OnGPU(TorchFunctionMode):
         while frame is not None and frame.f_globals.get("__name__", "").startswith("torch"):
             frame = frame.f_back
         return frame is not None and frame.f_globals.get("__name__", "").startswith("rlhf")
+
+
+def round_as_a_gpu_does() -> None:
+    """Makes Triton's interpreter round fp32 to the nearest bf16. Its own way cuts digits off, which is a bias."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    plain = interpreter._convert_float
+
+    def convert(values, source, target, mode):
+        if (source, target) != (language.float32, language.bfloat16):
+            return plain(values, source, target, mode)
+        rounded = torch.from_numpy(np.array(values, dtype=np.float32)).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+
+    interpreter._convert_float = convert

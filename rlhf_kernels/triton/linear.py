@@ -1,16 +1,19 @@
 """The walk of _linear_walk.py on a GPU: its chunk kernels, and matrix products in the inputs' dtype with fp32 results.
 
 A chunk of narrow columns is up to TOKENS x COLUMNS logits: so many tokens, because each chunk of tokens reads and
-writes the whole fp32 d weight once; so many columns, because each chunk of columns does the same to d hidden. A chunk
-that spans the vocabulary holds WIDE_BYTES, but at least LEAST_TOKENS tokens. Parts of one call are of equal size.
+writes the whole fp32 d weight once; so many columns, because each chunk of columns does the same to d hidden. Neither
+counts in a forward: FORWARD_COLUMNS are fewer, so that the logits are still in the second-level cache when they are
+read, and not so few that enqueueing a chunk takes longer than its product (not measured yet). A chunk that spans the
+vocabulary holds WIDE_BYTES, but at least LEAST_TOKENS tokens. Parts of one call are of equal size.
 
 Logits are fp32 sums of exact products, whatever the inputs' dtype. From bf16 or fp16 inputs d/dlogits is rounded to
 that dtype for the products with the head and the hidden states, which tensor cores then take as they are. Each entry is
 rounded once, to nearest, from its fp32 value, so its error is at most half a unit in the last place and has no sign of
 its own; nothing that is a sum is rounded: products add up in fp32, over columns and over chunks of tokens, and d hidden
-and d weight are rounded once, when all is summed. fp16 has few exponents, so there a chunk's entries are first divided
-by `unit`, a number on the device that brings the largest possible one near 2^14: otherwise small ones would all be
-rounded to 0, which is a bias.
+and d weight are rounded once, when all is summed. fp16 has few exponents, so there entries are first divided by
+`unit`, a number on the device that brings the largest possible one near 2^14: otherwise small ones would all be rounded
+to 0, which is a bias. A backward knows what comes from upstream, so it has one unit for all its chunks, and its sums
+are multiplied by it when they are done; where the loss is known, each chunk has its own, and each product is.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from ._row_extras import fold as fold_extras
 from ._row_sums import add_row_sums
 
 TOKENS = 4096
+FORWARD_COLUMNS = 4096
 COLUMNS = 16384
 LEAST_TOKENS = 2048
 WIDE_BYTES = 5 << 29
@@ -215,9 +219,8 @@ class _Kernels(walk.Kernels):
     def __init__(self, hidden, weight, fast):
         halves = [x.dtype for x in (hidden, weight) if x.dtype in HALVES]
         alike = hidden.dtype == weight.dtype
-        here = hidden.device.type != "cpu"  # the interpreter's products are fp32
-        self.dtype = halves[0] if halves and (alike or fast) and here else torch.float32
-        self.narrow = None
+        self.dtype = halves[0] if halves and (alike or fast) else torch.float32
+        self.narrow = self.unit = None
 
     @staticmethod
     def tokens(count):
@@ -225,6 +228,10 @@ class _Kernels(walk.Kernels):
 
     @staticmethod
     def columns(vocab):
+        return FORWARD_COLUMNS
+
+    @staticmethod
+    def backward_columns(vocab):
         return COLUMNS
 
     @staticmethod
@@ -277,11 +284,9 @@ class _Kernels(walk.Kernels):
     def gradient(self, chunk, upstream, found):
         rows, columns = chunk.logits.shape
         upstream = [None if g is None else g.to(torch.float32).contiguous() for g in upstream]
-        unit = None
-        if self.dtype == torch.float16:
-            sizes = [f * g.abs() for f, g in zip((1.0, 16.0, 1.0, 1.0), upstream) if g is not None]  # 16 > entropy
-            heat = chunk.temperature if chunk.temperatures is None else chunk.temperatures
-            unit = fp16_unit(torch.where(chunk.kept, sum(sizes) / heat, 0.0))
+        unit = self.unit
+        if unit is None:
+            unit = self._unit(upstream, chunk.kept, chunk.temperature, chunk.temperatures)
         out = self._dlogits(chunk.logits)
         block = min(BLOCK, power_of_two(columns))
         blocks = pieces(columns, block)
@@ -291,6 +296,18 @@ class _Kernels(walk.Kernels):
             columns, blocks, out, out.stride(0), BLOCK=block, num_warps=warps(block), **options,
         )  # fmt: skip
         return out, unit
+
+    def _unit(self, upstream, kept, temperature, temperatures):
+        """Of d/dlogits of these rows; None where the factors are not fp16."""
+        if self.dtype != torch.float16 or not kept.numel():
+            return None
+        sizes = [f * g.to(torch.float32).abs() for f, g in zip((1.0, 16.0, 1.0, 1.0), upstream) if g is not None]
+        heat = temperature if temperatures is None else temperatures  # 16 > entropy
+        return fp16_unit(torch.where(kept, sum(sizes) / heat, 0.0))
+
+    def common_unit(self, walk, upstream):
+        self.unit = self._unit(upstream, walk.kept, walk.head.temperature, walk.temperatures)
+        return self.unit
 
     @staticmethod
     def capped(logits, bias, softcap):

@@ -484,46 +484,48 @@ def test_edges_infinite_log_probs(backend_name):
 
 # 6. bad input
 
-ZEROS = torch.zeros(2, 3)
+
+def zeros():
+    return torch.zeros(2, 3)
 
 
 @pytest.mark.parametrize(
     "call,words",
     [
-        (lambda: gae(ZEROS, torch.zeros(2, 4)), "values has shape"),
-        (lambda: gae(ZEROS, ZEROS, torch.ones(2, 4, dtype=torch.bool)), "mask has shape"),
-        (lambda: gae(ZEROS, ZEROS, torch.ones(2, 3)), "mask has dtype float32"),
-        (lambda: gae(ZEROS, ZEROS, lam=1.5), "lam must be a number >= 0 and <= 1, got 1.5"),
-        (lambda: gae(ZEROS, ZEROS, gamma=-0.1), "gamma must be"),
-        (lambda: gae(ZEROS.long(), ZEROS), "rewards has dtype int64"),
+        (lambda: gae(zeros(), torch.zeros(2, 4)), "values has shape"),
+        (lambda: gae(zeros(), zeros(), torch.ones(2, 4, dtype=torch.bool)), "mask has shape"),
+        (lambda: gae(zeros(), zeros(), torch.ones(2, 3)), "mask has dtype float32"),
+        (lambda: gae(zeros(), zeros(), lam=1.5), "lam must be a number >= 0 and <= 1, got 1.5"),
+        (lambda: gae(zeros(), zeros(), gamma=-0.1), "gamma must be"),
+        (lambda: gae(zeros().long(), zeros()), "rewards has dtype int64"),
         (lambda: gae(torch.zeros(3), torch.zeros(3)), "rewards has shape"),
-        (lambda: gae(ZEROS, ZEROS, cu_seqlens=torch.tensor([0, 3])), "rewards has shape"),
-        (lambda: gae(ZEROS[0], ZEROS[0], cu_seqlens=torch.tensor([0, 2, 1, 3])), "cu_seqlens"),
-        (lambda: gae(ZEROS[0], ZEROS[0], cu_seqlens=torch.tensor([0, 2])), "cu_seqlens"),
-        (lambda: gae(ZEROS, ZEROS, last_values=torch.zeros(3)), "last_values has shape"),
-        (lambda: gae(ZEROS, ZEROS.to("meta")), "values is on meta"),
-        (lambda: gae(None, ZEROS), "rewards must be a torch.Tensor, got NoneType"),
-        (lambda: rlhf_advantages(torch.zeros(3), ZEROS, ZEROS, ZEROS, None, kl_coef=0.1), "scores has shape"),
-        (lambda: rlhf_advantages(torch.zeros(2), ZEROS, ZEROS, ZEROS, None, kl_coef=-1), "kl_coef must be"),
+        (lambda: gae(zeros(), zeros(), cu_seqlens=torch.tensor([0, 3])), "rewards has shape"),
+        (lambda: gae(zeros()[0], zeros()[0], cu_seqlens=torch.tensor([0, 2, 1, 3])), "cu_seqlens"),
+        (lambda: gae(zeros()[0], zeros()[0], cu_seqlens=torch.tensor([0, 2])), "cu_seqlens"),
+        (lambda: gae(zeros(), zeros(), last_values=torch.zeros(3)), "last_values has shape"),
+        (lambda: gae(zeros(), zeros().to("meta")), "values is on meta"),
+        (lambda: gae(None, zeros()), "rewards must be a torch.Tensor, got NoneType"),
+        (lambda: rlhf_advantages(torch.zeros(3), zeros(), zeros(), zeros(), None, kl_coef=0.1), "scores has shape"),
+        (lambda: rlhf_advantages(torch.zeros(2), zeros(), zeros(), zeros(), None, kl_coef=-1), "kl_coef must be"),
         (
-            lambda: rlhf_advantages(torch.zeros(2), ZEROS, ZEROS, ZEROS, None, kl_coef=0, kl_estimator="k4"),
+            lambda: rlhf_advantages(torch.zeros(2), zeros(), zeros(), zeros(), None, kl_coef=0, kl_estimator="k4"),
             "kl_estimator must be one of 'k1', 'k2', 'k3', got 'k4'",
         ),
         (
-            lambda: rlhf_advantages(torch.zeros(2), ZEROS, ZEROS, ZEROS, None, kl_coef=0, reward_clip=0),
+            lambda: rlhf_advantages(torch.zeros(2), zeros(), zeros(), zeros(), None, kl_coef=0, reward_clip=0),
             "reward_clip must be a number > 0, got 0",
         ),
-        (lambda: gae(ZEROS, ZEROS, critic_lam=1.5), "critic_lam must be a number >= 0 and <= 1, got 1.5"),
-        (lambda: gae(ZEROS, ZEROS, masked="pad"), "masked must be one of 'skip', 'zero', got 'pad'"),
+        (lambda: gae(zeros(), zeros(), critic_lam=1.5), "critic_lam must be a number >= 0 and <= 1, got 1.5"),
+        (lambda: gae(zeros(), zeros(), masked="pad"), "masked must be one of 'skip', 'zero', got 'pad'"),
         (
-            lambda: gae(ZEROS, ZEROS, masked="zero", last_values=torch.zeros(2)),
+            lambda: gae(zeros(), zeros(), masked="zero", last_values=torch.zeros(2)),
             "last_values is given, but masked='zero' knows no last kept token",
         ),
         (lambda: masked_whiten(torch.zeros(2, 2, 2)), "values has shape"),
-        (lambda: masked_whiten(ZEROS, correction=2), "correction must be one of 0, 1, got 2"),
-        (lambda: masked_whiten(ZEROS, eps=-1.0), "eps must be a number >= 0, got -1.0"),
-        (lambda: masked_whiten(ZEROS, min_variance=-1.0), "min_variance must be"),
-        (lambda: masked_whiten(ZEROS, eps=0.0), "expected one of them to be >= 1e-12"),
+        (lambda: masked_whiten(zeros(), correction=2), "correction must be one of 0, 1, got 2"),
+        (lambda: masked_whiten(zeros(), eps=-1.0), "eps must be a number >= 0, got -1.0"),
+        (lambda: masked_whiten(zeros(), min_variance=-1.0), "min_variance must be"),
+        (lambda: masked_whiten(zeros(), eps=0.0), "expected one of them to be >= 1e-12"),
     ],
 )
 def test_bad_input(call, words):

@@ -221,7 +221,7 @@ def check_no_overflow(autocast):
     """A gap of -120 costs 120.0 and pulls with slope 1, in fp32 also under bf16 autocast."""
     for loss_function in (bradley_terry_loss, plackett_luce_loss):
         scores = torch.tensor([[-60.0, 60.0]], requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast(scores.device.type, torch.bfloat16, enabled=autocast):
             loss = loss_function(scores, torch.tensor([[0, 1]])).loss
         loss.backward()
         assert loss.dtype == torch.float32 and loss.item() == 120.0

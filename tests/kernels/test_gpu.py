@@ -5,34 +5,51 @@ import torch
 
 import rlhf_kernels as rk
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-]
-BACKENDS = [(op, name) for op, row in rk.backends().items() for name in ("triton", "cuda") if name in row]
+GPU = torch.cuda.is_available()
 
 
-def calls(op):
+def on_gpu(*values, op):
+    """Parameters of a test on a GPU; skipped, with the reason, where it or this backend of the op is missing."""
+    state = rk.backends()[op][values[-1]]
+    skip = None if GPU and state == "available" else state if GPU else "there is no GPU"
+    marks = [pytest.mark.gpu] + ([pytest.mark.skip(reason=f"{values[-1]}: {skip}")] if skip else [])
+    return pytest.param(*values, marks=marks)
+
+
+BACKENDS = [on_gpu(op, x, op=op) for op, row in rk.backends().items() for x in ("triton", "cuda") if x in row]
+
+
+def calls(op, device="cuda"):
     """A function of fresh inputs on the device, and the inputs, for one op."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape):
-        return torch.randn(shape, device="cuda", generator=generator)
+        return torch.randn(shape, device=device, generator=generator)
 
-    mask = torch.rand(64, 96, device="cuda", generator=generator) < 0.8
+    mask = torch.rand(64, 96, device=device, generator=generator) < 0.8
     tokens = [randn(64, 96) for _ in range(5)]
-    labels = torch.randint(0, 5000, (64,), device="cuda", generator=generator)
-    ranks = torch.rand(64, 9, device="cuda", generator=generator).argsort(-1)
+    labels = torch.randint(0, 5000, (64,), device=device, generator=generator)
+    ranks = torch.rand(64, 9, device=device, generator=generator).argsort(-1)
     return {
         "logprobs": (lambda x: rk.logprobs_and_entropy_from_logits(x, labels), [randn(64, 5000)]),
         "linear": (lambda h, w: [rk.linear_logprobs(h, w, labels)], [randn(64, 32), randn(5000, 32)]),
+        "cross_entropy": (lambda x: [rk.cross_entropy_from_logits(x, labels, z_loss=1e-4)], [randn(64, 5000)]),
         "kl": (lambda x, y: [rk.kl_from_logits(x, y)], [randn(64, 5000), randn(64, 5000)]),
         "advantages": (lambda r, v: rk.gae(r, v, mask), tokens[:2]),
         "policy": (lambda p, o, a: [rk.policy_loss(p, o, a, mask, objective=rk.GSPO()).loss], tokens[:3]),
         "ppo": (lambda p, o, a: [rk.ppo_loss(p, o, a, mask).loss], tokens[:3]),
         "bradley_terry": (lambda s: [rk.bradley_terry_loss(s, ranks).loss], [randn(64, 9)]),
-        "preference": (lambda c, r: [rk.preference_loss(c, r, loss_type="simpo").loss], [randn(64), randn(64)]),
+        "preference": (lambda *x: [rk.preference_loss(*x).loss], [randn(64) for _ in range(4)]),
     }[op]
+
+
+@pytest.mark.parametrize("op", sorted({parameters.values[0] for parameters in BACKENDS}))
+def test_the_calls_run_on_a_cpu(op):
+    """What follows makes these calls on a GPU; here they are made in plain PyTorch."""
+    call, inputs = calls(op, "cpu")
+    with rk.backend("reference"):
+        first, second = call(*inputs), call(*inputs)
+    assert all(x.isfinite().all() and torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize(("op", "name"), BACKENDS)
@@ -76,7 +93,7 @@ def test_the_current_stream_is_used(op, name):
         assert torch.equal(actual, value)
 
 
-@pytest.mark.parametrize("name", ("triton", "cuda"))
+@pytest.mark.parametrize("name", [on_gpu(name, op="logprobs") for name in ("triton", "cuda")])
 def test_offsets_past_2_31(name):
     """17000 rows of 131072 bf16 logits: entries beyond 2^31 give what the same rows give alone."""
     if torch.cuda.get_device_properties(0).total_memory < 20 << 30:

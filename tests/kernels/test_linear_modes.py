@@ -44,7 +44,7 @@ def test_frozen_head(backend_name, dtype, case, chunk_size, assert_close_to_fp64
     upstream = torch.where(labels == -100, math.nan, torch.where(logprobs.isfinite(), upstream, 0.0))
     (grad,) = torch.autograd.grad(logprobs, hidden, upstream, retain_graph=True)
     assert grad.dtype == dtype
-    assert_close_to_fp64(grad, wanted, dtype)
+    assert_close_to_fp64(grad, wanted, dtype, gradient=True)
     assert torch.equal(grad, torch.autograd.grad(logprobs, hidden, upstream)[0])
 
 
@@ -87,11 +87,12 @@ def test_kl_at_rows(backend_name, dtype, trained, direction, assert_close_to_fp6
     got = torch.autograd.grad((kl * weights).sum(), [x for x in leaves if x.requires_grad])
     for grad, grad64 in zip(got, torch.autograd.grad((kl64 * weights.double()).sum(), list(wanted)), strict=True):
         assert grad.dtype == dtype
-        assert_close_to_fp64(grad, grad64, dtype, scale=2)
+        assert_close_to_fp64(grad, grad64, dtype, scale=2, gradient=True)
     assert not got[0][[1, 2, 3]].any()
 
 
-def test_kl_bad_rows(backend_name):
+def test_kl_bad_rows(backend_name, monkeypatch):
+    monkeypatch.setenv("RLHF_KERNELS_CHECK", "1")
     hidden, head = torch.zeros(2, 4), torch.zeros(5, 4)
     bad = [
         ({"rows": torch.tensor([0, 2])}, "rows holds values outside [0, 2), the rows of hidden_states"),
@@ -135,7 +136,7 @@ def test_mixed_dtypes(backend_name, dtypes, precision, assert_close_to_fp64):
     if precision == "exact":
         assert_close_to_fp64(found, wanted, torch.float32)
         for grad, grad64, dtype in zip(grads, grads64, dtypes):
-            assert_close_to_fp64(grad, grad64, dtype, scale=4)
+            assert_close_to_fp64(grad, grad64, dtype, scale=4, gradient=True)
     else:  # a factor rounded to a half dtype is off by half a unit in its last place
         assert (found.double() - wanted).norm() <= 2**-7 * wanted.norm()
         for grad, grad64 in zip(grads, grads64):

@@ -15,20 +15,23 @@ def normal(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def test_autocast(backend_name):
+def test_autocast(backend_name, assert_close_to_fp64):
     """Under autocast the products are of bf16 inputs, as F.linear's, and everything after them is fp32."""
     hidden, head, labels = normal(8, 16).requires_grad_(), normal(40, 16, seed=1).requires_grad_(), torch.arange(8)
     rounded = [x.detach().bfloat16().double().requires_grad_() for x in (hidden, head)]
     truth = F.cross_entropy(F.linear(*rounded), labels)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
         loss = rk.linear_cross_entropy(hidden, head, labels)
         per_token = rk.linear_logprobs(hidden.bfloat16(), head, labels)
         grads = torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad(-per_token.mean(), (hidden, head))
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(truth.item(), rel=1e-6)
     for pair in grads:
         for grad, wanted in zip(pair, torch.autograd.grad(truth, rounded, retain_graph=True)):
-            torch.testing.assert_close(grad, wanted.float(), atol=1e-4, rtol=2**-7)
-    with torch.autocast("cpu", dtype=torch.bfloat16), rk.backend("reference"):
+            if backend_name == "triton":
+                assert_close_to_fp64(grad, wanted, torch.bfloat16, gradient=True)
+            else:
+                torch.testing.assert_close(grad, wanted.float(), atol=1e-4, rtol=2**-7)
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16), rk.backend("reference"):
         assert rk.linear_logprobs(hidden.double(), head.double(), labels).dtype == torch.float64
 
 
@@ -83,7 +86,10 @@ def test_trap_26_chunk_products(backend_name):
     for rows in torch.arange(512).split(4):
         rounded += (dlogits[rows].t() @ hidden[rows].double()).bfloat16()
     residual = ours.double() - truth
-    assert (residual.abs() <= 2**-8 * truth.abs() + 1e-5).all()
+    if backend_name == "triton":  # where d/dlogits is rounded before the product
+        assert residual.norm() <= 2**-8 * truth.norm()
+    else:
+        assert (residual.abs() <= 2**-8 * truth.abs() + 1e-5).all()
     assert (rounded.double() - truth).norm() > 5 * residual.norm()
     assert residual.mean().abs() < 3 * residual.std() / residual.numel() ** 0.5
 

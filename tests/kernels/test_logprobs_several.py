@@ -159,6 +159,7 @@ def test_pairs_are_compared_a_few_rows_at_a_time(backend_name, monkeypatch):
 
 
 def test_labels_out_of_range(backend_name, monkeypatch):
+    monkeypatch.setenv("RLHF_KERNELS_CHECK", "1")
     logits = torch.randn(3, 4, requires_grad=True)
     labels = torch.tensor([[1, 2], [4, 0], [-100, 3]])
     with pytest.raises(ValueError, match=r"labels holds 4 at position \[1, 0\], expected values in \[0, 4\)"):

@@ -61,7 +61,8 @@ def small_parts(monkeypatch):
     if "triton" in servers("linear"):
         from rlhf_kernels.triton import kl, linear, logprobs
 
-        monkeypatch.setattr(linear, "COLUMNS", 48)
+        for name in ("FORWARD_COLUMNS", "COLUMNS"):
+            monkeypatch.setattr(linear, name, 48)
         for module in (kl, linear, logprobs):
             monkeypatch.setattr(module, "PART", 64)
             monkeypatch.setattr(module, "BLOCK", 32)

@@ -189,7 +189,7 @@ def test_gradcheck():
 def test_trap_05_no_overflow(backend_name, autocast):
     """beta * gap = -120 costs 120.0 with a finite gradient, in fp32 also under bf16 autocast."""
     chosen, zero = torch.tensor([-1200.0], requires_grad=True), torch.zeros(1)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(chosen.device.type, torch.bfloat16, enabled=autocast):
         loss = preference_loss(chosen, zero, zero, zero).loss
     loss.backward()
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(120.0, rel=1e-6)

@@ -95,7 +95,8 @@ def test_places_masks_and_temperatures(backend_name):
     assert not found.is_top1[0, 2] and found.log_sum_sq_probs[0, 2] == found.mean_logit[1, 1] == 0.0
 
 
-def test_empty_and_wrong(backend_name):
+def test_empty_and_wrong(backend_name, monkeypatch):
+    monkeypatch.setenv("RLHF_KERNELS_CHECK", "1")
     empty = rk.token_statistics_from_logits(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64))
     assert all(x.shape == (0,) for x in empty)
     with pytest.raises(ValueError, match=r"labels has shape \[2, 2\]"):
