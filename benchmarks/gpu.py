@@ -85,7 +85,7 @@ def measure(row: Row, bandwidth: float, rate: float, seconds: float, flush, call
 
 def line(row: Row, name: str, figures: dict) -> str:
     if "failed" in figures:
-        return f"{row.name:45} {row.shape:18} {name:9} failed: {figures['failed'][:60]}"
+        return f"{row.name:45} {row.shape:18} {name:12} failed: {figures['failed'][:60]}"
     goal = ""
     if name in ("triton", "cuda") and row.goal_ms is not None:
         goal = f"goal {row.goal_ms} ms: {'met' if figures['ms'] <= row.goal_ms else 'missed'}"
@@ -93,7 +93,7 @@ def line(row: Row, name: str, figures: dict) -> str:
         goal = f"goal {row.goal_share:.0%}: {'met' if figures['share'] >= row.goal_share else 'missed'}"
     error = f"{figures['error']:.1e}" if "error" in figures else ""
     return (
-        f"{row.name:45} {row.shape:18} {name:9} {figures['ms']:10.4f} ms {figures['share']:6.1%} of the roof "
+        f"{row.name:45} {row.shape:18} {name:12} {figures['ms']:10.4f} ms {figures['share']:6.1%} of the roof "
         f"{figures['peak_mib']:9.1f} MiB {error:8} {goal}"
     )
 
@@ -164,7 +164,7 @@ def check() -> None:
                 result, mine = call(), name != "eager"
                 error = None if exact is None else worst(result, exact)
                 told = "not compared" if error is None else f"{error:.1e}"
-                print(f"{row.name:45} {row.shape:14} {name:9} {device} {told}", flush=True)
+                print(f"{row.name:45} {row.shape:14} {name:12} {device} {told}", flush=True)
                 ran += mine
                 if mine and error is not None and not error < 0.01:  # bf16 gradients are off by 2^-9
                     raise SystemExit(f"{row.name} on {name}: the error is {error}")

@@ -360,5 +360,5 @@ def linear_columns_rows(place):
 
 GROUPS = {
     "logprobs": logits_rows, "kl": kl_rows, "linear": linear_rows, "advantages": gae_rows, "ppo": ppo_rows,
-    "policy": policy_rows, "bradley_terry": bradley_terry_rows, "linear_columns": linear_columns_rows,
+    "bradley_terry": bradley_terry_rows, "policy": policy_rows, "linear_columns": linear_columns_rows,
 }  # fmt: skip

@@ -48,9 +48,10 @@ def linear_logprobs(
         return_entropy: return the entropy too, default False.
         chunk_size: tokens handled at a time; None, the default, lets the backend choose. It bounds the memory and
             does not change what is computed.
-        precision: "exact", the default: products of the inputs as they are, with fp32 results (d/dlogits is rounded
-            once to the inputs' half dtype on a GPU only). "fast": of bf16 inputs on a CPU, products rounded to bf16,
-            as PyTorch's own are; of a half and an fp32 input, the latter rounded to the half dtype.
+        precision: "exact", the default: products of the inputs as they are, with fp32 results, also where PyTorch's
+            switches ask for TF32 (d/dlogits is rounded once to the inputs' half dtype on a GPU only). "fast": of bf16
+            inputs on a CPU, products rounded to bf16, as PyTorch's own are; of a half and an fp32 input, the latter
+            rounded to the half dtype.
             docs/ops/linear.md has the speed and the errors of both.
         process_group: ranks that hold the vocabulary's columns, in shards of any size; None, the default, for a head
             in one piece. Every rank passes the same hidden states and labels and its own weight and bias, gets the
