@@ -107,10 +107,10 @@ preference_bwd_f32(f32 for_chosen[chosen_count], f32 for_rejected[rejected_count
 """
 
 CUDA = """
-gae_fwd_f32(f32 rewards[B * T or rewards.numel()] by rewards_stride, rewards_stride,
-    f32 values[rewards.numel()] by values_stride, values_stride, bool? mask[rewards.numel()] by mask_stride,
-    mask_stride, f32? last_values[B], cu_wide? cu[B + 1], cu_wide, B, T, gamma, lam, units, f64 parts[2 * units],
-    i32 control[units + 2], f32 advantages[rewards.numel()], f32 returns[rewards.numel()])
+gae_fwd_f32(f32 rewards[count] by rewards_stride, rewards_stride,
+    f32 values[count] by values_stride, values_stride, bool? mask[count] by mask_stride,
+    mask_stride, f32? last_values[B], cu_wide? cu[B + 1], cu_wide, B, T, count, gamma, lam, units, f64 parts[2 * units],
+    i32 control[units + 2], f32 advantages[count], f32 returns[count])
 rlhf_advantages_fwd_f32(f32 scores[B], f32 log_probs[count] by log_probs_stride, log_probs_stride,
     f32 ref[count] by ref_stride, ref_stride, f32 values[count] by values_stride, values_stride,
     bool? mask[count] by mask_stride, mask_stride, cu_wide? cu[B + 1], cu_wide, B, T, count, kl_coef, gamma, lam,
@@ -121,14 +121,13 @@ whiten_stats_f32(f32 x[rows * columns] by x_stride, x_stride, bool? mask[rows * 
 whiten_fwd_f32(f32 x[rows * columns] by x_stride, x_stride, bool? mask[rows * columns] by mask_stride, mask_stride,
     rows, columns, f64 stats[3], center, f32 out[rows * columns])
 
-bradley_terry_fwd(dtype scores[grad.numel()], dtype, i64 ranks[grad.numel()], i64 cu_groups[prompts + 1], prompts,
-    f32? margins[grad.numel() * margin_columns if margin_columns else prompts], margin_columns, ties_half,
-    f32 loss[prompts], f32 grad[scores.numel()], f32 stats[8 * prompts])
-plackett_luce_fwd(dtype scores[grad.numel()], dtype, i64 ranks[grad.numel()], i64 cu_groups[prompts + 1], prompts,
-    f32 peaks[scores.numel()], f32 inverses[scores.numel()], f32 loss[prompts], f32 grad[scores.numel()],
-    f32 stats[8 * prompts])
-bradley_terry_bwd(f32 grad_loss[prompts], f32 grad[out.numel()], i64 cu_groups[prompts + 1], prompts,
-    f32 out[grad.numel()])
+bradley_terry_fwd(dtype scores[responses], dtype, i64 ranks[responses], i64 cu_groups[prompts + 1], prompts, responses,
+    f32? margins[responses * margin_columns if margin_columns else prompts], margin_columns, ties_half,
+    f32 loss[prompts], f32 grad[responses], f32 stats[8 * prompts])
+plackett_luce_fwd(dtype scores[responses], dtype, i64 ranks[responses], i64 cu_groups[prompts + 1], prompts, responses,
+    f32 peaks[responses], f32 inverses[responses], f32 loss[prompts], f32 grad[responses], f32 stats[8 * prompts])
+bradley_terry_bwd(f32 grad_loss[prompts], f32 grad[responses], i64 cu_groups[prompts + 1], prompts, responses,
+    f32 out[responses])
 
 kl_fwd(dtype_a a[N * V] by T:batch_a:stride_a, dtype_a, T, batch_a, stride_a, dtype_b b[N * V] by T:batch_b:stride_b,
     dtype_b, batch_b, stride_b, N, V, temperature, f64? partial[4 * N * pieces(V, 4096)], f32 kl[N], f32 max_a[N],

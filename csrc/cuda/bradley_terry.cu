@@ -58,8 +58,9 @@ struct SmallPairs {
     template <int W>
     __device__ __forceinline__ void run(int64_t p) const {
         const int lane = threadIdx.x % W, first = threadIdx.x % WARP / W * W;
-        const int64_t start = p >= 0 ? all.cu[p] : 0;
-        const int K = p >= 0 ? (int)(all.cu[p + 1] - start) : 0;
+        const Span span = p >= 0 ? all.span(p) : Span{0, 0, true};
+        const int64_t start = span.start;
+        const int K = (int)span.used();
         const Response own = response(all, start + lane, lane < K);
         int most = K;
         if (W < WARP) {
@@ -145,7 +146,8 @@ struct LargePairs {
     const Prompts& all;
 
     __device__ __forceinline__ void run(int64_t p) const {
-        const int64_t start = all.cu[p], K = all.cu[p + 1] - start;
+        const Span span = all.span(p);
+        const int64_t start = span.start, K = span.size;
         if (K <= SORTED && !(Margins && all.margin_columns != 0))
             sorted_pairs<Ties, Margins>(all, p, start, (int)K);
         else
@@ -163,22 +165,24 @@ __global__ void __launch_bounds__(THREADS, 5) plackett_luce_fwd_kernel(Prompts a
 }
 
 // A warp for each prompt.
-__global__ void __launch_bounds__(THREADS) bradley_terry_bwd_kernel(const float* grad_loss, const float* grad,
-                                                                    const int64_t* cu, int64_t prompts, float* out) {
+__global__ void __launch_bounds__(THREADS)
+    bradley_terry_bwd_kernel(const float* grad_loss, const float* grad, const int64_t* cu, int64_t prompts,
+                             int64_t responses, float* out) {
     const int64_t p = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP;
     if (p >= prompts) return;
-    const int64_t end = cu[p + 1];
-    const float upstream = grad_loss[p];
-    for (int64_t i = cu[p] + threadIdx.x % WARP; i < end; i += WARP) out[i] = upstream * grad[i];
+    const Span span = span_of(cu, p, responses);
+    const float upstream = span.right ? grad_loss[p] : __builtin_nanf("");
+    for (int64_t i = span.start + threadIdx.x % WARP; i < span.start + span.size; i += WARP)
+        out[i] = upstream * grad[i];
 }
 
 }  // namespace
 
 void bradley_terry_fwd(const void* scores, int64_t dtype, const int64_t* ranks, const int64_t* cu_groups,
-                       int64_t prompts, const float* margins, int64_t margin_columns, int64_t ties_half, float* loss,
+                       int64_t prompts, int64_t responses, const float* margins, int64_t margin_columns, int64_t ties_half, float* loss,
                        float* grad, float* stats, void* stream) {
     const Prompts all = {scores, dtype, ranks, cu_groups, prompts, margins, margin_columns, loss, grad, stats,
-                         nullptr, nullptr};
+                         nullptr, nullptr, responses};
     const auto plain = ties_half ? bradley_terry_fwd_kernel<true, false> : bradley_terry_fwd_kernel<false, false>;
     const auto apart = ties_half ? bradley_terry_fwd_kernel<true, true> : bradley_terry_fwd_kernel<false, true>;
     const auto kernel = margins ? apart : plain;
@@ -186,16 +190,18 @@ void bradley_terry_fwd(const void* scores, int64_t dtype, const int64_t* ranks, 
 }
 
 void plackett_luce_fwd(const void* scores, int64_t dtype, const int64_t* ranks, const int64_t* cu_groups,
-                       int64_t prompts, float* peaks, float* inverses, float* loss, float* grad, float* stats,
+                       int64_t prompts, int64_t responses, float* peaks, float* inverses, float* loss, float* grad, float* stats,
                        void* stream) {
-    const Prompts all = {scores, dtype, ranks, cu_groups, prompts, nullptr, 0, loss, grad, stats, peaks, inverses};
+    const Prompts all = {scores, dtype, ranks, cu_groups, prompts, nullptr, 0, loss, grad, stats, peaks, inverses,
+                         responses};
     launch(plackett_luce_fwd_kernel, blocks_for(prompts), THREADS, stream, all);
 }
 
-void bradley_terry_bwd(const float* grad_loss, const float* grad, const int64_t* cu_groups, int64_t prompts, float* out,
-                       void* stream) {
+void bradley_terry_bwd(const float* grad_loss, const float* grad, const int64_t* cu_groups, int64_t prompts,
+                       int64_t responses, float* out, void* stream) {
     const int64_t blocks = pieces_of(prompts, WARPS);
-    launch(bradley_terry_bwd_kernel, blocks, THREADS, stream, grad_loss, grad, cu_groups, prompts, out);
+    launch(bradley_terry_bwd_kernel, blocks, THREADS, stream, grad_loss, grad, cu_groups, prompts, responses,
+           out);
 }
 
 }  // namespace RK_ISA

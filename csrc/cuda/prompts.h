@@ -12,6 +12,19 @@ constexpr int HALF = WARP / 2;
 constexpr int64_t BLOCKS = 1056;  // that share the large prompts, if there are so many: eight for each of 132 SMs
 enum Stat { PAIRS, STRICT_PAIRS, CORRECT, MARGIN_SUM, RESPONSES, REWARD_SUM, REWARD_MIN, REWARD_MAX, STATS };
 
+struct Span {  // a prompt's responses; nobody has read the offsets before, and where they are wrong the results are NaN
+    int64_t start, size;
+    bool right;
+
+    __device__ __forceinline__ int64_t used() const { return right ? size : 0; }
+};
+
+__device__ __forceinline__ Span span_of(const int64_t* cu, int64_t p, int64_t responses) {
+    const int64_t from = cu[p], to = cu[p + 1];
+    const int64_t start = from < 0 ? 0 : from > responses ? responses : from, end = to > responses ? responses : to;
+    return {start, end > start ? end - start : 0, start == from && end == to && start <= end};
+}
+
 struct Prompts {
     const void* scores;
     int64_t dtype;
@@ -21,8 +34,10 @@ struct Prompts {
     int64_t margin_columns;  // 0: one margin a prompt
     float *loss, *grad, *stats;
     float *peaks, *inverses;  // Plackett-Luce only: a workspace of one number a response
+    int64_t responses;        // of all prompts, among which offsets must stay
 
-    __device__ __forceinline__ int64_t size(int64_t p) const { return p < count ? cu[p + 1] - cu[p] : 0; }
+    __device__ __forceinline__ Span span(int64_t p) const { return span_of(cu, p, responses); }
+    __device__ __forceinline__ int64_t size(int64_t p) const { return p < count ? span(p).used() : 0; }
 };
 
 struct Response {
@@ -58,8 +73,14 @@ struct Totals {
     __device__ __forceinline__ float divisor() const { return counted > 0 ? (float)counted : 1.0f; }
 
     __device__ __forceinline__ void write(const Prompts& all, int64_t p) const {
-        all.loss[p] = (float)(loss / (counted > 0 ? (double)counted : 1.0));
         float4* row = (float4*)(all.stats + p * STATS);
+        if (!all.span(p).right) {
+            const float nan = __builtin_nanf("");
+            all.loss[p] = nan;
+            row[0] = row[1] = make_float4(nan, nan, nan, nan);
+            return;
+        }
+        all.loss[p] = (float)(loss / (counted > 0 ? (double)counted : 1.0));
         row[0] = make_float4((float)counted, (float)strict, 0.5f * (float)twice_correct, (float)margin);
         row[1] = make_float4((float)present, (float)rewards, -low, high);
     }

@@ -16,8 +16,8 @@ def bradley_terry_fwd(scores, ranks, cu_groups, margins, ties_half):
     scores, outputs = scores.contiguous(), _outputs(scores, cu_groups)
     columns = 0 if margins is None or margins.dim() == 1 else margins.shape[1]
     launch(
-        "bradley_terry_fwd", scores, DTYPES[scores.dtype], ranks, cu_groups, cu_groups.shape[0] - 1, margins, columns,
-        ties_half, *outputs,
+        "bradley_terry_fwd", scores, DTYPES[scores.dtype], ranks, cu_groups, cu_groups.shape[0] - 1,
+        scores.shape[0], margins, columns, ties_half, *outputs,
     )  # fmt: skip
     return outputs
 
@@ -26,13 +26,13 @@ def plackett_luce_fwd(scores, ranks, cu_groups):
     scores, outputs = scores.contiguous(), _outputs(scores, cu_groups)
     peaks, inverses = torch.empty_like(outputs[1]), torch.empty_like(outputs[1])
     launch(
-        "plackett_luce_fwd", scores, DTYPES[scores.dtype], ranks, cu_groups, cu_groups.shape[0] - 1, peaks, inverses,
-        *outputs,
+        "plackett_luce_fwd", scores, DTYPES[scores.dtype], ranks, cu_groups, cu_groups.shape[0] - 1,
+        scores.shape[0], peaks, inverses, *outputs,
     )  # fmt: skip
     return outputs
 
 
 def bradley_terry_bwd(grad_loss, grad, cu_groups):
     out = torch.empty_like(grad)
-    launch("bradley_terry_bwd", grad_loss.contiguous(), grad, cu_groups, cu_groups.shape[0] - 1, out)
+    launch("bradley_terry_bwd", grad_loss.contiguous(), grad, cu_groups, cu_groups.shape[0] - 1, grad.shape[0], out)
     return out

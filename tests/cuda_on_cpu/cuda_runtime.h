@@ -1,8 +1,11 @@
 // CUDA's blocks on a CPU, for tests: csrc/cuda compiles against this instead of the toolkit's headers.
 //
 // The threads of a block are fibers that take turns on one thread of the CPU; a fiber runs until it waits for its warp
-// or its block. Blocks come one after the other, the last first, so that nothing may lean on their order. A wait that
-// can never end, because some threads have left or wait for something else, ends the process with a message.
+// or its block. RLHF_KERNELS_FIBERS says in which order: "down" (the default) from the last thread to the first, "up" from
+// the first, "random" shuffled for each turn. What needs a barrier that is not there shows in one of them. Blocks come one
+// after the other, in the same order. A wait that can never end, because some
+// threads have left or wait for something else, ends the process with a message, and so does a word that is read or
+// written where it is not aligned (build.py). Shared memory is filled with 0xff before each block.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -11,8 +14,12 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
+#include <string>
 #include <vector>
 
 #define __global__
@@ -21,7 +28,7 @@
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ __attribute__((section("rk_shared"))) static
 
 struct Index {
     unsigned x;
@@ -37,6 +44,29 @@ struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
     Waits waits;
+};
+
+// The numbers from 0 to count - 1 as the order has them.
+struct Order {
+    enum { DOWN, UP, RANDOM } kind = DOWN;
+    std::vector<int64_t> numbers;
+    std::minstd_rand random;
+
+    explicit Order(int64_t count) : numbers((size_t)count) {
+        const char* asked = getenv("RLHF_KERNELS_FIBERS");
+        const std::string name = asked ? asked : "down";
+        if (name != "down" && name != "up" && name != "random") {
+            fprintf(stderr, "cuda_on_cpu: RLHF_KERNELS_FIBERS=%s, expected down, up or random\n", asked);
+            abort();
+        }
+        kind = name == "up" ? UP : name == "random" ? RANDOM : DOWN;
+        std::iota(numbers.begin(), numbers.end(), 0);
+        if (kind == DOWN) std::reverse(numbers.begin(), numbers.end());
+    }
+    const std::vector<int64_t>& turn() {
+        if (kind == RANDOM) std::shuffle(numbers.begin(), numbers.end(), random);
+        return numbers;
+    }
 };
 
 struct Block {
@@ -71,19 +101,24 @@ inline bool release(int begin, int end, Waits what) {
     return true;
 }
 
-inline void run_block(int threads) {
-    for (int i = 0; i < threads; ++i) {
-        Fiber& fiber = block.fibers[i];
-        fiber.waits = FOR_NOTHING;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = STACK;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, enter, 0);
-    }
+__attribute__((noinline)) inline void prepare(Fiber& fiber) {
+    fiber.waits = FOR_NOTHING;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = STACK;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+}
+
+extern "C" __attribute__((visibility("hidden"))) char __start_rk_shared[], __stop_rk_shared[];
+
+inline void run_block(int threads, Order& order) {
+    memset(__start_rk_shared, 0xff, (size_t)(__stop_rk_shared - __start_rk_shared));
+    for (int i = 0; i < threads; ++i) prepare(block.fibers[i]);
     for (;;) {
         bool moved = false, all_left = true;
-        for (int i = threads - 1; i >= 0; --i) {
+        for (const int64_t number : order.turn()) {
+            const int i = (int)number;
             if (block.fibers[i].waits == FOR_NOTHING) {
                 moved = true;
                 block.current = i;
@@ -112,9 +147,10 @@ inline void run(std::function<void()> body, int64_t blocks, int threads) {
     block.body = std::move(body);
     block_size.x = (unsigned)threads;
     grid_size.x = (unsigned)blocks;
-    for (int64_t i = blocks; i-- > 0;) {
+    Order of_blocks(blocks), of_threads(threads);
+    for (const int64_t i : of_blocks.turn()) {
         block_index.x = (unsigned)i;
-        run_block(threads);
+        run_block(threads, of_threads);
     }
 }
 
@@ -231,7 +267,12 @@ typedef int cudaError_t;
 typedef struct Stream* cudaStream_t;
 constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) {
+    fprintf(stderr, "cuda_on_cpu: a device is set that is current\n");
+    abort();
+}
+constexpr int CUDART_VERSION = 0;
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t count, cudaStream_t) {
     return memset(to, byte, count), cudaSuccess;
 }
