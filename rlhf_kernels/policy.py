@@ -370,8 +370,8 @@ def policy_fwd(
         mask, log_probs, old_log_probs, advantages, ref_log_probs, weights, coefficients, entropy=entropy,
         normalizer=normalizer, entropy_normalizer=entropy_normalizer,
     )  # fmt: skip
-    losses, grad_log_probs, _, grad_entropy, stats = dispatch.pick("policy", log_probs).policy_fwd(tensors, s)
-    return total_loss(losses, s), losses, grad_log_probs, grad_entropy, stats
+    loss, losses, grad_log_probs, _, grad_entropy, stats = _walked(tensors, s, log_probs)
+    return loss, losses, grad_log_probs, grad_entropy, stats
 
 
 @torch.library.custom_op("rlhf_kernels::value_fwd", mutates_args=())
@@ -386,8 +386,17 @@ def value_fwd(
     """The value loss, its gradient in values, stats."""
     s = Settings(*settings)
     tensors = Tensors(mask, values=values, old_values=old_values, returns=returns, normalizer=normalizer)
-    losses, _, grad_values, _, stats = dispatch.pick("policy", values).policy_fwd(tensors, s)
-    return total_loss(losses, s), grad_values, stats
+    loss, _, _, grad_values, _, stats = _walked(tensors, s, values)
+    return loss, grad_values, stats
+
+
+def _walked(tensors, settings, like):
+    """The loss, and the results of policy_fwd; a backend may make the loss too, in the launch that makes its parts."""
+    backend = dispatch.pick("policy", like)
+    if hasattr(backend, "policy_whole_fwd"):
+        return backend.policy_whole_fwd(tensors, settings)
+    losses, *results = backend.policy_fwd(tensors, settings)
+    return total_loss(losses, settings), losses, *results
 
 
 @policy_fwd.register_fake

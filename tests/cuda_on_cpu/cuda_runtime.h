@@ -137,7 +137,13 @@ inline void run_block(int threads, Order& order) {
     }
 }
 
+// Kernels launched and memory set so far: what would be nodes of a graph.
+extern "C" {
+__attribute__((visibility("default"))) inline int64_t cuda_on_cpu_nodes = 0;
+}
+
 inline void run(std::function<void()> body, int64_t blocks, int threads) {
+    ++cuda_on_cpu_nodes;
     if (threads % LANES != 0 || threads > 1024 || blocks > 0x7fffffff) {
         fprintf(stderr, "cuda_on_cpu: %lld blocks of %d threads\n", (long long)blocks, threads);
         abort();
@@ -177,6 +183,13 @@ inline void whole(unsigned mask) {
     if (mask == 0xffffffffu) return;
     fprintf(stderr, "cuda_on_cpu: only whole warps are supported\n");
     abort();
+}
+
+// As ex2.approx.ftz, at its worst: 2 ulp too much, but for whole x, and 0 where it would be subnormal.
+inline float power_of_two(float x) {
+    const float power = exp2f(x);
+    if (power < 1.17549435e-38f) return 0.0f;
+    return x == rintf(x) || !(power < 1e38f) ? power : power * (1.0f + 2.384185791e-7f);
 }
 
 inline int lane() { return block.current % LANES; }
@@ -274,6 +287,7 @@ inline cudaError_t cudaSetDevice(int) {
 constexpr int CUDART_VERSION = 0;
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t count, cudaStream_t) {
+    ++on_cpu::cuda_on_cpu_nodes;
     return memset(to, byte, count), cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -3,6 +3,7 @@
 The ops' own tests run its kernels' blocks as fibers on the CPU (tests/cuda_on_cpu).
 """
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import rlhf_kernels as rk
+from benchmarks import compile_cuda
 from rlhf_kernels import _native, dispatch
 
 PACKAGE = Path(_native.__file__).parent
@@ -69,6 +71,32 @@ def test_every_architecture_that_the_module_names_is_in_it(module):
     held = set(re.findall(r"\.sm_(\d+[af]?)\.cubin", listed("-lelf")))
     assert held == set(module.architectures.split())
     assert set(re.findall(r"\.sm_(\d+)\.ptx", listed("-lptx"))) == {str(module.ptx)}
+
+
+# kernel: most instructions an entry (of KL: a pair), of sm_90; the loop reads 16 bytes at a time and has no barrier
+BOUNDS = {
+    "statistics_kernel<1, true, bf16>": 12.5,  # log-probs and entropy
+    "statistics_kernel<1, false, bf16>": 10.0,
+    "gradient_kernel<0, bf16>": 12.0,
+    "gradient_kernel<1, bf16>": 14.0,
+    "kl_fwd_kernel<bf16, bf16>": 24.0,
+    "kl_bwd_kernel<bf16, bf16>": 26.0,
+}
+
+
+def test_instructions_an_entry_barriers_and_loads():
+    """By count: what a change of the kernels would cost on a GPU shows without one."""
+    if shutil.which("c++filt") is None:
+        pytest.skip("needs c++filt to read the kernels' names")
+    cuobjdump()
+    found = {row.kernel: row for row in compile_cuda.report(built())}
+    if not found:
+        pytest.skip("the module was not built for sm_90")
+    for kernel, most in BOUNDS.items():
+        row = found[kernel]
+        assert row.per_entry <= most and row.barriers == 0 and row.widest_load == 16 and row.spilled == 0, row
+    walks = [row for name, row in found.items() if name.startswith("walk_kernel")]
+    assert walks and all(row.widest_load == 16 and row.registers <= 128 for row in walks)
 
 
 # name, compute capability -> served by a build for 80 90a 100, by one of an nvcc without compute_100, by 90a alone
@@ -314,7 +342,7 @@ def test_wrong_offsets_of_rows_stay_within_the_memory(case, units, monkeypatch):
     scores = torch.zeros(len(offsets) - 1)
     advantages.rlhf_advantages_fwd(scores, rewards, values, values, None, 0.1, 1.0, 0.95, "k1", None, False, cu)
     assert all(check() for check in checks)
-    for b, (begin, end) in enumerate(zip(offsets, offsets[1:])):
+    for b, (begin, end) in enumerate(itertools.pairwise(offsets)):
         begin, end = (min(max(x, 0), 6000) for x in (begin, end))
         if b in bad and case != "descending":  # where other rows lie over it
             for x in results[:4]:  # advantages and returns
@@ -354,3 +382,39 @@ def test_wrong_offsets_of_prompts_stay_within_the_memory(case, monkeypatch):
         if case == "beyond the end":
             assert out[30:].isnan().all() and out[:30].isfinite().all()
     assert checks and all(check() for check in checks)
+
+
+@pytest.mark.skipif(_native.missing_cuda() is not None, reason=f"no CUDA launchers: {_native.missing_cuda()}")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("vocab", (4096, 12345, 33000, 70001))
+def test_rows_of_several_turns_and_parts(vocab, dtype, assert_close_to_fp64):
+    """Whole turns are read ahead, the rest is not; and a row has the same bits where its words straddle."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(vocab)
+    around = torch.full((2, vocab + 8), torch.nan, dtype=dtype)
+    around[:, 8:] = (4 * torch.randn(2, vocab, generator=generator)).to(dtype)
+    around[0, torch.randint(8, vocab + 8, (vocab // 3,), generator=generator)] = -torch.inf
+    around[1, 8 + vocab // 2] = 30.0  # nearly certain
+    ref = (4 * torch.randn(2, vocab, generator=generator)).to(dtype)
+    labels = torch.tensor([int(around[0, 8:].argmax()), vocab // 2])
+    found = []
+    for shift in (0, 1):
+        logits = torch.empty(2, vocab + shift, dtype=dtype).to(device)[:, shift:]
+        logits.copy_(around[:, 8:])
+        logits.requires_grad_()
+        with dispatch.backend("cuda"):
+            log_probs, entropy = rk.logprobs_and_entropy_from_logits(logits, labels.to(device), temperature=0.8)
+            kl = rk.kl_from_logits(logits, ref.to(device), temperature=0.8)
+        (gradient,) = torch.autograd.grad(log_probs.sum() + 0.1 * entropy.sum() + kl.sum(), logits)
+        found.append([x.detach().cpu() for x in (log_probs, entropy, kl, gradient)])
+    assert all(torch.equal(x, y) for x, y in zip(*(x[:3] for x in found)))
+    exact = around[:, 8:].double().requires_grad_()
+    log_p, log_q = ((x.double() / 0.8).log_softmax(-1) for x in (exact, ref))
+    terms = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p.clamp(min=-1e6))
+    divergence = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p.clamp(min=-1e6) - log_q)).sum(-1)
+    expected = log_p.gather(1, labels[:, None])[:, 0], -terms.sum(-1), divergence
+    (slope,) = torch.autograd.grad(expected[0].sum() + 0.1 * expected[1].sum() + divergence.sum(), exact)
+    for x, y in zip(found[0][:3], expected):
+        assert_close_to_fp64(x, y.detach(), torch.float32)
+    for got in found:
+        assert_close_to_fp64(got[3], torch.where(around[:, 8:] == -torch.inf, 0.0, slope), dtype)
