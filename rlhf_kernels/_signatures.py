@@ -128,6 +128,12 @@ plackett_luce_fwd(dtype scores[responses], dtype, i64 ranks[responses], i64 cu_g
     f32 peaks[responses], f32 inverses[responses], f32 loss[prompts], f32 grad[responses], f32 stats[8 * prompts])
 bradley_terry_bwd(f32 grad_loss[prompts], f32 grad[responses], i64 cu_groups[prompts + 1], prompts, responses,
     f32 out[responses])
+ranking_fwd(dtype scores[responses], dtype, i64 ranks[responses], i64? cu_groups[prompts + 1], columns, prompts,
+    responses, f32? margins[responses * margin_columns if margin_columns else prompts], margin_columns, kind,
+    f32? normalizer[1], number, f32? peaks[responses], f32? inverses[responses],
+    f64 records[10 * max(pieces(prompts, 8), min(prompts, 1056), 1)], i32 done[1], f32 value[1], f32 grad[responses],
+    f32 divisor[1], f32 metrics[6])
+ranking_bwd(f32 grad_value[1], f32 divisor[1], f32 grad[responses], responses, f32 out[responses])
 
 kl_fwd(dtype_a a[N * V] by T:batch_a:stride_a, dtype_a, T, batch_a, stride_a, dtype_b b[N * V] by T:batch_b:stride_b,
     dtype_b, batch_b, stride_b, N, V, temperature, f64? partial[4 * N * pieces(V, 16384)], f32 kl[N], f32 max_a[N],

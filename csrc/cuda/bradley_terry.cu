@@ -1,9 +1,11 @@
-// All-pairs Bradley-Terry and Plackett-Luce losses of ragged prompts, with their gradients, in one launch.
+// All-pairs Bradley-Terry and Plackett-Luce losses of ragged prompts, with their gradients, in one launch; its last block
+// also makes the loss and the metrics of the whole batch.
 //
 // A prompt of up to 16 responses takes half a warp, one of up to 32 a warp, a larger one a block; the sizes are read on
 // the device. A response is a lane (in a large prompt a thread, or a lane's row); what it sums is summed in a fixed
 // order, and which way a prompt goes depends on its size and on whether there are margins for each pair, so that its
 // bits do not depend on its neighbours.
+#include "four.h"
 #include "plackett_luce.h"
 #include "prompts.h"
 #include "sorted_pairs.h"
@@ -157,11 +159,15 @@ struct LargePairs {
 
 template <bool Ties, bool Margins>
 __global__ void __launch_bounds__(THREADS, 5) bradley_terry_fwd_kernel(Prompts all) {
+    begin_summary(all.summary);
     each_prompt(all, SmallPairs<Ties, Margins>{all}, LargePairs<Ties, Margins>{all});
+    finish_summary(all.summary);
 }
 
 __global__ void __launch_bounds__(THREADS, 5) plackett_luce_fwd_kernel(Prompts all) {
+    begin_summary(all.summary);
     each_prompt(all, SmallChoices{all}, LargeChoices{all});
+    finish_summary(all.summary);
 }
 
 // A warp for each prompt.
@@ -176,24 +182,39 @@ __global__ void __launch_bounds__(THREADS)
         out[i] = upstream * grad[i];
 }
 
+// grad * upstream / divisor.
+__global__ void __launch_bounds__(THREADS)
+    ranking_bwd_kernel(const float* upstream, const float* divisor, const float* grad, int64_t count, float* out) {
+    const int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * ITEMS;
+    float x[ITEMS];
+    load(grad, i, count, true, x);
+    const float scale = *upstream / *divisor;
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) x[k] *= scale;
+    store(out, i, count, true, x);
+}
+
+void run_pairs(const Prompts& all, bool ties_half, int64_t blocks, void* stream) {
+    const auto plain = ties_half ? bradley_terry_fwd_kernel<true, false> : bradley_terry_fwd_kernel<false, false>;
+    const auto apart = ties_half ? bradley_terry_fwd_kernel<true, true> : bradley_terry_fwd_kernel<false, true>;
+    launch(all.margins ? apart : plain, blocks, THREADS, stream, all);
+}
+
 }  // namespace
 
 void bradley_terry_fwd(const void* scores, int64_t dtype, const int64_t* ranks, const int64_t* cu_groups,
-                       int64_t prompts, int64_t responses, const float* margins, int64_t margin_columns, int64_t ties_half, float* loss,
-                       float* grad, float* stats, void* stream) {
-    const Prompts all = {scores, dtype, ranks, cu_groups, prompts, margins, margin_columns, loss, grad, stats,
-                         nullptr, nullptr, responses};
-    const auto plain = ties_half ? bradley_terry_fwd_kernel<true, false> : bradley_terry_fwd_kernel<false, false>;
-    const auto apart = ties_half ? bradley_terry_fwd_kernel<true, true> : bradley_terry_fwd_kernel<false, true>;
-    const auto kernel = margins ? apart : plain;
-    launch(kernel, blocks_for(prompts), THREADS, stream, all);
+                       int64_t prompts, int64_t responses, const float* margins, int64_t margin_columns,
+                       int64_t ties_half, float* loss, float* grad, float* stats, void* stream) {
+    const Prompts all = {scores, dtype, ranks, cu_groups, 0, prompts, margins, margin_columns, loss, grad, stats,
+                         nullptr, nullptr, responses, {}};
+    run_pairs(all, ties_half, blocks_for(prompts), stream);
 }
 
 void plackett_luce_fwd(const void* scores, int64_t dtype, const int64_t* ranks, const int64_t* cu_groups,
-                       int64_t prompts, int64_t responses, float* peaks, float* inverses, float* loss, float* grad, float* stats,
-                       void* stream) {
-    const Prompts all = {scores, dtype, ranks, cu_groups, prompts, nullptr, 0, loss, grad, stats, peaks, inverses,
-                         responses};
+                       int64_t prompts, int64_t responses, float* peaks, float* inverses, float* loss, float* grad,
+                       float* stats, void* stream) {
+    const Prompts all = {scores, dtype, ranks, cu_groups, 0, prompts, nullptr, 0, loss, grad, stats, peaks, inverses,
+                         responses, {}};
     launch(plackett_luce_fwd_kernel, blocks_for(prompts), THREADS, stream, all);
 }
 
@@ -204,9 +225,34 @@ void bradley_terry_bwd(const float* grad_loss, const float* grad, const int64_t*
            out);
 }
 
+// The loss of all prompts, what it was divided by, and six metrics. cu_groups null: `columns` responses a prompt. kind 0:
+// pairs; 1: pairs, ties as half a pair; 2: choices. `records` of 10 doubles for each block.
+void ranking_fwd(const void* scores, int64_t dtype, const int64_t* ranks, const int64_t* cu_groups, int64_t columns,
+                 int64_t prompts, int64_t responses, const float* margins, int64_t margin_columns, int64_t kind,
+                 const float* normalizer, double number, float* peaks, float* inverses, double* records, int* done,
+                 float* value, float* grad, float* divisor, float* metrics, void* stream) {
+    const Prompts all = {scores, dtype, ranks, cu_groups, columns, prompts, margins, margin_columns, nullptr, grad,
+                         nullptr, peaks, inverses, responses,
+                         {records, done, normalizer, number, value, divisor, metrics}};
+    const int64_t blocks = prompts > 0 ? blocks_for(prompts) : 1;
+    (void)cudaMemsetAsync(done, 0, sizeof(int), (cudaStream_t)stream);
+    if (kind == 2)
+        launch(plackett_luce_fwd_kernel, blocks, THREADS, stream, all);
+    else
+        run_pairs(all, kind == 1, blocks, stream);
+}
+
+void ranking_bwd(const float* grad_value, const float* divisor, const float* grad, int64_t responses, float* out,
+                 void* stream) {
+    launch(ranking_bwd_kernel, pieces_of(responses, THREADS * ITEMS), THREADS, stream, grad_value, divisor, grad,
+           responses, out);
+}
+
 }  // namespace RK_ISA
 }  // namespace rk
 
 RK_REGISTER(bradley_terry_fwd);
 RK_REGISTER(plackett_luce_fwd);
 RK_REGISTER(bradley_terry_bwd);
+RK_REGISTER(ranking_fwd);
+RK_REGISTER(ranking_bwd);

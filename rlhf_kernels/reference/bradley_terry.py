@@ -16,6 +16,19 @@ What a backend provides, under these names, all tensors contiguous:
     loss      [P] mean over the counted pairs (0 where a prompt has none); fp64 for fp64 scores, otherwise fp32
     grad      [S] d loss[prompt of s] / d scores[s], dtype of loss; 0 for absent responses
     stats     [P, 8] dtype of loss, columns STATS
+
+A backend may make the loss and the metrics of the whole batch too, in the launch that makes their parts; else `ranking_fwd`
+and `ranking_bwd` of this file make them of what the functions above return:
+
+    ranking_fwd(scores, ranks, cu_groups, columns, prompts, margins, kind, number, normalizer)
+        -> (value, grad, divisor, metrics)
+    ranking_bwd(grad_value, grad, divisor) -> grad_scores, grad_value * grad / divisor
+
+    cu_groups   None: [P, K] of `columns` = K responses a prompt
+    kind        of KINDS: "pairs", "pairs_half" (ties_half), "choices" (Plackett-Luce)
+    value       0-d, sum of the prompts' losses over divisor: normalizer (0-d), or else number, or else, that being 0, the
+                prompts that have a pair or choice, at least 1
+    metrics     [6] METRICS, dtype of loss; NaN where there is nothing to average
 """
 
 import torch
@@ -23,6 +36,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 STATS = ("pairs", "strict_pairs", "correct", "margin_sum", "responses", "reward_sum", "reward_min", "reward_max")
+METRICS = ("accuracy", "margin", "min_reward", "mean_reward", "max_reward", "counted")
+KINDS = ("pairs", "pairs_half", "choices")
 CASES = ("pairs", "k4", "ragged", "ties", "absent", "margins", "large_gap", "no_pairs", "empty")
 
 
@@ -215,6 +230,38 @@ def plackett_luce_fwd(scores: Tensor, ranks: Tensor, cu_groups: Tensor) -> tuple
 def bradley_terry_bwd(grad_loss: Tensor, grad: Tensor, cu_groups: Tensor) -> Tensor:
     """Upstream gradient [P] times the saved gradient [S]; serves both losses."""
     return torch.repeat_interleave(grad_loss, cu_groups.diff(), output_size=grad.shape[0]) * grad
+
+
+def summary(loss: Tensor, stats: Tensor, number: float, normalizer: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(value, divisor, metrics) of ranking_fwd from the prompts' losses and stats."""
+    if normalizer is not None:
+        divisor = normalizer.to(loss.dtype)
+    elif number:
+        divisor = loss.new_full((), number)
+    else:
+        divisor = (stats[:, 0] > 0).sum().clamp(min=1).to(loss.dtype)
+    totals = dict(zip(STATS, stats.sum(0).unbind(), strict=True))
+    lowest = highest = nothing = loss.new_full((), torch.nan)
+    if stats.shape[0] > 0:
+        some = totals["responses"] > 0
+        lowest = torch.where(some, stats[:, STATS.index("reward_min")].min(), nothing)
+        highest = torch.where(some, stats[:, STATS.index("reward_max")].max(), nothing)
+    metrics = torch.stack(
+        [
+            totals["correct"] / totals["strict_pairs"],
+            totals["margin_sum"] / totals["strict_pairs"],
+            lowest,
+            totals["reward_sum"] / totals["responses"],
+            highest,
+            totals["pairs"],
+        ]
+    )
+    return loss.sum() / divisor, divisor, metrics
+
+
+def ranking_bwd(grad_value: Tensor, grad: Tensor, divisor: Tensor) -> Tensor:
+    """The saved gradient times the upstream one of the whole loss."""
+    return grad * (grad_value / divisor)
 
 
 def example_inputs(case: str, *, dtype: torch.dtype, device="cpu", seed: int = 0) -> dict:

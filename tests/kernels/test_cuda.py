@@ -322,7 +322,7 @@ BAD_OFFSETS = {
 @pytest.mark.parametrize("units", (False, True))
 @pytest.mark.parametrize("case", BAD_OFFSETS)
 def test_wrong_offsets_of_rows_stay_within_the_memory(case, units, monkeypatch):
-    """A GPU's offsets are read by nobody before the kernels: a row with wrong ones is NaN, and nothing else is touched."""
+    """A GPU's offsets are read by nobody before the kernels: a row with wrong ones is NaN, nothing else is touched."""
     from rlhf_kernels.cuda import advantages
 
     offsets, bad = BAD_OFFSETS[case]
@@ -381,6 +381,11 @@ def test_wrong_offsets_of_prompts_stay_within_the_memory(case, monkeypatch):
         assert torch.equal(loss.isnan(), wrong) and torch.equal(stats.isnan().any(1), wrong)
         if case == "beyond the end":
             assert out[30:].isnan().all() and out[:30].isfinite().all()
+    value, grad, divisor, metrics = bradley_terry.ranking_fwd(
+        scores, ranks, cu, 0, len(offsets) - 1, None, "pairs", 0.0, None
+    )
+    out = bradley_terry.ranking_bwd(torch.ones(()), grad, divisor)
+    assert value.isnan() and out.isnan().all() and metrics.isnan().all()
     assert checks and all(check() for check in checks)
 
 

@@ -41,9 +41,11 @@ class Counted(TorchDispatchMode):
                 return OPDEFS[name]._init_fn(*args, **(kwargs or {}))
         plain = name.partition("::")[2]
         assert plain not in WAITS, f"{plain} waits for the device"
-        if not function.is_view and plain not in MEMORY:
+        results = function(*args, **(kwargs or {}))
+        nothing = isinstance(results, torch.Tensor) and results.numel() == 0
+        if not (function.is_view or plain in MEMORY or nothing):
             self.operators.append(plain)
-        return function(*args, **(kwargs or {}))
+        return results
 
 
 def nodes(call, monkeypatch):
@@ -96,4 +98,12 @@ def value_step():
 def test_a_loss_of_tokens_is_four_nodes(step, monkeypatch):
     """The mask's count, the walk, autograd's 1, and the product of the backward."""
     ours, operators = nodes(step(), monkeypatch)
+    assert (ours, operators) == (3, ["ones_like"])
+
+
+@pytest.mark.parametrize("losses", (rk.bradley_terry_loss, rk.plackett_luce_loss))
+def test_a_ranking_loss_is_four_nodes(losses, monkeypatch):
+    """A counter's zero, the pairs with loss and metrics, autograd's 1, and the product of the backward."""
+    scores, ranks = torch.randn(20, 9).requires_grad_(), torch.arange(9).expand(20, 9).contiguous()
+    ours, operators = nodes(lambda: losses(scores, ranks).loss.backward(), monkeypatch)
     assert (ours, operators) == (3, ["ones_like"])
