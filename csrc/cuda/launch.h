@@ -51,6 +51,17 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { re
 template <>
 __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
 
+// 2^x within 2 ulp, in one instruction; 0 where it would be subnormal.
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDACC__
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+#else
+    return on_cpu::power_of_two(x);
+#endif
+}
+
 // An entry of an array whose dtype is known when the kernel runs.
 __device__ __forceinline__ float entry(const void* from, int64_t dtype, int64_t i) {
     if (dtype == F32) return ((const float*)from)[i];

@@ -161,17 +161,6 @@ __device__ __forceinline__ float others_at_max(int count) {
     return (float)((int)(threadIdx.x % WARP) == first ? count - 1 : count);
 }
 
-// 2^x within 2 ulp, in one instruction; 0 where it would be subnormal.
-__device__ __forceinline__ float power_of_two(float x) {
-#ifdef __CUDACC__
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-    return power;
-#else
-    return on_cpu::power_of_two(x);
-#endif
-}
-
 // The smaller of both; a NaN wins.
 __device__ __forceinline__ float smaller_or_nan(float a, float b) {
 #ifdef __CUDACC__

@@ -81,7 +81,7 @@ __device__ __forceinline__ Whole of_warp(const float (&z)[EACH], int64_t part_st
 #pragma unroll
     for (int i = EACH - 1; i >= 0; --i) {
         const float d = z[i] - start;
-        const float e = d == 0.0f ? 0.0f : exp2f(d * LOG2_E);
+        const float e = d == 0.0f ? 0.0f : power_of_two(d * LOG2_E);
         const bool allowed = z[i] != -INF;
         const bool at_max = allowed && d == 0.0f;
         top += at_max;

@@ -17,7 +17,7 @@ What a backend provides, under these names, all tensors contiguous:
     grad      [S] d loss[prompt of s] / d scores[s], dtype of loss; 0 for absent responses
     stats     [P, 8] dtype of loss, columns STATS
 
-A backend may make the loss and the metrics of the whole batch too, in the launch that makes their parts; else `ranking_fwd`
+A backend may make the loss and the metrics of the whole batch too, in the launch that makes their parts; else `summary`
 and `ranking_bwd` of this file make them of what the functions above return:
 
     ranking_fwd(scores, ranks, cu_groups, columns, prompts, margins, kind, number, normalizer)
@@ -26,8 +26,8 @@ and `ranking_bwd` of this file make them of what the functions above return:
 
     cu_groups   None: [P, K] of `columns` = K responses a prompt
     kind        of KINDS: "pairs", "pairs_half" (ties_half), "choices" (Plackett-Luce)
-    value       0-d, sum of the prompts' losses over divisor: normalizer (0-d), or else number, or else, that being 0, the
-                prompts that have a pair or choice, at least 1
+    value       0-d, sum of the prompts' losses over divisor: normalizer (0-d), or else number, or else, that being 0,
+                the prompts that have a pair or choice, at least 1
     metrics     [6] METRICS, dtype of loss; NaN where there is nothing to average
 """
 

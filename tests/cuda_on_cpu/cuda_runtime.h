@@ -1,9 +1,9 @@
 // CUDA's blocks on a CPU, for tests: csrc/cuda compiles against this instead of the toolkit's headers.
 //
 // The threads of a block are fibers that take turns on one thread of the CPU; a fiber runs until it waits for its warp
-// or its block. RLHF_KERNELS_FIBERS says in which order: "down" (the default) from the last thread to the first, "up" from
-// the first, "random" shuffled for each turn. What needs a barrier that is not there shows in one of them. Blocks come one
-// after the other, in the same order. A wait that can never end, because some
+// or its block, and a warp as far as it comes before another one starts. RLHF_KERNELS_FIBERS says in which order threads
+// and warps are taken: "down" (the default) from the last to the first, "up" from the first, "random" shuffled for each
+// turn. What needs a barrier that is not there shows in one of them. Blocks come one after the other, in the same order. A wait that can never end, because some
 // threads have left or wait for something else, ends the process with a message, and so does a word that is read or
 // written where it is not aligned (build.py). Shared memory is filled with 0xff before each block.
 #pragma once
@@ -37,7 +37,7 @@ struct Index {
 namespace on_cpu {
 
 enum Waits { FOR_NOTHING, FOR_WARP, FOR_BLOCK, LEFT };
-constexpr int LANES = 32, MOST_WORDS = 8;
+constexpr int LANES = 32;
 constexpr size_t STACK = 256 << 10;
 
 struct Fiber {
@@ -112,24 +112,31 @@ __attribute__((noinline)) inline void prepare(Fiber& fiber) {
 
 extern "C" __attribute__((visibility("hidden"))) char __start_rk_shared[], __stop_rk_shared[];
 
-inline void run_block(int threads, Order& order) {
+struct Orders {
+    Order blocks, warps, lanes;
+};
+
+// Runs a warp as far as it comes without the others; whether all its threads have left.
+inline bool run_warp(int first, Order& lanes) {
+    do {
+        for (const int64_t lane : lanes.turn()) {
+            block.current = first + (int)lane;
+            Fiber& fiber = block.fibers[block.current];
+            if (fiber.waits == FOR_NOTHING) swapcontext(&block.scheduler, &fiber.context);
+        }
+    } while (release(first, first + LANES, FOR_WARP));
+    for (int i = first; i < first + LANES; ++i)
+        if (block.fibers[i].waits != LEFT) return false;
+    return true;
+}
+
+inline void run_block(int threads, Orders& orders) {
     memset(__start_rk_shared, 0xff, (size_t)(__stop_rk_shared - __start_rk_shared));
     for (int i = 0; i < threads; ++i) prepare(block.fibers[i]);
-    for (;;) {
-        bool moved = false, all_left = true;
-        for (const int64_t number : order.turn()) {
-            const int i = (int)number;
-            if (block.fibers[i].waits == FOR_NOTHING) {
-                moved = true;
-                block.current = i;
-                swapcontext(&block.scheduler, &block.fibers[i].context);
-            }
-            all_left = all_left && block.fibers[i].waits == LEFT;
-        }
-        if (all_left) return;
-        for (int i = 0; i < threads; i += LANES) moved = release(i, i + LANES, FOR_WARP) || moved;
-        moved = release(0, threads, FOR_BLOCK) || moved;
-        if (!moved) {
+    for (bool all_left = false; !all_left;) {
+        all_left = true;
+        for (const int64_t warp : orders.warps.turn()) all_left = run_warp((int)warp * LANES, orders.lanes) && all_left;
+        if (!release(0, threads, FOR_BLOCK) && !all_left) {
             fprintf(stderr, "cuda_on_cpu: block %u waits for ever: its threads do not meet at the same barrier\n",
                     block_index.x);
             abort();
@@ -153,10 +160,10 @@ inline void run(std::function<void()> body, int64_t blocks, int threads) {
     block.body = std::move(body);
     block_size.x = (unsigned)threads;
     grid_size.x = (unsigned)blocks;
-    Order of_blocks(blocks), of_threads(threads);
-    for (const int64_t i : of_blocks.turn()) {
+    Orders orders = {Order(blocks), Order(threads / LANES), Order(LANES)};
+    for (const int64_t i : orders.blocks.turn()) {
         block_index.x = (unsigned)i;
-        run_block(threads, of_threads);
+        run_block(threads, orders);
     }
 }
 
