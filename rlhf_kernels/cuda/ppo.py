@@ -20,24 +20,12 @@ def scratch(B, T, record, device):
     return counts, records, torch.empty(groups + 1, dtype=torch.int32, device=device)
 
 
-def ppo_fwd(*args, value_scale=1.0, entropy_scale=1.0):
-    return _ppo(*args, value_scale=value_scale, entropy_scale=entropy_scale)
-
-
-def ppo_whole_fwd(*args, vf_coef, entropy_coef):
-    """Total, policy and value loss as tensors of their own, and the rest of ppo_fwd: nothing is launched after it."""
-    scales = {"value_scale": vf_coef or 1.0, "entropy_scale": -entropy_coef}
-    device = args[0].device
-    whole = [torch.empty((), dtype=torch.float32, device=device) for _ in range(3)]
-    return *whole, *_ppo(*args, **scales, vf_coef=vf_coef, whole=whole)[1:]
-
-
-def _ppo(
+def ppo_fwd(
     log_probs, old_log_probs, advantages, mask, values, old_values, returns, entropy, normalizer,
-    cliprange, cliprange_high, dual_clip, cliprange_value, loss_agg_mode, value_scale, entropy_scale, vf_coef=0.0,
-    whole=(None, None, None),
+    cliprange, cliprange_high, dual_clip, cliprange_value, loss_agg_mode, value_scale=1.0, entropy_scale=1.0,
+    vf_coef=0.0, whole=(None, None, None),
 ):  # fmt: skip
-    """(losses, the gradients, stats); fills `whole`."""
+    """As the contract has it; `whole` takes total, policy and value loss too, if it holds tensors."""
     inputs = [dense_fp32(x) for x in (log_probs, old_log_probs, advantages)]
     optional = [dense_fp32(x) for x in (values, old_values, returns, entropy, normalizer)]
     (B, T), device = log_probs.shape, log_probs.device
@@ -51,6 +39,12 @@ def _ppo(
         counts[2 * COUNTING_BLOCKS :], records, done, losses, *whole, *grads, stats,
     )  # fmt: skip
     return losses, *grads, stats
+
+
+def ppo_whole_fwd(*args, vf_coef, entropy_coef):
+    """Total, policy and value loss as tensors of their own, and the rest of ppo_fwd: nothing is launched after it."""
+    whole = [torch.empty((), dtype=torch.float32, device=args[0].device) for _ in range(3)]
+    return *whole, *ppo_fwd(*args, vf_coef or 1.0, -entropy_coef, vf_coef, whole)[1:]
 
 
 def ppo_bwd(grad_loss, grad_policy_loss, grad_value_loss, grad_log_probs, grad_values, grad_entropy, vf_coef):
