@@ -5,12 +5,14 @@
 Of each kernel whose name holds the words: registers a thread, bytes that spill, bytes of shared memory, instructions
 an entry, barriers a turn, bytes of the widest load. Instructions and barriers are counted in a turn of the loop that
 reads most of global memory (where two read as much, in the cheaper one: the other is for addresses that are not
-aligned), barriers and loads of a kernel that is not in ENTRIES in all of it (`benchmarks.machine_code`).
+aligned), or, of kernels in WHOLE, along the cheapest way through the whole kernel that takes every access of 16 bytes;
+barriers and loads of other kernels in all of it (`benchmarks.machine_code`).
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import re
 import shutil
@@ -26,6 +28,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rlhf_kernels"
 SCOPE = re.compile(r"rk::device::|\(anonymous namespace\)::")
 # kernel -> entries of a thread in a turn of its loop
 ENTRIES = {"statistics_kernel": 16, "gradient_kernel": 16, "kl_fwd_kernel": 16, "kl_bwd_kernel": 8}
+WHOLE = {"walk_kernel": 8, "tiles_kernel": 4}  # kernel -> entries of a thread
 FLOAT_ENTRIES = {"gradient_kernel": 8, "kl_bwd_kernel": 4}  # where a word of 16 bytes holds four
 
 
@@ -68,9 +71,43 @@ def _readable(name: str) -> str:
     return re.sub(r"\((?!\d).*", "", re.sub(r"\((?:Transform|bool|int)\)", "", name))
 
 
+def _cheapest(kernel: machine_code.Kernel, start: int, ends: set[int]) -> list[int]:
+    """The blocks after `start` on the cheapest way to one of `ends`."""
+    best, waiting = {start: (0, -1)}, [(0, start)]
+    while waiting:
+        cost, block = heapq.heappop(waiting)
+        if block in ends and block != start:
+            way = [block]
+            while best[way[0]][1] != start:
+                way.insert(0, best[way[0]][1])
+            return way
+        for after in kernel.followers[block]:
+            more = cost + len(kernel.blocks[after])
+            if more < best.get(after, (more + 1,))[0]:
+                best[after] = more, block
+                heapq.heappush(waiting, (more, after))
+    return []
+
+
+def _wide_way(kernel: machine_code.Kernel) -> machine_code.Code:
+    """The cheapest way from the first instruction to the end that takes every access of 16 bytes."""
+    wide = {i for i, block in enumerate(kernel.blocks) if any(".E.128" in line for line in block)}
+    way = [0]
+    while left := wide - set(way):
+        on = _cheapest(kernel, way[-1], left)
+        if not on:
+            break
+        way += on
+    way += _cheapest(kernel, way[-1], {i for i, after in enumerate(kernel.followers) if not after})
+    return machine_code.Code(tuple(line for i in way for line in kernel.blocks[i]))
+
+
 def _counted(kernel: machine_code.Kernel, name: str) -> tuple[machine_code.Code, float | None]:
     """The code that is counted, and its instructions an entry."""
     base = re.match(r"\w+", name)[0]
+    if base in WHOLE:
+        code = _wide_way(kernel)
+        return code, code.instructions / WHOLE[base]
     if base not in ENTRIES:
         return kernel.all, None
     entries = FLOAT_ENTRIES.get(base, ENTRIES[base]) if "float" in name else ENTRIES[base]

@@ -137,7 +137,7 @@ __device__ __forceinline__ Running fold_part(const S* x, int64_t V, int64_t firs
 }
 
 template <Transform F, bool Entropy, class S>
-__global__ void __launch_bounds__(THREADS) statistics_kernel(Forward f) {
+__global__ void __launch_bounds__(THREADS, F == CAPPED ? 3 : 4) statistics_kernel(Forward f) {
     __shared__ PerThread<THREADS> sums, weights;
     __shared__ float maxima[THREADS / WARP];
     const int64_t row = blockIdx.x / f.parts, V = f.labels.V;

@@ -163,7 +163,7 @@ __device__ __forceinline__ float others_at_max(int count) {
 
 // The smaller of both; a NaN wins.
 __device__ __forceinline__ float smaller_or_nan(float a, float b) {
-#ifdef __CUDACC__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     float smaller;
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(a), "f"(b));
     return smaller;
