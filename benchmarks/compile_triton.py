@@ -3,7 +3,11 @@
     python -m benchmarks.compile_triton [OP ...] [--target sm_90 --target gfx942] [--json]
 
 The calls run on `meta` tensors: the launchers compute their grids and block sizes, and what they would launch is
-compiled instead. Printed: registers a thread, shared memory, and bytes that spill; a spill is an error.
+compiled instead. Printed: registers a thread, shared memory, and bytes that spill; a spill is an error. Of NVIDIA's
+machine code also the fewest and the most instructions an entry among the specialisations, barriers a turn, and the
+widest load of each (`benchmarks.machine_code`): of a turn of the innermost loop that reads most of global memory, or,
+where that is not half of what the kernel reads, of the whole kernel once. A program's entries (BLOCK, PIECE, or ROWS x
+COLUMNS) are shared out evenly to its threads, 32 a warp.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import machine_code
 from rlhf_kernels._native import KL_ESTIMATORS
 from rlhf_kernels.reference.policy import ESTIMATORS, KL_GRADIENTS, TERMS, Settings, Tensors
 from rlhf_kernels.reference.ppo import AGG_MODES
@@ -288,39 +293,73 @@ def compiled(launch: Launch, target: str):
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
-def resources(kernel, target: str) -> tuple[int, int, int]:
-    """(registers a thread, bytes of shared memory, bytes spilled) of a compiled kernel."""
+@dataclass(frozen=True)
+class Counts:
+    """Of a compiled kernel: registers a thread, bytes; and of its machine code, as this module's text says."""
+
+    registers: int
+    shared: int
+    spilled: int
+    per_entry: float | None = None  # instructions; None where a program has no entries, and on AMD
+    barriers: int = 0
+    widest_load: int = 0  # bits a thread
+    code: machine_code.Code | None = None
+
+
+def entries(launch: Launch) -> float | None:
+    """How many entries a thread takes a turn, if the program has a size in entries."""
+    sizes = dict(launch.constants)
+    tile = sizes["ROWS"] * sizes["COLUMNS"] if {"ROWS", "COLUMNS"} <= set(sizes) else None
+    size = sizes.get("BLOCK", sizes.get("PIECE", tile))
+    return None if size is None else size / (32 * launch.warps)
+
+
+def counts(launch: Launch, target: str) -> Counts:
+    """What the launch's kernel takes of a processor on this target."""
+    kernel = compiled(launch, target)
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
 
         def number(field):
             return int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
 
-        spilled = number("private_segment_fixed_size")
-        return number("vgpr_count"), kernel.metadata.shared, spilled
+        return Counts(number("vgpr_count"), kernel.metadata.shared, number("private_segment_fixed_size"))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         command = [str(tool) if tool.exists() else "cuobjdump", "-res-usage", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
+        (machine,) = machine_code.kernels(cubin)
     registers, stack, local = (int(re.search(rf"{field}:(\d+)", done.stdout)[1]) for field in ("REG", "STACK", "LOCAL"))
-    return registers, kernel.metadata.shared, stack + local
+    code, taken, turns = machine.once(), entries(launch), machine.loops()
+    if turns and 2 * sum(turns[0].loads) >= sum(code.loads) > 0:
+        code = turns[0]
+    per_entry = None if taken is None else code.instructions / taken
+    return Counts(
+        registers, kernel.metadata.shared, stack + local, per_entry, code.count("BAR"), 8 * max(code.loads, default=0),
+        code,
+    )  # fmt: skip
 
 
-def report(ops: list[str], targets: list[str]) -> Iterator[tuple[str, str, int, int, int, int]]:
-    """(kernel, target, specialisations, most registers, most shared memory, most bytes spilled)."""
+FIELDS = ("kernel", "target", "variants", "registers", "shared", "spilled", "least", "most", "barriers", "load")
+
+
+def report(ops: list[str], targets: list[str]) -> Iterator[tuple]:
+    """Rows of FIELDS: most registers, shared memory and spilled bytes of all specialisations of a kernel; fewest and
+    most instructions an entry; most barriers; bits of the narrowest of their widest loads."""
     for op in ops:
         jobs = [(launch, target) for launch in launches(op) for target in targets]
         with ThreadPoolExecutor(max_workers=2) as pool:
-            results = list(pool.map(lambda job: resources(compiled(*job), job[1]), jobs))
-        worst: dict[tuple[str, str], list[int]] = {}
-        for (launch, target), found in zip(jobs, results):
-            row = worst.setdefault((launch.name, target), [0, 0, 0, 0])
-            row[0] += 1
-            row[1:] = map(max, row[1:], found)
-        for (name, target), row in worst.items():
-            yield name, target, *row
+            results = list(pool.map(lambda job: counts(*job), jobs))
+        found: dict[tuple[str, str], list[Counts]] = {}
+        for (launch, target), result in zip(jobs, results):
+            found.setdefault((launch.name, target), []).append(result)
+        for (name, target), all_of in found.items():
+            most = [max(getattr(x, field) for x in all_of) for field in ("registers", "shared", "spilled", "barriers")]
+            per_entry = [x.per_entry for x in all_of if x.per_entry is not None]
+            limits = [round(f(per_entry), 1) if per_entry else None for f in (min, max)]
+            yield name, target, len(all_of), *most[:3], *limits, most[3], min(x.widest_load for x in all_of)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -333,14 +372,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set, so there is nothing to compile; unset it")
     if unknown := sorted(set(options.ops) - set(CALLS)):
         parser.error(f"unknown op {unknown[0]}; known: {', '.join(CALLS)}")
-    fields = ("kernel", "target", "variants", "registers", "shared", "spilled")
+    line = "{:44}{:9}{:>9}{:>10}{:>8}{:>8}{:>8}{:>8}{:>9}{:>6}"
     if not options.json:
-        print("{:44}{:9}{:>9}{:>10}{:>8}{:>8}".format(*fields))
+        print(line.format(*FIELDS))
     rows = []
     for row in report(options.ops or list(CALLS), options.target or list(TARGETS)):
-        rows.append(dict(zip(fields, row)))
+        rows.append(dict(zip(FIELDS, row)))
         if not options.json:
-            print("{:44}{:9}{:9}{:10}{:8}{:8}".format(*row), flush=True)
+            print(line.format(*("" if x is None else x for x in row)), flush=True)
     if options.json:
         print(json.dumps(rows))
     return 1 if any(row["spilled"] for row in rows) else 0

@@ -16,7 +16,7 @@ import torch
 from rlhf_kernels import dispatch
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-from benchmarks import compile_triton
+from benchmarks import compile_triton, machine_code
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = [op for op, rows in dispatch.TABLE.items() if "triton" in [name for name, _ in rows]]
@@ -40,6 +40,71 @@ def test_every_kernel_compiles_for_every_target_without_spills(op):
     kernels = {f"{op}.{name}" for name in vars(module) if name.endswith("_kernel")}
     assert kernels == {row["kernel"] for row in rows if row["kernel"].startswith(f"{op}.")}
     assert [row for row in rows if row["spilled"]] == []
+
+
+DISASSEMBLY = """
+\t.headerflags\t@"EF_CUDA_SM90"
+.text.example_kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/               @P0 EXIT ;
+.L_x_1:
+        /*0020*/                   LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0030*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0040*/              @!P1 BRA `(.L_x_2) ;
+        /*0050*/                   SHFL.BFLY PT, R3, R3, 0x1, 0x1f ;
+        /*0060*/                   MUFU.EX2 R3, R3 ;
+.L_x_2:
+        /*0070*/                   FADD R3, R3, R4 ;
+        /*0080*/               @P2 BRA `(.L_x_1) ;
+        /*0090*/                   STG.E.U16 desc[UR4][R2.64], R3 ;
+        /*00a0*/                   EXIT ;
+.L_x_3:
+        /*00b0*/                   BRA `(.L_x_3);
+"""
+
+
+def test_machine_code_is_counted():
+    """A turn leaves out what it may skip, the whole kernel takes it; padding behind the end is no part of it."""
+    (kernel,) = machine_code.parse(DISASSEMBLY)
+    (turn,) = kernel.loops()
+    assert kernel.name == "example_kernel"
+    assert (turn.instructions, turn.count("BAR"), turn.count("SHFL"), turn.loads) == (5, 1, 0, [16])
+    once = kernel.once()
+    assert (once.instructions, once.count("SHFL"), once.loads, once.stores) == (11, 1, [16], [2])
+
+
+def at(kernel, target="sm_90", **constants):
+    """The counts of the first launch of a kernel with these constants."""
+    for launch in compile_triton.launches(kernel.partition(".")[0]):
+        if launch.name == kernel and constants.items() <= dict(launch.constants).items():
+            return compile_triton.counts(launch, target)
+    raise AssertionError(f"{kernel} is not launched with {constants}")
+
+
+# kernel, constants of its specialisation: most instructions an entry, most barriers a turn, bits of the widest load
+BOUNDS = (
+    ("logprobs.statistics_kernel", {"WITH_ENTROPY": True, "SCALED": False}, 14.2, 2, 128),
+    ("kl.statistics_kernel", {}, 32.2, 4, 128),
+)
+
+
+def test_instructions_an_entry_barriers_and_loads():
+    """By count on sm_90, of bf16 logits: what a change of the kernels would cost on a GPU shows without one."""
+    program = """
+import json, sys
+from tests.kernels import test_triton as t
+found = [t.at(kernel, **constants) for kernel, constants, *_ in t.BOUNDS]
+json.dump([(x.per_entry, x.barriers, x.widest_load, x.spilled) for x in found], sys.stdout)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for (kernel, constants, most, barriers, load), found in zip(BOUNDS, json.loads(done.stdout), strict=True):
+        assert found[0] <= most and found[1] <= barriers and found[2] >= load and found[3] == 0, (
+            kernel, constants, found
+        )  # fmt: skip
 
 
 def test_batches_of_any_size_share_a_kernel():
