@@ -6,8 +6,8 @@ The calls run on `meta` tensors: the launchers compute their grids and block siz
 compiled instead. Printed: registers a thread, shared memory, and bytes that spill; a spill is an error. Of NVIDIA's
 machine code also the fewest and the most instructions an entry among the specialisations, barriers a turn, and the
 widest load of each (`benchmarks.machine_code`): of a turn of the innermost loop that reads most of global memory, or,
-where that is not half of what the kernel reads, of the whole kernel once. A program's entries (BLOCK, PIECE, or ROWS x
-COLUMNS) are shared out evenly to its threads, 32 a warp.
+where that is not a quarter of what the kernel reads, of the whole kernel once. A program's entries (BLOCK, PIECE, or
+ROWS x COLUMNS) are shared out evenly to its threads, 32 a warp.
 """
 
 from __future__ import annotations
@@ -333,7 +333,7 @@ def counts(launch: Launch, target: str) -> Counts:
         (machine,) = machine_code.kernels(cubin)
     registers, stack, local = (int(re.search(rf"{field}:(\d+)", done.stdout)[1]) for field in ("REG", "STACK", "LOCAL"))
     code, taken, turns = machine.once(), entries(launch), machine.loops()
-    if turns and 2 * sum(turns[0].loads) >= sum(code.loads) > 0:
+    if turns and 4 * sum(turns[0].loads) >= sum(code.loads) > 0:
         code = turns[0]
     per_entry = None if taken is None else code.instructions / taken
     return Counts(

@@ -20,7 +20,7 @@ ROWS = 16  # rows that a program of the merge finishes
 NOWHERE = tl.constexpr(1 << 62)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "parts"])
 def parts_kernel(
     logits, T, batch_stride, stride, bias, temperatures, scale, softcap, kept, columns, parts, out_max, out_rest,
     out_weighted, out_squares, out_total, out_count, out_first, SCALED: tl.constexpr, CAPPED: tl.constexpr,
@@ -71,7 +71,7 @@ def parts_kernel(
     tl.store(out_first + program, first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "batch_stride", "stride", "column", "rows", "columns", "parts"])
 def add_parts_kernel(
     logits, T, batch_stride, stride, bias, temperatures, scale, softcap, kept, labels, column, rows, columns, parts,
     part_max, part_rest, part_weighted, part_squares, part_total, part_count, part_first, state_max, state_rest,

@@ -117,7 +117,19 @@ def kl_estimate(log_probs, ref_log_probs, keep, ESTIMATOR: tl.constexpr):
         return k3(d)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "rewards_stride",
+        "values_stride",
+        "mask_stride",
+        "log_probs_stride",
+        "ref_stride",
+        "rows",
+        "length",
+        "parts",
+        "search_steps",
+    ]
+)
 def gae_kernel(
     rewards, rewards_stride, values, values_stride, mask, mask_stride, last_values, scores, log_probs,
     log_probs_stride, ref_log_probs, ref_stride, cu_seqlens, rows, length, parts, search_steps, gamma, gamma_rest, lam,
@@ -235,7 +247,7 @@ def gae_kernel(
                 tl.store(moments + (first_unit + part) * 3 + 2, m2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def moments_kernel(x, stride, mask, mask_stride, length, blocks, moments, BLOCK: tl.constexpr):
     """Count, mean and squared deviations of the kept entries of one block of a row; moments [rows * blocks, 3]."""
     program = tl.program_id(0).to(tl.int64)
@@ -250,7 +262,7 @@ def moments_kernel(x, stride, mask, mask_stride, length, blocks, moments, BLOCK:
     tl.store(moments + program * 3 + 2, m2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def merge_kernel(moments, units, stats, BLOCK: tl.constexpr):
     """Those of all units together; one program, so that they are added in one order."""
     lanes = tl.arange(0, BLOCK)
@@ -274,7 +286,7 @@ def merge_kernel(moments, units, stats, BLOCK: tl.constexpr):
     tl.store(stats + 2, tl.sum(m2, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def whiten_kernel(
     x, stride, mask, mask_stride, length, blocks, stats, out, CENTER: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

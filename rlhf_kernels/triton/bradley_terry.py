@@ -246,7 +246,7 @@ def divide(grad, start, size, count, ROWS: tl.constexpr):
         tl.store(grad + start + k, x / divisor, mask=k < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prompts", "margin_columns"])
 def bradley_terry_fwd_kernel(
     scores, ranks, cu_groups, prompts, margins, margin_columns, loss, grad, stats, TIES: tl.constexpr,
     MARGINS: tl.constexpr, SMALL: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -396,7 +396,7 @@ def large_choices(
         tl.store(grad + start + k, (tl.sum(shares, 1) + x) / divisor.to(tl.float32), mask=k < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prompts"])
 def plackett_luce_fwd_kernel(
     scores, ranks, cu_groups, prompts, peaks, inverses, loss, grad, stats, SMALL: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -410,7 +410,7 @@ def plackett_luce_fwd_kernel(
         large_choices(scores, ranks, start, size, peaks, inverses, loss, grad, stats, p, ROWS, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prompts"])
 def bradley_terry_bwd_kernel(grad_loss, grad, cu_groups, prompts, out, PROMPTS: tl.constexpr, COLUMNS: tl.constexpr):
     """PROMPTS prompts, COLUMNS of their responses at a time."""
     p = tl.program_id(0).to(tl.int64) * PROMPTS + tl.arange(0, PROMPTS)

@@ -22,12 +22,13 @@ import triton.language as tl
 from .. import _linear_walk as walk
 from .._linear_backend import Operators
 from . import _launch, kl
-from ._launch import FREE, pieces, power_of_two, warps
+from ._launch import pieces, power_of_two, unit, warps
 from ._math import (
     NEG_INF,
-    add_block,
+    add_eights,
     exp_f32,
     expm1_f32,
+    of_lanes,
     raised,
     scale_of,
     scaled,
@@ -51,40 +52,47 @@ ADDS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 10)
 
 
 @triton.jit
-def logits_of(logits, offset, bias, columns, inside):
-    """Logits with their bias; -inf outside."""
-    x = tl.load(logits + offset + columns, mask=inside, other=NEG_INF)
+def logits_of(logits, bias, columns, inside):
+    """A row's logits with their bias; -inf outside. Inside is None where all of them are."""
+    x = tl.load(logits + columns, mask=inside, other=None if inside is None else NEG_INF)
     if bias is not None:
-        x += tl.load(bias + columns, mask=inside, other=0.0)
+        x += tl.load(bias + columns, mask=inside, other=None if inside is None else 0.0)
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "columns", "parts"])
 def statistics_kernel(
     logits, stride, bias, temperatures, scale, softcap, kept, columns, parts, out_max, out_rest, out_weighted,
     WITH_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """(max z, sum exp(z - max) less 1, sum exp(z - max) (z - max)) of one part of a chunk's row; out_* [n, parts]."""
-    program = tl.program_id(0).to(tl.int64)
-    row, part = program // parts, program % parts
-    first = part * PART
-    end = tl.where(tl.load(kept + row), tl.minimum(first + PART, columns), first)
+    LANES: tl.constexpr = BLOCK // 8
+    program = tl.program_id(0)
+    row, first = program // parts, program % parts * PART
+    end = tl.where(tl.load(kept + row), tl.minimum(first + PART, tl.multiple_of(columns, UNIT)), first)
     scale = scale_of(row, temperatures, scale)
-    row_max = tl.full([], NEG_INF, tl.float32)
-    rest = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
+    logits += tl.multiple_of(row.to(tl.int64) * stride, UNIT)
+    lane_max = tl.full([LANES], NEG_INF, tl.float32)
+    rest = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
     lanes = tl.arange(0, BLOCK)
-    for start in range(first, end, BLOCK):
-        x = logits_of(logits, row * stride, bias, start + lanes, start + lanes < end)
-        z = scaled(x, scale, softcap, SCALED, CAPPED)
-        row_max, rest, weighted = add_block(row_max, rest, weighted, z, lanes, WITH_ENTROPY, BLOCK)
+    end = tl.multiple_of(end, UNIT)
+    whole = first + (end - first) // BLOCK * BLOCK
+    for start in range(first, whole, BLOCK):
+        z = scaled(logits_of(logits, bias, start + lanes, None), scale, softcap, SCALED, CAPPED)
+        lane_max, rest, weighted = add_eights(lane_max, rest, weighted, z, WITH_ENTROPY, LANES)
+    if whole < end:
+        z = scaled(logits_of(logits, bias, whole + lanes, whole + lanes < end), scale, softcap, SCALED, CAPPED)
+        lane_max, rest, weighted = add_eights(lane_max, rest, weighted, z, WITH_ENTROPY, LANES)
+    row_max, rest, weighted = of_lanes(lane_max, rest, weighted, WITH_ENTROPY)
     tl.store(out_max + program, row_max)
-    tl.store(out_rest + program, tl.sum(rest, 0))
+    tl.store(out_rest + program, rest)
     if WITH_ENTROPY:
-        tl.store(out_weighted + program, tl.sum(weighted, 0))
+        tl.store(out_weighted + program, weighted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "first", "rows", "columns", "parts"])
 def merge_kernel(
     logits, stride, bias, temperatures, scale, softcap, labels, first, kept, rows, columns, parts, part_max, part_rest,
     part_weighted, state_max, state_rest, state_weighted, label_logit, here, WITH_ENTROPY: tl.constexpr,
@@ -123,7 +131,7 @@ def merge_kernel(
     tl.store(here + row, found, mask=found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "blocks"])
 def gradient_kernel(
     logits, stride, bias, temperatures, scale, softcap, labels, first, kept, grad_logprob, grad_entropy,
     grad_log_sum_exp, grad_each, unit, logprob, entropy, row_max, log_sum, columns, blocks, out, out_stride,
@@ -137,7 +145,7 @@ def gradient_kernel(
     place = out + row * out_stride + lanes
     if tl.load(kept + row):
         scale = scale_of(row, temperatures, scale)
-        x = logits_of(logits, row * stride, bias, lanes, inside)
+        x = logits_of(logits + row * stride, bias, lanes, inside)
         z = scaled(x, scale, softcap, SCALED, CAPPED)
         banned = z == NEG_INF
         label_log_p = tl.load(logprob + row)
@@ -171,13 +179,13 @@ def gradient_kernel(
         tl.store(place, tl.zeros([BLOCK], out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def capped_kernel(logits, stride, bias, softcap, columns, blocks, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
     """softcap(logits + bias) of one block of a row, in place."""
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks
     lanes = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    x = logits_of(logits, row * stride, bias, lanes, lanes < columns)
+    x = logits_of(logits + row * stride, bias, lanes, lanes < columns)
     if CAPPED:
         x = tl.where(x == NEG_INF, x, softcap * tanh_f32(x / softcap))
     tl.store(logits + row * stride + lanes, x, mask=lanes < columns)
@@ -253,7 +261,7 @@ class _Kernels(walk.Kernels):
         if state.extras is not None:
             fold_extras(chunk.logits, (rows, 0, chunk.logits.stride(0)), chunk, state)
             return
-        parts, block = pieces(columns, PART), min(BLOCK, power_of_two(columns))
+        parts, block = pieces(columns, PART), min(BLOCK, max(power_of_two(columns), 8))
         sizes = (rows * parts,) * (2 if state.weighted is None else 3)
         statistics = [chunk.logits.new_empty(size) for size in sizes]
         statistics += [None] * (3 - len(statistics))
@@ -261,7 +269,7 @@ class _Kernels(walk.Kernels):
         options["WITH_ENTROPY"] = state.weighted is not None
         _launch.run(
             statistics_kernel, rows * parts, *inputs, chunk.kept, columns, parts, *statistics, PART=PART, BLOCK=block,
-            num_warps=warps(block), registers=FREE, **options,
+            UNIT=unit(columns, chunk.logits.stride(0)), num_warps=warps(block), **options,
         )  # fmt: skip
         _launch.run(
             merge_kernel, pieces(rows, ROWS), *inputs, chunk.labels, chunk.first, chunk.kept, rows, columns, parts,

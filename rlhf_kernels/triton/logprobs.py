@@ -1,10 +1,10 @@
 """Log-probs and entropy from logits.
 
 A row is cut into parts of PART columns, whose statistics (max, sum of the others, weighted sum) are taken by one
-program each, in one read: a maximum per block of columns, one exp2 per entry, and sums that stay in registers until the
-part ends. A second, small kernel merges a row's parts and reads the label's logit. How a row is cut depends on V alone,
-so its bits do not depend on its neighbours. Backwards, each program turns one block of a row into its gradient: one
-read, one write.
+program each, in one read: every 8 consecutive columns of a block have a maximum and sums of their own in registers, one
+exp2 an entry and one for each 8, and only where the part ends do threads meet. A second, small kernel merges a row's
+parts and reads the label's logit. How a row is cut depends on V alone, so its bits do not depend on its neighbours.
+Backwards, each program turns one block of a row into its gradient: one read, one write.
 """
 
 import torch
@@ -14,19 +14,21 @@ import triton.language as tl
 from .._linear_walk import Chunk, State
 from .._planes import places, planes
 from . import _launch
-from ._launch import pieces, power_of_two, warps
+from ._launch import pieces, power_of_two, unit, warps
 from ._math import (
     NEG_INF,
-    add_block,
+    add_eights,
     exp_f32,
     expm1_f32,
     log1p_f32,
+    of_lanes,
     raised,
     row_at,
     scale_of,
     scaled,
     scaled_slope,
     whole_rest,
+    widened,
 )
 from ._row_extras import fold as fold_extras
 
@@ -36,37 +38,43 @@ GRADIENT_BLOCK = 4096  # columns of a program of the backward
 ROWS = 32  # rows that a program of the merge finishes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "batch_stride", "stride", "vocab", "parts", "ignore_index"])
 def statistics_kernel(
     logits, T, batch_stride, stride, labels, vocab, parts, temperatures, scale, softcap, ignore_index, out_max,
     out_rest, out_weighted, HAS_LABELS: tl.constexpr, WITH_ENTROPY: tl.constexpr, SCALED: tl.constexpr,
-    CAPPED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """(max z, sum exp(z - max) less 1, sum exp(z - max) (z - max)) of one part of a row; out_* [N, parts]."""
-    program = tl.program_id(0).to(tl.int64)
-    row, part = program // parts, program % parts
-    first = part * PART
-    end = tl.minimum(first + PART, vocab)
+    LANES: tl.constexpr = BLOCK // 8
+    program = tl.program_id(0)
+    row, first = program // parts, program % parts * PART
+    end = tl.minimum(first + PART, tl.multiple_of(vocab, UNIT))
     if HAS_LABELS:  # an ignored row is not read
         end = tl.where(tl.load(labels + row) == ignore_index, first, end)
-    logits += row_at(row, T, batch_stride, stride)
+    logits += tl.multiple_of(row_at(row, T, batch_stride, stride), UNIT)
     scale = scale_of(row, temperatures, scale)
-    row_max = tl.full([], NEG_INF, tl.float32)
-    rest = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
+    lane_max = tl.full([LANES], NEG_INF, tl.float32)
+    rest = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
     lanes = tl.arange(0, BLOCK)
-    for start in range(first, end, BLOCK):
-        columns = start + lanes
-        x = tl.load(logits + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
+    end = tl.multiple_of(end, UNIT)
+    whole = first + (end - first) // BLOCK * BLOCK
+    for start in range(first, whole, BLOCK):
+        z = scaled(widened(tl.load(logits + start + lanes)), scale, softcap, SCALED, CAPPED)
+        lane_max, rest, weighted = add_eights(lane_max, rest, weighted, z, WITH_ENTROPY, LANES)
+    if whole < end:
+        columns = whole + lanes
+        x = widened(tl.load(logits + columns, mask=columns < end, other=NEG_INF))
         z = scaled(x, scale, softcap, SCALED, CAPPED)
-        row_max, rest, weighted = add_block(row_max, rest, weighted, z, lanes, WITH_ENTROPY, BLOCK)
+        lane_max, rest, weighted = add_eights(lane_max, rest, weighted, z, WITH_ENTROPY, LANES)
+    row_max, rest, weighted = of_lanes(lane_max, rest, weighted, WITH_ENTROPY)
     tl.store(out_max + program, row_max)
-    tl.store(out_rest + program, tl.sum(rest, 0))
+    tl.store(out_rest + program, rest)
     if WITH_ENTROPY:
-        tl.store(out_weighted + program, tl.sum(weighted, 0))
+        tl.store(out_weighted + program, weighted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "batch_stride", "stride", "rows", "vocab", "parts", "ignore_index"])
 def merge_kernel(
     logits, T, batch_stride, stride, labels, rows, vocab, parts, temperatures, scale, softcap, ignore_index, part_max,
     part_rest, part_weighted, logprob, entropy, out_max, out_log_sum, HAS_LABELS: tl.constexpr,
@@ -109,7 +117,7 @@ def merge_kernel(
     tl.store(out_log_sum + row, tl.where(astray, float("nan"), tl.where(kept, log_sum, 0.0)), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "blocks", "ignore_index"])
 def gradient_kernel(
     logits, T, batch_stride, stride, labels, grad_logprob, grad_entropy, grad_log_sum_exp, grad_each, logprob, entropy,
     row_max, log_sum, vocab, blocks, temperatures, scale, softcap, ignore_index, out, out_batch_stride, out_stride,
@@ -181,13 +189,13 @@ def logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_inde
     statistics += [None] * (3 - len(statistics))
     wanted = (labels is not None, with_entropy, True, True)
     results = [new(shape if want else 0, dtype=torch.float32) for want in wanted]
-    block = min(BLOCK, power_of_two(vocab))
+    block = min(BLOCK, max(power_of_two(vocab), 8))
     scalars = (_dense(temperatures, torch.float32), 1.0 / temperature, softcap or 0.0, ignore_index)
     options = {"HAS_LABELS": labels is not None, "WITH_ENTROPY": with_entropy}
     options |= _options(temperatures, temperature, softcap)
     _launch.run(
         statistics_kernel, count * parts, rows, *places(rows), labels, vocab, parts, *scalars, *statistics, PART=PART,
-        BLOCK=block, num_warps=warps(block), **options,
+        BLOCK=block, UNIT=unit(vocab, *places(rows)[1:]), num_warps=warps(block), **options,
     )  # fmt: skip
     _launch.run(
         merge_kernel, pieces(count, ROWS), rows, *places(rows), labels, count, vocab, parts, *scalars, *statistics,

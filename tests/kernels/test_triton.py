@@ -83,8 +83,10 @@ def at(kernel, target="sm_90", **constants):
 
 # kernel, constants of its specialisation: most instructions an entry, most barriers a turn, bits of the widest load
 BOUNDS = (
-    ("logprobs.statistics_kernel", {"WITH_ENTROPY": True, "SCALED": False}, 14.2, 2, 128),
-    ("kl.statistics_kernel", {}, 32.2, 4, 128),
+    ("logprobs.statistics_kernel", {"WITH_ENTROPY": True, "SCALED": False, "UNIT": 8}, 10.6, 0, 128),
+    ("logprobs.statistics_kernel", {"WITH_ENTROPY": False, "UNIT": 8}, 8.4, 0, 128),
+    ("logprobs.statistics_kernel", {"UNIT": 1}, 12.5, 8, 16),  # through shared memory to a lane's thread
+    ("kl.statistics_kernel", {"UNIT": 8}, 24.0, 0, 128),  # a pair
 )
 
 
@@ -107,18 +109,95 @@ json.dump([(x.per_entry, x.barriers, x.widest_load, x.spilled) for x in found], 
         )  # fmt: skip
 
 
+def batches(count):
+    """op -> calls of its Triton functions with so many rows, sequences or prompts."""
+    c = compile_triton
+    new, i64, rows = c.new, c.I64, c.new(count)
+    logits, labels, mask = new(count, 1024, dtype=c.BF16), new(count, dtype=i64), new(count, dtype=c.BOOL)
+    hidden, weight, number = new(count, 64, dtype=c.BF16), new(1024, 64, dtype=c.BF16), new(1)[0]
+    tokens, kept, packed = new(count, 4096), new(count, 4096, dtype=c.BOOL), new(count + 1, dtype=i64)
+    responses, ranks = new(count * 9), new(count * 9, dtype=i64)
+    cases = c.Tensors(kept, tokens, tokens, tokens, ref_log_probs=tokens, values=tokens, old_values=tokens,
+                      returns=tokens, entropy=tokens)  # fmt: skip
+
+    def logprobs(op):
+        op.logprobs_fwd(logits, labels, None, 1.0, None, -100, True)
+        op.logprobs_bwd(rows, rows, logits, labels, None, *(rows,) * 4, 1.0, None, -100)
+        op.token_statistics_fwd(logits, labels, None, 1.0, None, -100)
+
+    def kl(op):
+        op.kl_fwd(logits, logits, 1.0, True)
+        op.kl_bwd(rows, logits, logits, *(rows,) * 5, 1.0, True, True, True)
+        for estimator in ("k1", "k3"):
+            op.approx_kl_fwd(tokens, tokens, estimator)
+            op.approx_kl_bwd(tokens, tokens, tokens, estimator, True, True)
+
+    def cross_entropy(op):
+        op.cross_entropy_fwd(logits, labels, None, 1.0, None, -100, 0.1, 0.0, False)
+        op.cross_entropy_bwd(rows, logits, labels, None, *(rows,) * 4, 1.0, None, -100, 0.1, 0.0, False)
+
+    def linear(op):
+        head, rest = (hidden, weight, labels, *(None,) * 5), (1.0, None, -100)
+        group, needs = (0, False, None, 0), (True, True, False)
+        op.linear_logprobs_fwd(*head, *rest, True, False, *group)
+        op.linear_logprobs_bwd(rows, rows, *head, *(rows,) * 4, *rest, *group, needs)
+        op.linear_token_statistics_fwd(*head, *rest, *group)
+        op.linear_ppo_fwd(*head, rows, rows, mask, None, *rest[:2], 0.2, 0.2, None, 0.1, "token-mean", *group, needs)
+
+    def advantages(op):
+        op.gae_fwd(tokens[:, :200], tokens[:, :200], kept[:, :200], 1.0, 0.95, None, rows)
+        op.gae_fwd(tokens, tokens, kept, 1.0, 0.95, None, rows)
+        op.gae_fwd(new(count * 4096), new(count * 4096), None, 1.0, 0.95, packed, None)
+        shaping = (rows, tokens, tokens, tokens, kept, 0.1, 1.0, 0.95, "k3", None, True, None)
+        op.rlhf_advantages_fwd(*shaping)
+        op.whiten_fwd(tokens, kept, op.whiten_stats_fwd(tokens, kept), False)
+
+    def ppo(op):
+        op.ppo_fwd(
+            tokens, tokens, tokens, kept, tokens, tokens, tokens, tokens, None, 0.2, 0.2, None, 0.2, "token-mean"
+        )
+        op.ppo_bwd(number, None, None, tokens, tokens, tokens, 0.1)
+
+    def policy(op):
+        for mode in range(len(c.AGG_MODES)):
+            op.policy_fwd(cases, c.Settings(loss_agg_mode=mode, entropy_agg_mode=mode))
+        op.policy_bwd(number, None, None, tokens, tokens, tokens, 0.1)
+
+    def bradley_terry(op):
+        op.bradley_terry_fwd(responses, ranks, packed, None, True)
+        op.bradley_terry_fwd(responses, ranks, packed, rows, True)
+        op.plackett_luce_fwd(responses, ranks, packed)
+        op.bradley_terry_bwd(rows, responses, packed)
+
+    def preference(op):
+        pairs = (rows, rows, rows, rows, labels, labels)
+        op.preference_fwd(*pairs, None, "sigmoid", 0.1, 0.1, 0.5, "reverse_kl", 1.0)
+        op.preference_fwd(*pairs, number, "kto", 0.1, 0.1, 0.5, "reverse_kl", 1.0)
+        op.preference_bwd(rows, rows, rows)
+
+    return {name: call for name, call in locals().items() if name in c.CALLS}
+
+
+def launched(op, count):
+    compile_triton.CALLS[op] = batches(count)[op]
+    return set(compile_triton.launches(op))
+
+
 def test_batches_of_any_size_share_a_kernel():
-    """A count that is 1 or a multiple of 16 compiles nothing anew."""
+    """A count that is 1 or a multiple of 16 compiles nothing anew: it would in the middle of a training."""
     program = """
-from benchmarks import compile_triton as c
-tensors = lambda *shape: c.Tensors(c.new(*shape, dtype=c.BOOL), *[c.new(*shape) for _ in range(3)])
-def of(*shape):
-    c.CALLS["policy"] = lambda op: op.policy_fwd(tensors(*shape), c.Settings())
-    return {launch.kernel.fn.__name__: launch for launch in c.launches("policy")}
-assert of(33, 47) == of(1, 1) == of(64, 160) == of(3000, 8000), [of(33, 47), of(1, 1)]
+from tests.kernels import test_triton as t
+for op in t.OPS:
+    first = t.launched(op, 33)
+    for count in (48, 16, 1):
+        more = t.launched(op, count)
+        assert more <= first, (op, count, more - first, [x for x in first if x.name in {y.name for y in more - first}])
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_every_launch_is_one_dimensional():
