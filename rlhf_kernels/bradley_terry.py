@@ -17,7 +17,7 @@ from ._checks import (
     check_shape,
     reads_values,
 )
-from .reference.bradley_terry import STATS, accumulator_dtype, center_terms
+from .reference.bradley_terry import METRICS, STATS, accumulator_dtype, center_terms, ranking_metrics_fwd
 
 _RANK_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
 _REDUCTIONS = ("mean", "sum", "none")
@@ -90,7 +90,7 @@ def bradley_terry_loss(
     flat_margins = _flatten_margins(margins, scores, cu_groups)
     loss, _, stats = _pairs(flat_scores, flat_ranks, cu_groups, flat_margins, ties == "half", float(center_coef))
     stats = stats.detach()
-    return RankingLoss(_reduce(loss, stats, reduction, num_items_in_batch), _metrics(stats, "pairs"))
+    return _reduced(loss, stats, reduction, num_items_in_batch, "pairs")
 
 
 def plackett_luce_loss(scores, ranks, cu_groups=None, *, reduction="mean", num_items_in_batch=None):
@@ -125,7 +125,7 @@ def plackett_luce_loss(scores, ranks, cu_groups=None, *, reduction="mean", num_i
     flat_scores, flat_ranks, cu_groups = _flatten(scores, ranks, cu_groups)
     loss, _, stats = _orders(flat_scores, flat_ranks, cu_groups)
     stats = stats.detach()
-    return RankingLoss(_reduce(loss, stats, reduction, num_items_in_batch), _metrics(stats, "choices"))
+    return _reduced(loss, stats, reduction, num_items_in_batch, "choices")
 
 
 def _check_reduction(reduction, num_items_in_batch):
@@ -148,7 +148,7 @@ def _flatten(scores, ranks, cu_groups):
         check_shape("scores", scores, (None, None), "[P, K], or flat [S] together with cu_groups [P+1]")
         check_shape("ranks", ranks, scores.shape, "like scores")
         prompts, responses = scores.shape
-        cu_groups = torch.arange(prompts + 1, dtype=torch.int64, device=scores.device) * responses
+        cu_groups = _even_groups(prompts, responses, scores.device)
     else:
         check_shape("scores", scores, (None,), "flat [S], because cu_groups is given")
         check_shape("ranks", ranks, scores.shape, "like scores")
@@ -156,6 +156,13 @@ def _flatten(scores, ranks, cu_groups):
         if cu_groups.dim() != 1 or cu_groups.shape[0] < 1:  # the offsets themselves are read inside the operator
             raise ValueError(f"cu_groups has shape {list(cu_groups.shape)}, expected [number of prompts + 1]")
     return scores.reshape(-1).contiguous(), ranks.reshape(-1).contiguous().long(), cu_groups.contiguous().long()
+
+
+def _even_groups(prompts, responses, device):
+    """Offsets of prompts of as many responses each."""
+    if responses == 0:
+        return torch.zeros(prompts + 1, dtype=torch.int64, device=device)
+    return torch.arange(0, prompts * responses + 1, responses, dtype=torch.int64, device=device)
 
 
 def _flatten_margins(margins, scores, cu_groups):
@@ -177,31 +184,30 @@ def _flatten_margins(margins, scores, cu_groups):
     return margins.detach().to(dtype).contiguous()
 
 
-def _reduce(loss, stats, reduction, num_items_in_batch):
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    if num_items_in_batch is not None:
-        return loss.sum() / num_items_in_batch
-    return loss.sum() / (stats[:, 0] > 0).sum().clamp(min=1)
+def _reduced(loss, stats, reduction, num_items_in_batch, counted):
+    metrics = dict(zip(METRICS, _ranking_metrics(stats).unbind(), strict=True))
+    divisor = metrics.pop("divisor")
+    metrics[counted] = metrics.pop("pairs")
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / (divisor if num_items_in_batch is None else num_items_in_batch)
+    return RankingLoss(loss, metrics)
 
 
-def _metrics(stats, counted):
-    totals = dict(zip(STATS, stats.sum(0).unbind(), strict=True))
-    lowest = highest = nothing = totals["responses"].new_full((), torch.nan)
-    if stats.shape[0] > 0:
-        some = totals["responses"] > 0
-        lowest = torch.where(some, stats[:, STATS.index("reward_min")].min(), nothing)
-        highest = torch.where(some, stats[:, STATS.index("reward_max")].max(), nothing)
-    return {
-        "accuracy": totals["correct"] / totals["strict_pairs"],
-        "margin": totals["margin_sum"] / totals["strict_pairs"],
-        "min_reward": lowest,
-        "mean_reward": totals["reward_sum"] / totals["responses"],
-        "max_reward": highest,
-        counted: totals["pairs"],
-    }
+@torch.library.custom_op("rlhf_kernels::ranking_metrics", mutates_args=())
+def ranking_metrics(stats: Tensor) -> Tensor:
+    """Metrics [7] of stats [P, 8]; the contract is in reference/bradley_terry.py."""
+    backend = dispatch.pick("bradley_terry", stats)
+    return getattr(backend, "ranking_metrics_fwd", ranking_metrics_fwd)(stats)
+
+
+@ranking_metrics.register_fake
+def _(stats):
+    return stats.new_empty(len(METRICS))
+
+
+_ranking_metrics = direct(ranking_metrics)
 
 
 @torch.library.custom_op("rlhf_kernels::bradley_terry_fwd", mutates_args=())
@@ -278,7 +284,7 @@ def _backward(ctx, grad_loss, grad_grad, grad_stats):
     if grad_loss is None:
         return None, *nothing
     grad, cu_groups = ctx.saved_tensors
-    grad_scores = _bradley_terry_bwd(grad_loss.contiguous(), grad, cu_groups)
+    grad_scores = _bradley_terry_bwd(grad_loss, grad, cu_groups)
     return grad_scores.to(ctx.scores_dtype), *nothing
 
 

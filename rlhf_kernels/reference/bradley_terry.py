@@ -8,7 +8,8 @@ What a backend provides, under these names, all tensors contiguous:
 
     bradley_terry_fwd(scores, ranks, cu_groups, margins, ties_half) -> (loss, grad, stats)
     plackett_luce_fwd(scores, ranks, cu_groups) -> (loss, grad, stats)
-    bradley_terry_bwd(grad_loss, grad, cu_groups) -> grad_scores
+    bradley_terry_bwd(grad_loss, grad, cu_groups) -> grad_scores; grad_loss [P] may be one number, expanded
+    ranking_metrics_fwd(stats) -> metrics [7], columns METRICS; where a backend has none, the one below serves
 
     scores    [S] fp32 | fp64 | bf16 | fp16         ranks [S] int64        cu_groups [P+1] int64
     margins   None | [P] one for all pairs of a prompt | [S, M] entry [i, j - start] for the pair (response i beats
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 STATS = ("pairs", "strict_pairs", "correct", "margin_sum", "responses", "reward_sum", "reward_min", "reward_max")
+METRICS = ("accuracy", "margin", "min_reward", "mean_reward", "max_reward", "pairs", "divisor")
 CASES = ("pairs", "k4", "ragged", "ties", "absent", "margins", "large_gap", "no_pairs", "empty")
 
 
@@ -252,3 +254,24 @@ def example_inputs(case: str, *, dtype: torch.dtype, device="cpu", seed: int = 0
         "margins": None if margins is None else margins.to(device, accumulator),
         "ties_half": ties_half,
     }
+
+
+def ranking_metrics_fwd(stats: Tensor) -> Tensor:
+    """Means over all strict pairs and responses, their lowest and highest score, counted pairs, and how many prompts
+    have any, at least 1."""
+    totals = dict(zip(STATS, stats.sum(0).unbind(), strict=True))
+    lowest = highest = nothing = totals["responses"].new_full((), torch.nan)
+    if stats.shape[0] > 0:
+        some = totals["responses"] > 0
+        lowest = torch.where(some, stats[:, STATS.index("reward_min")].min(), nothing)
+        highest = torch.where(some, stats[:, STATS.index("reward_max")].max(), nothing)
+    found = {
+        "accuracy": totals["correct"] / totals["strict_pairs"],
+        "margin": totals["margin_sum"] / totals["strict_pairs"],
+        "min_reward": lowest,
+        "mean_reward": totals["reward_sum"] / totals["responses"],
+        "max_reward": highest,
+        "pairs": totals["pairs"],
+        "divisor": (stats[:, 0] > 0).sum().clamp(min=1).to(stats.dtype),
+    }
+    return torch.stack([found[name] for name in METRICS])

@@ -183,3 +183,39 @@ def of_lanes(lane_max, rest, weighted, WITH_ENTROPY: tl.constexpr):
     if WITH_ENTROPY:
         weighted = tl.sum(exp_f32(fall) * (weighted + (1.0 + rest) * fall), 0)
     return row_max, whole_rest(tl.sum(joined, 0), tl.sum(tops, 0)), weighted
+
+
+@triton.jit
+def log_prob_gradient(z, row_max, log_sum, entropy, grad, grad_entropy):
+    """d/dz of grad log p of another entry + grad_entropy entropy: -p (grad + grad_entropy (log p + entropy)).
+
+    0 where z is -inf. The gradient of a log-sum-exp is taken off `grad`. grad_entropy may be None.
+    """
+    log_p = (z - tl.maximum(row_max, LOWEST)) - log_sum
+    if grad_entropy is None:
+        return exp_f32(log_p) * -grad
+    else:
+        surprise = tl.maximum(log_p + entropy, FLOOR, propagate_nan=ALL)
+        return exp_f32(log_p) * tl.fma(tl.zeros_like(z) - grad_entropy, surprise, -grad)
+
+
+@triton.jit
+def label_gradient(log_p, entropy, grad, grad_entropy, grad_log_sum_exp):
+    """The same at the label itself: grad (1 - p), less what entropy and log-sum-exp take; 0 where its logit is -inf."""
+    dz = -grad * expm1_f32(log_p)
+    if grad_entropy is not None:
+        p = exp_f32(log_p)
+        dz -= grad_entropy * p * (tl.where(p == 0.0, 0.0, log_p) + entropy)
+    if grad_log_sum_exp is not None:
+        dz += grad_log_sum_exp * exp_f32(log_p)
+    return tl.where(log_p == NEG_INF, 0.0, dz)
+
+
+@triton.jit
+def dlogits(dz, x, each, scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+    """d/dx of z's gradient and of `each`, which every entry but -inf has besides, unless it is None."""
+    if each is not None:
+        dz += tl.where(x == NEG_INF, 0.0, each)
+    if CAPPED or SCALED:
+        dz = dz * scaled_slope(x, scale, softcap, CAPPED)
+    return dz

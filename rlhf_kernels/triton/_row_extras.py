@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import FREE, pieces, power_of_two
+from ._launch import FREE, pieces, power_of_two, tile_rows
 from ._math import FLOOR, NEG_INF, exp_f32, first_lane, raised, row_at, scale_of, scaled, whole_rest, with_former
 
 PART = 32768  # columns whose statistics one program takes
@@ -143,8 +143,9 @@ def fold(logits, place, chunk, state):
         parts_kernel, rows * parts, *inputs, columns, parts, *found, PART=PART, BLOCK=block,
         num_warps=max(1, block // 256), registers=FREE, **options,
     )  # fmt: skip
+    held = tile_rows(ROWS, 2 * parts)  # of twice as many sums
     _launch.run(
-        add_parts_kernel, pieces(rows, ROWS), *inputs, chunk.labels, chunk.first, rows, columns, parts, *found,
-        state.max, state.rest, state.weighted, state.label_logit, state.here, *state.extras, ROWS=ROWS,
+        add_parts_kernel, pieces(rows, held), *inputs, chunk.labels, chunk.first, rows, columns, parts, *found,
+        state.max, state.rest, state.weighted, state.label_logit, state.here, *state.extras, ROWS=held,
         PARTS=power_of_two(parts), num_warps=1, **options,
     )  # fmt: skip

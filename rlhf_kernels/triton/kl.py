@@ -15,9 +15,10 @@ import triton.language as tl
 from .._native import KL_ESTIMATORS
 from .._planes import places, planes
 from . import _launch
-from ._launch import pieces, power_of_two, rows_of, unit, warps
+from ._launch import pieces, power_of_two, rows_of, tile_rows, unit, warps
 from ._math import (
     ALL,
+    FLOOR,
     INF,
     LOG2_E,
     LOWEST,
@@ -34,8 +35,8 @@ from ._math import (
 
 PART = 32768  # columns whose statistics one program takes
 BLOCK = 4096  # columns of both sides that it holds in registers at a time
-GRADIENT_BLOCK = 2048  # columns of a program of the backward
-MERGED = 256  # parts, of one or more rows, that a program of the merge holds
+GRADIENT_BLOCK = 4096  # columns of a program of the backward
+ROWS = 256  # rows that a program of the merge finishes at most
 TOKENS = 1024  # entries of a program of the estimators
 
 FAR = tl.constexpr(1e36)  # bound of a difference of logits in a sum: finite sums stay finite, inf means "impossible"
@@ -212,54 +213,63 @@ def merge_kernel(
 
 
 @triton.jit
-def log_probs_of(x, row_max, log_sum, scale):
-    """log p; 0 where x is -inf."""
-    return tl.where(x == NEG_INF, 0.0, (x - tl.where(row_max == NEG_INF, 0.0, row_max)) * scale - log_sum)
+def log_probs_of(x, row_max, log_sum, scale, SCALED: tl.constexpr):
+    """log p; FLOOR, whose exp is 0, where x is -inf."""
+    d = x - tl.maximum(row_max, LOWEST)
+    if SCALED:
+        d = d * scale
+    return tl.maximum(d - log_sum, FLOOR, propagate_nan=ALL)
 
 
-@triton.jit(do_not_specialize=["T", "blocks"])
+@triton.jit
+def uncapped(d, x, softcap, CAPPED: tl.constexpr):
+    """A gradient of softcap * tanh(y / softcap) as one of y."""
+    if CAPPED:
+        t = x / softcap
+        d = d * (1.0 - t * t)
+    return d
+
+
+@triton.jit(do_not_specialize=["T", "batch_a", "stride_a", "batch_b", "stride_b", "vocab", "blocks", "out_stride_a",
+                               "out_stride_b"])  # fmt: skip
 def gradient_kernel(
     a, T, batch_a, stride_a, b, batch_b, stride_b, grad, kl, max_a, log_sum_a, max_b, log_sum_b, vocab, blocks, scale,
-    softcap, out_a, out_stride_a, out_b, out_stride_b, NEED_A: tl.constexpr, NEED_B: tl.constexpr, CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    softcap, out_a, out_stride_a, out_b, out_stride_b, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """g a (log a - log b - KL) scale and g (b - a) scale of one block of a row; 0 where the divergence is infinite.
 
     CAPPED: the logits x are softcap * tanh(y / softcap), and the gradients are those of y.
     """
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < vocab
-    x_a = tl.load(a + row_at(row, T, batch_a, stride_a) + columns, mask=inside, other=NEG_INF).to(tl.float32)
-    x_b = tl.load(b + row_at(row, T, batch_b, stride_b) + columns, mask=inside, other=NEG_INF).to(tl.float32)
-    scale = tl.full([], 0.0, tl.float32) + scale
-    divergence, upstream = tl.load(kl + row), tl.load(grad + row)
-    highest_a, logs_a = tl.load(max_a + row), tl.load(log_sum_a + row)
-    nothing = (highest_a == NEG_INF) & (logs_a == logs_a)  # a row of NaN has no maximum either
-    logs_b = tl.load(log_sum_b + row)
-    log_a = log_probs_of(x_a, highest_a, logs_a, scale)
-    log_b = log_probs_of(x_b, tl.load(max_b + row), logs_b, scale)
-    p_a = tl.where(x_a == NEG_INF, 0.0, exp_f32(log_a))
+    program = tl.program_id(0)
+    row, first = program // blocks, program % blocks * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < tl.multiple_of(vocab - first, UNIT)
+    a += tl.multiple_of(row_at(row, T, batch_a, stride_a), UNIT) + first
+    b += tl.multiple_of(row_at(row, T, batch_b, stride_b), UNIT) + first
+    x_a = widened(tl.load(a + lanes, mask=inside, other=NEG_INF))
+    x_b = widened(tl.load(b + lanes, mask=inside, other=NEG_INF))
+    divergence, upstream = tl.load(kl + row), tl.load(grad + row) * scale
+    infinite = divergence == INF
+    divergence, upstream = tl.where(infinite, 0.0, divergence), tl.where(infinite, 0.0, upstream)
+    highest_a, logs_a, logs_b = tl.load(max_a + row), tl.load(log_sum_a + row), tl.load(log_sum_b + row)
+    log_a = log_probs_of(x_a, highest_a, logs_a, scale, SCALED)
+    log_b = log_probs_of(x_b, tl.load(max_b + row), logs_b, scale, SCALED)
+    p_a = exp_f32(log_a)
     if NEED_A:
-        d = upstream * (p_a * (log_a - log_b - divergence)) * scale
-        if CAPPED:
-            t = x_a / softcap
-            d = d * (1.0 - t * t)
-        d = tl.where(divergence == INF, 0.0, tl.where(p_a == 0.0, 0.0, d))
-        tl.store(out_a + row * out_stride_a + columns, d.to(out_a.dtype.element_ty), mask=inside)
+        d = uncapped(upstream * (p_a * (log_a - log_b - divergence)), x_a, softcap, CAPPED)
+        place = out_a + tl.multiple_of(row.to(tl.int64) * out_stride_a, UNIT) + first + lanes
+        tl.store(place, d.to(out_a.dtype.element_ty), mask=inside)
     if NEED_B:
-        p_b = tl.where(x_b == NEG_INF, 0.0, exp_f32(log_b))
-        more = p_b - p_a
+        more = exp_f32(log_b) - p_a
         if (logs_a < LN_2) & (logs_b < LN_2):  # each side has an entry above a half: next to 1, 1 - p keeps its digits
             likely = (log_a > -LN_2) & (log_b > -LN_2)
-            more = tl.where(likely, expm1_f32(log_b) - expm1_f32(log_a), more)
-        d = upstream * more * scale
-        if CAPPED:
-            t = x_b / softcap
-            d = d * (1.0 - t * t)
-        d = tl.where((divergence == INF) | nothing, 0.0, tl.where(x_b == NEG_INF, 0.0, d))
-        tl.store(out_b + row * out_stride_b + columns, d.to(out_b.dtype.element_ty), mask=inside)
+            if tl.max(likely.to(tl.int32), 0) > 0:
+                more = tl.where(likely, expm1_f32(log_b) - expm1_f32(log_a), more)
+        nothing = (highest_a == NEG_INF) & (logs_a == logs_a)  # a row of NaN has no maximum either
+        d = uncapped(tl.where(nothing, 0.0, upstream) * more, x_b, softcap, CAPPED)
+        place = out_b + tl.multiple_of(row.to(tl.int64) * out_stride_b, UNIT) + first + lanes
+        tl.store(place, d.to(out_b.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -360,8 +370,7 @@ def divergence(a, b, temperature, shape=None):
         statistics_kernel, count * parts, a, *places(a), b, *places(b)[1:], vocab, parts, scale, *statistics, PART=PART,
         BLOCK=block, UNIT=unit(vocab, *places(a)[1:], *places(b)[1:]), num_warps=threads,
     )  # fmt: skip
-    padded = power_of_two(parts)
-    held = max(MERGED // padded, 1)
+    padded, held = power_of_two(parts), tile_rows(ROWS, parts)
     _launch.run(
         merge_kernel, pieces(count, held), count, parts, scale, *statistics, *results, ROWS=held, PARTS=padded,
         num_warps=1,
@@ -382,8 +391,9 @@ def divergence_gradient(grad, a, b, results, temperature, out_a, out_b, softcap=
     _launch.run(
         gradient_kernel, count * blocks, a, *places(a), b, *places(b)[1:], grad.to(torch.float32).contiguous(),
         *(x.contiguous() for x in results), vocab, blocks, 1.0 / temperature, softcap or 0.0, *outputs[0], *outputs[1],
-        NEED_A=out_a is not None, NEED_B=out_b is not None, CAPPED=softcap is not None, BLOCK=block,
-        num_warps=warps(block),
+        NEED_A=out_a is not None, NEED_B=out_b is not None, SCALED=temperature != 1.0, CAPPED=softcap is not None,
+        BLOCK=block, UNIT=unit(vocab, *places(a)[1:], *places(b)[1:], outputs[0][1], outputs[1][1]),
+        num_warps=2 * warps(block),
     )  # fmt: skip
 
 

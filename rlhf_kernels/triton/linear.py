@@ -22,17 +22,18 @@ import triton.language as tl
 from .. import _linear_walk as walk
 from .._linear_backend import Operators
 from . import _launch, kl
-from ._launch import pieces, power_of_two, unit, warps
+from ._launch import FREE, pieces, power_of_two, tile_rows, warps
 from ._math import (
     NEG_INF,
     add_eights,
+    dlogits,
     exp_f32,
-    expm1_f32,
+    label_gradient,
+    log_prob_gradient,
     of_lanes,
     raised,
     scale_of,
     scaled,
-    scaled_slope,
     tanh_f32,
     whole_rest,
 )
@@ -70,7 +71,7 @@ def statistics_kernel(
     LANES: tl.constexpr = BLOCK // 8
     program = tl.program_id(0)
     row, first = program // parts, program % parts * PART
-    end = tl.where(tl.load(kept + row), tl.minimum(first + PART, tl.multiple_of(columns, UNIT)), first)
+    end = tl.where(tl.load(kept + row), tl.minimum(first + PART, columns), first)
     scale = scale_of(row, temperatures, scale)
     logits += tl.multiple_of(row.to(tl.int64) * stride, UNIT)
     lane_max = tl.full([LANES], NEG_INF, tl.float32)
@@ -131,49 +132,44 @@ def merge_kernel(
     tl.store(here + row, found, mask=found)
 
 
-@triton.jit(do_not_specialize=["first", "blocks"])
+@triton.jit(do_not_specialize=["stride", "first", "columns", "blocks", "out_stride"])
 def gradient_kernel(
     logits, stride, bias, temperatures, scale, softcap, labels, first, kept, grad_logprob, grad_entropy,
     grad_log_sum_exp, grad_each, unit, logprob, entropy, row_max, log_sum, columns, blocks, out, out_stride,
-    SCALED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """d/dlogits over unit of one block of a row; 0 if the row is not kept, NaN if its log-prob is."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    lanes = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = lanes < columns
-    place = out + row * out_stride + lanes
+    program = tl.program_id(0)
+    row, start = program // blocks, program % blocks * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < tl.multiple_of(columns - start, UNIT)
+    place = out + tl.multiple_of(row.to(tl.int64) * out_stride, UNIT) + start + lanes
     if tl.load(kept + row):
+        x = logits_of(logits + tl.multiple_of(row.to(tl.int64) * stride, UNIT), bias, start + lanes, inside)
         scale = scale_of(row, temperatures, scale)
-        x = logits_of(logits + row * stride, bias, lanes, inside)
-        z = scaled(x, scale, softcap, SCALED, CAPPED)
-        banned = z == NEG_INF
-        label_log_p = tl.load(logprob + row)
-        log_p = tl.where(banned, 0.0, (z - tl.load(row_max + row)) - tl.load(log_sum + row))
         share = 1.0
         if unit is not None:
             share = 1.0 / tl.load(unit)
-        upstream = 0.0
+        grad, through_entropy, other, each, own_entropy = 0.0, None, None, None, None
         if grad_logprob is not None:
-            upstream += tl.load(grad_logprob + row) * share
+            grad += tl.load(grad_logprob + row) * share
         if grad_entropy is not None:
-            upstream += tl.load(grad_entropy + row) * share * (log_p + tl.load(entropy + row))
+            through_entropy, own_entropy = tl.load(grad_entropy + row) * share, tl.load(entropy + row)
         if grad_log_sum_exp is not None:
-            upstream -= tl.load(grad_log_sum_exp + row) * share
-        dz = -exp_f32(log_p) * upstream
-        if grad_logprob is not None:
-            at_label = -tl.load(grad_logprob + row) * share * expm1_f32(label_log_p)
-            if grad_entropy is not None:
-                p = exp_f32(label_log_p)
-                through = tl.load(grad_entropy + row) * share * p
-                at_label -= through * (tl.where(p == 0.0, 0.0, label_log_p) + tl.load(entropy + row))
-            if grad_log_sum_exp is not None:
-                at_label += tl.load(grad_log_sum_exp + row) * share * exp_f32(label_log_p)
-            dz = tl.where(lanes + first == tl.load(labels + row), at_label, dz)
+            other = tl.load(grad_log_sum_exp + row) * share
         if grad_each is not None:
-            dz += tl.load(grad_each + row) * share
-        dx = tl.where(banned, 0.0, dz * scaled_slope(x, scale, softcap, CAPPED))
-        dx = tl.where(label_log_p == label_log_p, dx, float("nan"))
+            each = tl.load(grad_each + row) * share
+        label_log_p = tl.load(logprob + row)
+        base = grad if other is None else grad - other
+        base = tl.where(label_log_p == label_log_p, base, float("nan"))
+        z = scaled(x, scale, softcap, SCALED, CAPPED)
+        dz = log_prob_gradient(z, tl.load(row_max + row), tl.load(log_sum + row), own_entropy, base, through_entropy)
+        if grad_logprob is not None:
+            at = tl.load(labels + row) - first - start
+            if (at >= 0) & (at < BLOCK):
+                at_label = label_gradient(label_log_p, own_entropy, grad, through_entropy, other)
+                dz = tl.where(lanes == at.to(tl.int32), at_label, dz)
+        dx = dlogits(dz, x, each, scale, softcap, SCALED, CAPPED)
         tl.store(place, dx.to(out.dtype.element_ty), mask=inside)
     else:
         tl.store(place, tl.zeros([BLOCK], out.dtype.element_ty), mask=inside)
@@ -269,11 +265,12 @@ class _Kernels(walk.Kernels):
         options["WITH_ENTROPY"] = state.weighted is not None
         _launch.run(
             statistics_kernel, rows * parts, *inputs, chunk.kept, columns, parts, *statistics, PART=PART, BLOCK=block,
-            UNIT=unit(columns, chunk.logits.stride(0)), num_warps=warps(block), **options,
+            UNIT=_launch.unit(columns, chunk.logits.stride(0)), num_warps=warps(block), registers=FREE, **options,
         )  # fmt: skip
+        held = tile_rows(ROWS, parts)
         _launch.run(
-            merge_kernel, pieces(rows, ROWS), *inputs, chunk.labels, chunk.first, chunk.kept, rows, columns, parts,
-            *statistics, state.max, state.rest, state.weighted, state.label_logit, state.here, ROWS=ROWS,
+            merge_kernel, pieces(rows, held), *inputs, chunk.labels, chunk.first, chunk.kept, rows, columns, parts,
+            *statistics, state.max, state.rest, state.weighted, state.label_logit, state.here, ROWS=held,
             PARTS=power_of_two(parts), num_warps=1, **options,
         )  # fmt: skip
 
@@ -296,7 +293,8 @@ class _Kernels(walk.Kernels):
         inputs, options = _scaled(chunk)
         _launch.run(
             gradient_kernel, rows * blocks, *inputs, chunk.labels, chunk.first, chunk.kept, *upstream, unit, *found[:4],
-            columns, blocks, out, out.stride(0), BLOCK=block, num_warps=warps(block), **options,
+            columns, blocks, out, out.stride(0), BLOCK=block,
+            UNIT=_launch.unit(columns, chunk.logits.stride(0), out.stride(0)), num_warps=warps(block), **options,
         )  # fmt: skip
         return out, unit
 
