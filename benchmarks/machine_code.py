@@ -120,8 +120,8 @@ class Kernel:
         _cost, way = min(turns)
         return Code(tuple(line for block in way for line in self.blocks[block]))
 
-    def once(self) -> Code:
-        """The dearest way from the first instruction to the end, without a second turn of any loop."""
+    def once(self, *, cheapest: bool = False) -> Code:
+        """The dearest (or cheapest) way from the first instruction to the end, without a second turn of any loop."""
         heads = dict(self._loops())
         ways: dict[int, tuple[str, ...]] = {}
 
@@ -129,7 +129,7 @@ class Kernel:
             if block not in ways:
                 ways[block] = ()
                 onward = [i for i in self.followers[block] if not (i in heads and block in heads[i])]
-                rest = max((way(i) for i in onward), key=len, default=())
+                rest = (min if cheapest else max)((way(i) for i in onward), key=len, default=())
                 ways[block] = self.blocks[block] + rest
             return ways[block]
 

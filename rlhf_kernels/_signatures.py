@@ -132,7 +132,7 @@ ranking_fwd(dtype scores[responses], dtype, i64 ranks[responses], i64? cu_groups
     responses, f32? margins[responses * margin_columns if margin_columns else prompts], margin_columns, kind,
     f32? normalizer[1], number, f32? peaks[responses], f32? inverses[responses],
     f64 records[10 * max(pieces(prompts, 8), min(prompts, 1056), 1)], i32 done[1], f32 value[1], f32 grad[responses],
-    f32 divisor[1], f32 metrics[6])
+    f32 metrics[7])
 ranking_bwd(f32 grad_value[1], f32 divisor[1], f32 grad[responses], responses, f32 out[responses])
 
 kl_fwd(dtype_a a[N * V] by T:batch_a:stride_a, dtype_a, T, batch_a, stride_a, dtype_b b[N * V] by T:batch_b:stride_b,

@@ -17,7 +17,7 @@ from ._checks import (
     check_shape,
     reads_values,
 )
-from .reference.bradley_terry import METRICS, STATS, accumulator_dtype, center_terms, summary
+from .reference.bradley_terry import METRICS, STATS, accumulator_dtype, center_terms, ranking_metrics_fwd
 from .reference.bradley_terry import ranking_bwd as reference_bwd
 
 _RANK_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
@@ -159,7 +159,9 @@ class _Flat(NamedTuple):
 def _offsets(scores, cu_groups, columns, prompts):
     if cu_groups is not None:
         return cu_groups
-    return torch.arange(prompts + 1, dtype=torch.int64, device=scores.device) * columns
+    if columns == 0:
+        return torch.zeros(prompts + 1, dtype=torch.int64, device=scores.device)
+    return torch.arange(0, prompts * columns + 1, columns, dtype=torch.int64, device=scores.device)
 
 
 def _flatten(scores, ranks, cu_groups):
@@ -207,24 +209,42 @@ def _whole(flat, margins, kind, reduction, num_items_in_batch):
     if normalizer is not None:
         normalizer = normalizer.detach().to(flat.scores.device, accumulator_dtype(flat.scores.dtype))
     number = 1.0 if reduction == "sum" else float(num_items_in_batch or 0) if normalizer is None else 0.0
-    value, _, _, metrics = _ranking(*flat, margins, kind, number, normalizer)
+    value, _, metrics = _ranking(*flat, margins, kind, number, normalizer)
     return RankingLoss(value, _named(metrics, "choices" if kind == "choices" else "pairs"))
 
 
 def _of_prompts(results, counted, reduction, num_items_in_batch):
     """The same of the losses of each prompt, with autograd's operators."""
     loss, _, stats = results
-    stats = stats.detach()
-    _, divisor, metrics = summary(loss.detach(), stats, 0.0, None)
+    metrics = _ranking_metrics(stats.detach())
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":
-        loss = loss / (divisor if num_items_in_batch is None else num_items_in_batch)
+        loss = loss / (metrics[METRICS.index("divisor")] if num_items_in_batch is None else num_items_in_batch)
     return RankingLoss(loss, _named(metrics, counted))
 
 
 def _named(metrics, counted):
-    return dict(zip((*METRICS[:-1], counted), metrics.unbind(), strict=True))
+    found = dict(zip(METRICS[:-1], metrics.unbind(), strict=False))
+    return {counted if name == "pairs" else name: x for name, x in found.items()}
+
+
+@torch.library.custom_op("rlhf_kernels::ranking_metrics", mutates_args=())
+def ranking_metrics(stats: Tensor) -> Tensor:
+    """Metrics [7] of stats [P, 8]; the contract is in reference/bradley_terry.py."""
+    return _metrics_of(dispatch.pick("bradley_terry", stats), stats)
+
+
+def _metrics_of(backend, stats):
+    return getattr(backend, "ranking_metrics_fwd", ranking_metrics_fwd)(stats)
+
+
+@ranking_metrics.register_fake
+def _(stats):
+    return stats.new_empty(len(METRICS))
+
+
+_ranking_metrics = direct(ranking_metrics)
 
 
 @torch.library.custom_op("rlhf_kernels::ranking_fwd", mutates_args=())
@@ -238,8 +258,8 @@ def ranking_fwd(
     kind: str,
     number: float,
     normalizer: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss of all prompts, gradient [S] before the division, divisor, metrics; see reference/bradley_terry.py."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of all prompts, gradient [S] before the division, metrics [7]; see reference/bradley_terry.py."""
     if cu_groups is not None:
         _check_values(scores, cu_groups, margins)
     backend = dispatch.pick("bradley_terry", scores)
@@ -250,15 +270,20 @@ def ranking_fwd(
         loss, grad, stats = backend.plackett_luce_fwd(*inputs)
     else:
         loss, grad, stats = backend.bradley_terry_fwd(*inputs, margins, kind == "pairs_half")
-    value, divisor, metrics = summary(loss, stats, number, normalizer)
-    return value, grad, divisor.clone() if divisor is normalizer else divisor, metrics
+    metrics = _metrics_of(backend, stats)
+    divisor = metrics[METRICS.index("divisor")]
+    if normalizer is not None:
+        divisor.copy_(normalizer)
+    elif number:
+        divisor.fill_(number)
+    return loss.sum() / divisor, grad, metrics
 
 
 @torch.library.custom_op("rlhf_kernels::ranking_bwd", mutates_args=())
-def ranking_bwd(grad_value: Tensor, grad: Tensor, divisor: Tensor) -> Tensor:
-    """Upstream gradient of the loss times the saved gradient [S] over the divisor."""
+def ranking_bwd(grad_value: Tensor, grad: Tensor, metrics: Tensor) -> Tensor:
+    """Upstream gradient of the loss times the saved gradient [S] over the divisor among the metrics."""
     backend = dispatch.pick("bradley_terry", grad)
-    return getattr(backend, "ranking_bwd", reference_bwd)(grad_value, grad, divisor)
+    return getattr(backend, "ranking_bwd", reference_bwd)(grad_value, grad, metrics[METRICS.index("divisor")])
 
 
 @torch.library.custom_op("rlhf_kernels::bradley_terry_fwd", mutates_args=())
@@ -315,11 +340,11 @@ def _(grad_loss, grad, cu_groups):
 @ranking_fwd.register_fake
 def _(scores, *_):
     dtype = accumulator_dtype(scores.dtype)
-    return tuple(scores.new_empty(shape, dtype=dtype) for shape in ((), scores.shape, (), (len(METRICS),)))
+    return tuple(scores.new_empty(shape, dtype=dtype) for shape in ((), scores.shape, (len(METRICS),)))
 
 
 @ranking_bwd.register_fake
-def _(grad_value, grad, divisor):
+def _(grad_value, grad, metrics):
     return torch.empty_like(grad)
 
 
@@ -347,7 +372,7 @@ def _backward(ctx, grad_loss, grad_grad, grad_stats):
     if grad_loss is None:
         return None, *nothing
     grad, cu_groups = ctx.saved_tensors
-    grad_scores = _bradley_terry_bwd(grad_loss.contiguous(), grad, cu_groups)
+    grad_scores = _bradley_terry_bwd(grad_loss, grad, cu_groups)
     return grad_scores.to(ctx.scores_dtype), *nothing
 
 

@@ -346,6 +346,15 @@ def _differentiated(x):
     return None if x is None else x.contiguous()
 
 
+def _with_total(tensors, settings, like):
+    """The whole loss and the results of the backend's policy_fwd, in one go where the backend offers that."""
+    backend = dispatch.pick("policy", like)
+    if hasattr(backend, "policy_total_fwd"):
+        return backend.policy_total_fwd(tensors, settings)
+    losses, *more = backend.policy_fwd(tensors, settings)
+    return total_loss(losses, settings), losses, *more
+
+
 # Two operators on one walk, because PyTorch's time for a call grows with the square of the count of its arguments; the
 # settings come as one argument.
 
@@ -370,8 +379,8 @@ def policy_fwd(
         mask, log_probs, old_log_probs, advantages, ref_log_probs, weights, coefficients, entropy=entropy,
         normalizer=normalizer, entropy_normalizer=entropy_normalizer,
     )  # fmt: skip
-    loss, losses, grad_log_probs, _, grad_entropy, stats = _walked(tensors, s, log_probs)
-    return loss, losses, grad_log_probs, grad_entropy, stats
+    total, losses, grad_log_probs, _, grad_entropy, stats = _with_total(tensors, s, log_probs)
+    return total, losses, grad_log_probs, grad_entropy, stats
 
 
 @torch.library.custom_op("rlhf_kernels::value_fwd", mutates_args=())
@@ -386,17 +395,8 @@ def value_fwd(
     """The value loss, its gradient in values, stats."""
     s = Settings(*settings)
     tensors = Tensors(mask, values=values, old_values=old_values, returns=returns, normalizer=normalizer)
-    loss, _, _, grad_values, _, stats = _walked(tensors, s, values)
-    return loss, grad_values, stats
-
-
-def _walked(tensors, settings, like):
-    """The loss, and the results of policy_fwd; a backend may make the loss too, in the launch that makes its parts."""
-    backend = dispatch.pick("policy", like)
-    if hasattr(backend, "policy_whole_fwd"):
-        return backend.policy_whole_fwd(tensors, settings)
-    losses, *results = backend.policy_fwd(tensors, settings)
-    return total_loss(losses, settings), losses, *results
+    total, _, _, grad_values, _, stats = _with_total(tensors, s, values)
+    return total, grad_values, stats
 
 
 @policy_fwd.register_fake

@@ -183,12 +183,12 @@ def ppo_fwd(
     """
     *limits, vf_coef, entropy_coef = numbers
     limits = (None if x == math.inf else x for x in limits)
-    inputs = log_probs, old_log_probs, advantages, mask, values, old_values, returns, entropy, normalizer
     backend = dispatch.pick("ppo", log_probs)
-    if hasattr(backend, "ppo_whole_fwd"):
-        return backend.ppo_whole_fwd(*inputs, *limits, loss_agg_mode, vf_coef=vf_coef, entropy_coef=entropy_coef)
-    scales = {"value_scale": vf_coef or 1.0, "entropy_scale": -entropy_coef}
-    losses, *grads, stats = backend.ppo_fwd(*inputs, *limits, loss_agg_mode, **scales)
+    tensors = (log_probs, old_log_probs, advantages, mask, values, old_values, returns, entropy, normalizer)
+    inputs = (*tensors, *limits, loss_agg_mode, vf_coef or 1.0, -entropy_coef)
+    if hasattr(backend, "ppo_total_fwd"):  # the launches that a GPU is handed are fewer
+        return backend.ppo_total_fwd(*inputs, vf_coef=vf_coef, entropy_coef=entropy_coef)
+    losses, *grads, stats = backend.ppo_fwd(*inputs)
     policy_loss, value_loss, entropy_loss = losses.unbind()
     loss = policy_loss.add(value_loss, alpha=vf_coef)
     if entropy_coef:

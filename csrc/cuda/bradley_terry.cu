@@ -225,15 +225,15 @@ void bradley_terry_bwd(const float* grad_loss, const float* grad, const int64_t*
            out);
 }
 
-// The loss of all prompts, what it was divided by, and six metrics. cu_groups null: `columns` responses a prompt. kind 0:
+// The loss of all prompts, and metrics, the last of which is what it was divided by. cu_groups null: `columns` responses a prompt. kind 0:
 // pairs; 1: pairs, ties as half a pair; 2: choices. `records` of 10 doubles for each block.
 void ranking_fwd(const void* scores, int64_t dtype, const int64_t* ranks, const int64_t* cu_groups, int64_t columns,
                  int64_t prompts, int64_t responses, const float* margins, int64_t margin_columns, int64_t kind,
                  const float* normalizer, double number, float* peaks, float* inverses, double* records, int* done,
-                 float* value, float* grad, float* divisor, float* metrics, void* stream) {
+                 float* value, float* grad, float* metrics, void* stream) {
     const Prompts all = {scores, dtype, ranks, cu_groups, columns, prompts, margins, margin_columns, nullptr, grad,
                          nullptr, peaks, inverses, responses,
-                         {records, done, normalizer, number, value, divisor, metrics}};
+                         {records, done, normalizer, number, value, metrics}};
     const int64_t blocks = prompts > 0 ? blocks_for(prompts) : 1;
     (void)cudaMemsetAsync(done, 0, sizeof(int), (cudaStream_t)stream);
     if (kind == 2)

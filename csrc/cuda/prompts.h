@@ -31,7 +31,7 @@ struct Summary {
     int* done;      // blocks that ended
     const float* normalizer;
     double number;  // what divides the sum of the losses if there is no normalizer; 0: the prompts that are counted
-    float *value, *divisor, *metrics;  // value null: not asked for
+    float *value, *metrics;  // value null: not asked for
 };
 
 struct Prompts {
@@ -138,18 +138,17 @@ __device__ __forceinline__ void Totals::write(const Prompts& all, int64_t p) con
                                 low});
 }
 
-// Loss, divisor and metrics, in the order of _metrics in rlhf_kernels/bradley_terry.py. Wrong offsets make all of it NaN,
-// and with the divisor every gradient.
+// The loss, and metrics in the order of METRICS in reference/bradley_terry.py. Wrong offsets make all of it NaN, and with
+// the divisor every gradient.
 __device__ __forceinline__ void put_summary(const Summary& s, const Record& all) {
     const double nan = __builtin_nan(""), least = all.prompts > 0.0 ? all.prompts : 1.0;
     const double divisor = s.normalizer ? (double)*s.normalizer : s.number > 0.0 ? s.number : least;
     const double found[] = {all.correct / all.strict,         all.margin / all.strict,
                             all.responses > 0.0 ? (double)-all.low : nan, all.rewards / all.responses,
-                            all.responses > 0.0 ? (double)all.high : nan, all.pairs};
+                            all.responses > 0.0 ? (double)all.high : nan, all.pairs, divisor};
 #pragma unroll
-    for (int i = 0; i < 6; ++i) s.metrics[i] = (float)(all.wrong > 0.0 ? nan : found[i]);
+    for (int i = 0; i < 7; ++i) s.metrics[i] = (float)(all.wrong > 0.0 ? nan : found[i]);
     *s.value = (float)(all.loss / divisor);
-    *s.divisor = (float)(all.wrong > 0.0 ? nan : divisor);
 }
 
 // All threads must call, before the block's prompts and after them.

@@ -53,13 +53,13 @@ def ranking_fwd(scores, ranks, cu_groups, columns, prompts, margins, kind, numbe
 
     work = [new(responses), new(responses)] if kind == "choices" else [None, None]
     records = new(max(-(-prompts // PROMPTS), min(prompts, BLOCKS), 1), RECORD, dtype=torch.float64)
-    value, grad, divisor, metrics = new(), new(responses), new(), new(len(METRICS))
+    value, grad, metrics = new(), new(responses), new(len(METRICS))
     launch(
         "ranking_fwd", scores, DTYPES[scores.dtype], ranks, cu_groups, columns, prompts, responses, margins,
         _margin_columns(margins), KINDS.index(kind), dense_fp32(normalizer), number, *work, records,
-        new(1, dtype=torch.int32), value, grad, divisor, metrics,
+        new(1, dtype=torch.int32), value, grad, metrics,
     )  # fmt: skip
-    return value, grad, divisor, metrics
+    return value, grad, metrics
 
 
 def ranking_bwd(grad_value, grad, divisor):

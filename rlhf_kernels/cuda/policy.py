@@ -22,7 +22,7 @@ def policy_fwd(tensors, settings):
     return losses + value_losses, grad_log_probs, grad_values, grad_entropy, stats + value_stats
 
 
-def policy_whole_fwd(tensors, settings):
+def policy_total_fwd(tensors, settings):
     """The loss, and the results of policy_fwd where there is a policy, or there are values, and not both."""
     loss = torch.empty((), dtype=torch.float32, device=tensors.mask.device)
     return loss, *_walk(tensors, settings, loss)

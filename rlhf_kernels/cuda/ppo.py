@@ -41,10 +41,13 @@ def ppo_fwd(
     return losses, *grads, stats
 
 
-def ppo_whole_fwd(*args, vf_coef, entropy_coef):
-    """Total, policy and value loss as tensors of their own, and the rest of ppo_fwd: nothing is launched after it."""
+def ppo_total_fwd(*args, vf_coef, entropy_coef):
+    """Total, policy and value loss as tensors of their own, and the rest of ppo_fwd: nothing is launched after it.
+
+    The last of args are the two scales, of which that of the entropy is -entropy_coef.
+    """
     whole = [torch.empty((), dtype=torch.float32, device=args[0].device) for _ in range(3)]
-    return *whole, *ppo_fwd(*args, vf_coef or 1.0, -entropy_coef, vf_coef, whole)[1:]
+    return *whole, *ppo_fwd(*args, vf_coef, whole)[1:]
 
 
 def ppo_bwd(grad_loss, grad_policy_loss, grad_value_loss, grad_log_probs, grad_values, grad_entropy, vf_coef):
