@@ -200,7 +200,7 @@ class BuildNative(build_ext):
         host = ["-fPIC", "-fvisibility=hidden", *WARNINGS]
         flags = ["-std=c++17", "-O3", f"-Xcompiler={','.join(host)}", *(["-Werror=all-warnings"] if STRICT else [])]
         headers = (CSRC / "include", pybind11.get_include(), sysconfig.get_paths()["include"])
-        flags += [*(f"-I{path}" for path in headers), f'-DRK_ARCHITECTURES="{" ".join(archs)}"']
+        flags += [*(f"-I{path}" for path in headers), f'-DRK_ARCHITECTURES="{" ".join(archs)}"', f"-DRK_PTX={newest}"]
         build = NinjaFile(Path(self.build_temp) / f"cuda-{'-'.join(archs)}")
         for source in [*sorted((CSRC / "cuda").glob("*.cu")), CSRC / "cuda" / "module.cpp"]:
             device = targets if source.suffix == ".cu" else []

@@ -3,7 +3,11 @@
     python -m benchmarks.compile_triton [OP ...] [--target sm_90 --target gfx942] [--json]
 
 The calls run on `meta` tensors: the launchers compute their grids and block sizes, and what they would launch is
-compiled instead. Printed: registers a thread, shared memory, and bytes that spill; a spill is an error.
+compiled instead. Printed: registers a thread, shared memory, and bytes that spill; a spill is an error. Of NVIDIA's
+machine code also the fewest and the most instructions an entry among the specialisations, barriers a turn, and the
+widest load of each (`benchmarks.machine_code`): of a turn of the innermost loop that reads most of global memory, or,
+where that is not a quarter of what the kernel reads, of the whole kernel once. A program's entries (BLOCK, PIECE, or
+ROWS x COLUMNS) are shared out evenly to its threads, 32 a warp.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import machine_code
 from rlhf_kernels._native import KL_ESTIMATORS
 from rlhf_kernels.reference.policy import ESTIMATORS, KL_GRADIENTS, TERMS, Settings, Tensors
 from rlhf_kernels.reference.ppo import AGG_MODES
@@ -58,6 +63,10 @@ def logprobs(op) -> None:
         op.logprobs_bwd(rows, rows if entropy else None, logits, labels, None, rows, rows, rows, rows, *options)
         if entropy:
             op.token_statistics_fwd(logits, labels, None, *options)
+    one = new(1)
+    op.logprobs_fwd(new(1, 1, dtype=BF16), new(1, dtype=I64), None, *plain, -100, True)
+    op.logprobs_bwd(one, one, new(1, 1, dtype=BF16), new(1, dtype=I64), None, one, one, one, one, *plain, -100)
+    op.token_statistics_fwd(new(1, 1, dtype=BF16), new(1, dtype=I64), None, *plain, -100)
     logits = new(64, 151936, dtype=BF16)
     op.logprobs_fwd(logits, None, None, 1.0, None, 0, True)
     op.logprobs_bwd(None, rows, logits, None, None, rows, rows, rows, rows, 1.0, None, 0)
@@ -76,6 +85,10 @@ def bradley_terry(op) -> None:
         op.bradley_terry_fwd(new(total, dtype=dtype), ranks, cu_groups, None, False)
         op.plackett_luce_fwd(new(total, dtype=dtype), ranks, cu_groups)
     op.bradley_terry_bwd(new(prompts), new(total), cu_groups)
+    op.ranking_metrics_fwd(new(prompts, 8))
+    op.bradley_terry_fwd(new(1), new(1, dtype=I64), new(2, dtype=I64), new(1, 1), False)
+    op.plackett_luce_fwd(new(1), new(1, dtype=I64), new(2, dtype=I64))
+    op.bradley_terry_bwd(new(1), new(1), new(2, dtype=I64))
 
 
 def preference(op) -> None:
@@ -103,6 +116,10 @@ def preference(op) -> None:
             op.preference_fwd(x, x, x, x, None, None, None, "sigmoid", *numbers, divergence, 0.5)
         for term in ("orpo", "sigmoid"):
             op.preference_fwd(x, x, None, None, lengths, lengths, None, term, *numbers, "reverse_kl", 1.0)
+    one = new(1)
+    op.preference_fwd(one, one, one, one, None, None, None, "sigmoid", *numbers, "reverse_kl", 1.0)
+    op.preference_fwd(one, one, one, one, None, None, new(), "kto", *numbers, "reverse_kl", 1.0)
+    op.preference_bwd(one, one, one)
     op.preference_bwd(new(512), new(512), new(512))
     op.preference_bwd(new(1024), new(512), new(512))
 
@@ -111,7 +128,7 @@ def kl(op) -> None:
     rows, needs = new(64), ((True, False), (True, True))
     for vocab, policy, ref, temperature in (
         (151936, BF16, BF16, 1.0), (151936, F32, BF16, 0.7), (50257, torch.float16, torch.float16, 1.0),
-        (50257, F32, F32, 1.0), (1000, BF16, BF16, 1.0),
+        (50257, F32, F32, 1.0), (1000, BF16, BF16, 1.0), (1, BF16, BF16, 1.0),
     ):  # fmt: skip
         sides = new(64, vocab, dtype=policy), new(64, vocab, dtype=ref)
         for reverse in (True, False):
@@ -119,10 +136,10 @@ def kl(op) -> None:
             for need in needs:
                 op.kl_bwd(rows, *sides, *(rows,) * 5, temperature, reverse, *need)
     for dtype in (F32, BF16):
-        for tokens in (new(512, 1024, dtype=dtype), new(512, 2048, dtype=dtype)[:, ::2]):
+        for tokens in (new(512, 1024, dtype=dtype), new(512, 2048, dtype=dtype)[:, ::2], new(1, 1, dtype=dtype)):
             for estimator in ("k1", "k2", "k3"):
                 op.approx_kl_fwd(tokens, tokens, estimator)
-                op.approx_kl_bwd(new(512, 1024), tokens, tokens, estimator, True, True)
+                op.approx_kl_bwd(new(*tokens.shape), tokens, tokens, estimator, True, True)
 
 
 def linear(op) -> None:
@@ -130,8 +147,8 @@ def linear(op) -> None:
     flat, labels, mask = new(count), new(count, dtype=I64), new(count, dtype=BOOL)
     plain, warm, capped = (None, None, 1.0, None), (None, flat, 1.0, None), (new(151936), None, 0.7, 30.0)
     for vocab, dtype, (bias, heat, temperature, softcap) in (
-        (151936, BF16, plain), (151936, BF16, warm), (151936, BF16, capped), (50257, torch.float16, plain),
-        (50257, F32, plain),
+        (1, BF16, plain), (151936, BF16, plain), (151936, BF16, warm), (151936, BF16, capped),
+        (50257, torch.float16, plain), (50257, F32, plain),
     ):  # fmt: skip
         hidden, weight = new(count, columns, dtype=dtype), new(vocab, columns, dtype=dtype)
         head, scale = (hidden, weight, labels, None, bias, heat, None, None), (temperature, softcap, -100)
@@ -151,7 +168,15 @@ def linear(op) -> None:
 
 
 def advantages(op) -> None:
-    cases = ((64, 32768, 0), (1024, 8192, 0), (512, 100, 0), (512, None, 2**20), (1024, None, 2**24))
+    cases = (
+        (1, 1, 0),
+        (1, None, 1),
+        (64, 32768, 0),
+        (1024, 8192, 0),
+        (512, 100, 0),
+        (512, None, 2**20),
+        (1024, None, 2**24),
+    )
     for rows, length, tokens in cases:
         shape, packed = ((tokens,), new(rows + 1, dtype=I64)) if length is None else ((rows, length), None)
         x, mask, scores = new(*shape), new(*shape, dtype=BOOL), new(rows)
@@ -168,7 +193,7 @@ def cross_entropy(op) -> None:
     count, columns, terms = 4096, 256, ((0.0, 0.0, False), (0.1, 0.0, False), (0.1, 1e-4, False), (0.0, 0.0, True))
     flat, labels, execution = new(count), new(count, dtype=I64), (0, False, None, 0, (True, True, False))
     for vocab, dtype, temperature, softcap in (
-        (151936, BF16, 1.0, None), (151936, BF16, 0.7, 30.0), (50257, torch.float16, 1.0, None),
+        (1, BF16, 1.0, None), (151936, BF16, 1.0, None), (151936, BF16, 0.7, 30.0), (50257, torch.float16, 1.0, None),
         (50257, F32, 1.0, None),
     ):  # fmt: skip
         hidden, weight = new(count, columns, dtype=dtype), new(vocab, columns, dtype=dtype)
@@ -185,6 +210,9 @@ def ppo(op) -> None:
         op.ppo_fwd(x, x, x, mask, None, None, None, None, None, *limits, mode)
         op.ppo_fwd(x, x, x, mask, x, x, x, None, number, *limits, mode)
         op.ppo_fwd(x, x, x, mask, x, None, x, x, None, *limits, mode)
+    one = new(1, 1)
+    op.ppo_fwd(one, one, one, new(1, 1, dtype=BOOL), one, one, one, one, None, *limits, "token-mean")
+    op.ppo_bwd(number, None, None, one, one, one, 0.1)
     short, mask = new(512, 100, dtype=BF16), new(512, 100, dtype=BOOL)
     op.ppo_fwd(short, short, short, mask, short, short, short, short, None, *limits, "seq-mean-token-mean")
     for values in (x, new(0)):
@@ -208,6 +236,8 @@ def policy(op) -> None:
         given = alone._replace(entropy=x, normalizer=number if mode != AGG_MODES.index("token-sum") else None)
         op.policy_fwd(given, Settings(loss_agg_mode=mode))
         op.policy_fwd(Tensors(mask, values=x, old_values=x, returns=x), Settings(loss_agg_mode=mode))
+    for mode in range(len(AGG_MODES)):
+        op.policy_fwd(Tensors(new(1, 1, dtype=BOOL), *(new(1, 1),) * 3), Settings(loss_agg_mode=mode))
     short, mask = new(512, 100, dtype=BF16), new(512, 100, dtype=BOOL)
     op.policy_fwd(Tensors(mask, *(short,) * 6, entropy=short), Settings(term=TERMS.index("gmpo"), **modes))
     for entropy in (x, new(0)):
@@ -288,39 +318,77 @@ def compiled(launch: Launch, target: str):
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
-def resources(kernel, target: str) -> tuple[int, int, int]:
-    """(registers a thread, bytes of shared memory, bytes spilled) of a compiled kernel."""
+# kernels with code of its own for the last program, whose loads and stores are masked: not what the others run
+ENDS_APART = {"policy.loss_kernel", "policy.product_kernel"}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a compiled kernel: registers a thread, bytes; and of its machine code, as this module's text says."""
+
+    registers: int
+    shared: int
+    spilled: int
+    per_entry: float | None = None  # instructions; None where a program has no entries, and on AMD
+    barriers: int = 0
+    widest_load: int = 0  # bits a thread
+    code: machine_code.Code | None = None
+
+
+def entries(launch: Launch) -> float | None:
+    """How many entries a thread takes a turn, if the program has a size in entries."""
+    sizes = dict(launch.constants)
+    tile = sizes["ROWS"] * sizes["COLUMNS"] if {"ROWS", "COLUMNS"} <= set(sizes) else None
+    size = sizes.get("BLOCK", sizes.get("PIECE", tile))
+    return None if size is None else size / (32 * launch.warps)
+
+
+def counts(launch: Launch, target: str) -> Counts:
+    """What the launch's kernel takes of a processor on this target."""
+    kernel = compiled(launch, target)
     if target.startswith("gfx"):
         text = kernel.asm["amdgcn"]
 
         def number(field):
             return int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
 
-        spilled = number("private_segment_fixed_size")
-        return number("vgpr_count"), kernel.metadata.shared, spilled
+        return Counts(number("vgpr_count"), kernel.metadata.shared, number("private_segment_fixed_size"))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(kernel.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         command = [str(tool) if tool.exists() else "cuobjdump", "-res-usage", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
+        (machine,) = machine_code.kernels(cubin)
     registers, stack, local = (int(re.search(rf"{field}:(\d+)", done.stdout)[1]) for field in ("REG", "STACK", "LOCAL"))
-    return registers, kernel.metadata.shared, stack + local
+    code, taken, turns = machine.once(cheapest=launch.name in ENDS_APART), entries(launch), machine.loops()
+    if turns and launch.name not in ENDS_APART and 4 * sum(turns[0].loads) >= sum(code.loads) > 0:
+        code = turns[0]
+    per_entry = None if taken is None else code.instructions / taken
+    return Counts(
+        registers, kernel.metadata.shared, stack + local, per_entry, code.count("BAR"), 8 * max(code.loads, default=0),
+        code,
+    )  # fmt: skip
 
 
-def report(ops: list[str], targets: list[str]) -> Iterator[tuple[str, str, int, int, int, int]]:
-    """(kernel, target, specialisations, most registers, most shared memory, most bytes spilled)."""
+FIELDS = ("kernel", "target", "variants", "registers", "shared", "spilled", "least", "most", "barriers", "load")
+
+
+def report(ops: list[str], targets: list[str]) -> Iterator[tuple]:
+    """Rows of FIELDS: most registers, shared memory and spilled bytes of all specialisations of a kernel; fewest and
+    most instructions an entry; most barriers; bits of the narrowest of their widest loads."""
     for op in ops:
         jobs = [(launch, target) for launch in launches(op) for target in targets]
         with ThreadPoolExecutor(max_workers=2) as pool:
-            results = list(pool.map(lambda job: resources(compiled(*job), job[1]), jobs))
-        worst: dict[tuple[str, str], list[int]] = {}
-        for (launch, target), found in zip(jobs, results):
-            row = worst.setdefault((launch.name, target), [0, 0, 0, 0])
-            row[0] += 1
-            row[1:] = map(max, row[1:], found)
-        for (name, target), row in worst.items():
-            yield name, target, *row
+            results = list(pool.map(lambda job: counts(*job), jobs))
+        found: dict[tuple[str, str], list[Counts]] = {}
+        for (launch, target), result in zip(jobs, results):
+            found.setdefault((launch.name, target), []).append(result)
+        for (name, target), all_of in found.items():
+            most = [max(getattr(x, field) for x in all_of) for field in ("registers", "shared", "spilled", "barriers")]
+            per_entry = [x.per_entry for x in all_of if x.per_entry is not None]
+            limits = [round(f(per_entry), 1) if per_entry else None for f in (min, max)]
+            yield name, target, len(all_of), *most[:3], *limits, most[3], min(x.widest_load for x in all_of)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -333,14 +401,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set, so there is nothing to compile; unset it")
     if unknown := sorted(set(options.ops) - set(CALLS)):
         parser.error(f"unknown op {unknown[0]}; known: {', '.join(CALLS)}")
-    fields = ("kernel", "target", "variants", "registers", "shared", "spilled")
+    line = "{:44}{:9}{:>9}{:>10}{:>8}{:>8}{:>8}{:>8}{:>9}{:>6}"
     if not options.json:
-        print("{:44}{:9}{:>9}{:>10}{:>8}{:>8}".format(*fields))
+        print(line.format(*FIELDS))
     rows = []
     for row in report(options.ops or list(CALLS), options.target or list(TARGETS)):
-        rows.append(dict(zip(fields, row)))
+        rows.append(dict(zip(FIELDS, row)))
         if not options.json:
-            print("{:44}{:9}{:9}{:10}{:8}{:8}".format(*row), flush=True)
+            print(line.format(*("" if x is None else x for x in row)), flush=True)
     if options.json:
         print(json.dumps(rows))
     return 1 if any(row["spilled"] for row in rows) else 0

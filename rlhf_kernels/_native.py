@@ -65,12 +65,56 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def serves(capability: tuple[int, int], architectures: str, ptx: int) -> bool:
+    """Whether code for these architectures ("80 90a 100") and PTX of that one run on a GPU of this compute capability.
+
+    Code runs on its own major version, from its minor version on; that of 90a on 9.0 alone. PTX is compiled by the
+    driver for its own architecture and all later ones.
+    """
+    major, minor = capability
+    for arch in architectures.split():
+        own, least = divmod(int(arch.rstrip("af")), 10)
+        if own == major and (minor == least if arch.endswith("a") else minor >= least):
+            return True
+    return 0 < ptx <= 10 * major + minor
+
+
+def unserved(gpus: list[tuple[str, tuple[int, int]]], module, driver: int) -> str | None:
+    """Why the module cannot run on one of these GPUs (name, compute capability) with this driver; None if it can."""
+    held = ", ".join(f"sm_{arch}" for arch in module.architectures.split()) + f" and PTX of compute_{module.ptx}"
+    for index, (name, capability) in enumerate(gpus):
+        if not serves(capability, module.architectures, module.ptx):
+            found = f"GPU {index}, {name}, has compute capability {capability[0]}.{capability[1]}"
+            return f"{found}; _cuda was built for {held}: RLHF_KERNELS_CUDA_ARCHS builds it for others"
+    compiles = any(not serves(capability, module.architectures, 0) for _, capability in gpus)
+    if driver < module.runtime if compiles else driver // 1000 < module.runtime // 1000:
+        wanted = _version(module.runtime) if compiles else f"{module.runtime // 1000}.0"
+        return (
+            f"the driver serves CUDA up to {_version(driver)}; _cuda was built for {held}, and needs {wanted} or newer"
+        )
+    return None
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+@functools.cache
+def _unserved_here() -> str | None:
+    gpus = range(torch.cuda.device_count())
+    found = [(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)) for i in gpus]
+    module = _load_cuda()[0]
+    return unserved(found, module, module.driver())
+
+
 def missing_cuda() -> str | None:
     """Why the CUDA launchers cannot run here, or None if they can."""
     reason = _load_cuda()[1]
-    if reason is None and not os.environ.get(CUDA_ON_CPU) and not (torch.version.cuda and has_gpu()):
+    if reason is not None or os.environ.get(CUDA_ON_CPU):
+        return reason
+    if not (torch.version.cuda and has_gpu()):
         return "there is no NVIDIA GPU"
-    return reason
+    return _unserved_here()
 
 
 @functools.cache
@@ -113,8 +157,16 @@ def launch(name: str, *args) -> None:
     """Call a launcher of _cuda on the device of the first tensor, on its current stream; arguments as for `run`."""
     device = next(x.device for x in args if isinstance(x, Tensor))
     signatures(CUDA)[name].check(args, device)
-    index, stream = (device.index, torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else (0, 0)
-    _launchers()[name](index, *_values(args), stream)
+    function = _launchers()[name]
+    if device.type != "cuda":
+        function(0, *_values(args), 0)
+        return
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if device.index == torch.cuda.current_device():
+        function(device.index, *_values(args), stream)
+    else:
+        with torch.cuda.device(device):
+            function(device.index, *_values(args), stream)
 
 
 def _values(args) -> list:

@@ -107,10 +107,10 @@ preference_bwd_f32(f32 for_chosen[chosen_count], f32 for_rejected[rejected_count
 """
 
 CUDA = """
-gae_fwd_f32(f32 rewards[B * T or rewards.numel()] by rewards_stride, rewards_stride,
-    f32 values[rewards.numel()] by values_stride, values_stride, bool? mask[rewards.numel()] by mask_stride,
-    mask_stride, f32? last_values[B], cu_wide? cu[B + 1], cu_wide, B, T, gamma, lam, units, f64 parts[2 * units],
-    i32 control[units + 2], f32 advantages[rewards.numel()], f32 returns[rewards.numel()])
+gae_fwd_f32(f32 rewards[count] by rewards_stride, rewards_stride,
+    f32 values[count] by values_stride, values_stride, bool? mask[count] by mask_stride,
+    mask_stride, f32? last_values[B], cu_wide? cu[B + 1], cu_wide, B, T, count, gamma, lam, units, f64 parts[2 * units],
+    i32 control[units + 2], f32 advantages[count], f32 returns[count])
 rlhf_advantages_fwd_f32(f32 scores[B], f32 log_probs[count] by log_probs_stride, log_probs_stride,
     f32 ref[count] by ref_stride, ref_stride, f32 values[count] by values_stride, values_stride,
     bool? mask[count] by mask_stride, mask_stride, cu_wide? cu[B + 1], cu_wide, B, T, count, kl_coef, gamma, lam,
@@ -121,17 +121,22 @@ whiten_stats_f32(f32 x[rows * columns] by x_stride, x_stride, bool? mask[rows * 
 whiten_fwd_f32(f32 x[rows * columns] by x_stride, x_stride, bool? mask[rows * columns] by mask_stride, mask_stride,
     rows, columns, f64 stats[3], center, f32 out[rows * columns])
 
-bradley_terry_fwd(dtype scores[grad.numel()], dtype, i64 ranks[grad.numel()], i64 cu_groups[prompts + 1], prompts,
-    f32? margins[grad.numel() * margin_columns if margin_columns else prompts], margin_columns, ties_half,
-    f32 loss[prompts], f32 grad[scores.numel()], f32 stats[8 * prompts])
-plackett_luce_fwd(dtype scores[grad.numel()], dtype, i64 ranks[grad.numel()], i64 cu_groups[prompts + 1], prompts,
-    f32 peaks[scores.numel()], f32 inverses[scores.numel()], f32 loss[prompts], f32 grad[scores.numel()],
-    f32 stats[8 * prompts])
-bradley_terry_bwd(f32 grad_loss[prompts], f32 grad[out.numel()], i64 cu_groups[prompts + 1], prompts,
-    f32 out[grad.numel()])
+bradley_terry_fwd(dtype scores[responses], dtype, i64 ranks[responses], i64 cu_groups[prompts + 1], prompts, responses,
+    f32? margins[responses * margin_columns if margin_columns else prompts], margin_columns, ties_half,
+    f32 loss[prompts], f32 grad[responses], f32 stats[8 * prompts])
+plackett_luce_fwd(dtype scores[responses], dtype, i64 ranks[responses], i64 cu_groups[prompts + 1], prompts, responses,
+    f32 peaks[responses], f32 inverses[responses], f32 loss[prompts], f32 grad[responses], f32 stats[8 * prompts])
+bradley_terry_bwd(f32 grad_loss[prompts], f32 grad[responses], i64 cu_groups[prompts + 1], prompts, responses,
+    f32 out[responses])
+ranking_fwd(dtype scores[responses], dtype, i64 ranks[responses], i64? cu_groups[prompts + 1], columns, prompts,
+    responses, f32? margins[responses * margin_columns if margin_columns else prompts], margin_columns, kind,
+    f32? normalizer[1], number, f32? peaks[responses], f32? inverses[responses],
+    f64 records[10 * max(pieces(prompts, 8), min(prompts, 1056), 1)], i32 done[1], f32 value[1], f32 grad[responses],
+    f32 metrics[7])
+ranking_bwd(f32 grad_value[1], f32 divisor[1], f32 grad[responses], responses, f32 out[responses])
 
 kl_fwd(dtype_a a[N * V] by T:batch_a:stride_a, dtype_a, T, batch_a, stride_a, dtype_b b[N * V] by T:batch_b:stride_b,
-    dtype_b, batch_b, stride_b, N, V, temperature, f64? partial[4 * N * pieces(V, 4096)], f32 kl[N], f32 max_a[N],
+    dtype_b, batch_b, stride_b, N, V, temperature, f64? partial[4 * N * pieces(V, 16384)], f32 kl[N], f32 max_a[N],
     f32 log_sum_a[N], f32 max_b[N], f32 log_sum_b[N])
 kl_bwd(f32 grad[N], dtype_a a[N * V] by T:batch_a:stride_a, dtype_a, T, batch_a, stride_a,
     dtype_b b[N * V] by T:batch_b:stride_b, dtype_b, batch_b, stride_b, f32 kl[N], f32 max_a[N], f32 log_sum_a[N],
@@ -143,7 +148,7 @@ approx_kl_bwd(f32 grad[rows * columns] by grad_stride, grad_stride, dtype_p p[ro
     dtype_p? grad_p[rows * columns], dtype_q? grad_q[rows * columns])
 
 logprobs_fwd(dtype logits[N * V] by T:batch_stride:stride, dtype, T, batch_stride, stride, i64? labels[N], N, V,
-    f32? temperatures[N], temperature, softcap, ignore_index, f64? partial[4 * N * pieces(V, 8192)],
+    f32? temperatures[N], temperature, softcap, ignore_index, f64? partial[4 * N * pieces(V, 32768)],
     f32 logprobs[0 if labels is None else N], f32? entropy[N], f32 row_max[N], f32 log_sum[N])
 token_statistics_fwd(dtype logits[N * V] by T:batch_stride:stride, dtype, T, batch_stride, stride, i64 labels[N], N, V,
     f32? temperatures[N], temperature, softcap, ignore_index, f64? partial[8 * N * pieces(V, 8192)], f32 logprobs[N],
@@ -161,14 +166,16 @@ policy_fwd_f32(bool mask[B * T], f32? log_probs[B * T], f32? old_log_probs[B * T
     kl_ratio_cap, cliprange_value, value_scale, entropy_scale, loss_agg_mode, entropy_agg_mode, i64 counts[512 + B],
     i64 lengths[B], f32 parts[2 * B if term in (1, 4) else 0],
     f64 records[25 * ((pieces(B * T, 2048) or 1) + (pieces(B * T, 65536) or 1))],
-    i32 done[(pieces(B * T, 65536) or 1) + 1], f32 losses[4], f32 grad_log_probs[0 if log_probs is None else B * T],
+    i32 done[(pieces(B * T, 65536) or 1) + 1], f32 losses[4], f32? loss[1],
+    f32 grad_log_probs[0 if log_probs is None else B * T],
     f32 grad_values[0 if values is None else B * T], f32 grad_entropy[0 if entropy is None else B * T], f32 stats[19])
 
 ppo_fwd_f32(f32 log_probs[B * T], f32 old_log_probs[B * T], f32 advantages[B * T], bool mask[B * T], f32? values[B * T],
     f32? old_values[B * T], f32? returns[B * T], f32? entropy[B * T], f32? normalizer[1], B, T, cliprange,
-    cliprange_high, dual_clip, cliprange_value, aggregation, value_scale, entropy_scale, i64 counts[512 + B],
-    i64 lengths[B], f64 records[17 * ((pieces(B * T, 2048) or 1) + (pieces(B * T, 65536) or 1))],
-    i32 done[(pieces(B * T, 65536) or 1) + 1], f32 losses[3], f32 grad_log_probs[B * T],
+    cliprange_high, dual_clip, cliprange_value, aggregation, value_scale, entropy_scale, vf_coef,
+    i64 counts[512 + B], i64 lengths[B], f64 records[17 * ((pieces(B * T, 2048) or 1) + (pieces(B * T, 65536) or 1))],
+    i32 done[(pieces(B * T, 65536) or 1) + 1], f32 losses[3], f32? loss[1], f32? policy_loss[1], f32? value_loss[1],
+    f32 grad_log_probs[B * T],
     f32 grad_values[0 if values is None else B * T], f32 grad_entropy[0 if entropy is None else B * T], f32 stats[12])
 ppo_bwd_f32(f32? grad_loss[1], f32? grad_policy_loss[1], f32? grad_value_loss[1], vf_coef,
     f32 grad_log_probs[log_probs], f32 grad_values[values], f32 grad_entropy[entropy], log_probs, values, entropy,

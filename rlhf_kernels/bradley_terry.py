@@ -17,7 +17,8 @@ from ._checks import (
     check_shape,
     reads_values,
 )
-from .reference.bradley_terry import STATS, accumulator_dtype, center_terms
+from .reference.bradley_terry import METRICS, STATS, accumulator_dtype, center_terms, ranking_metrics_fwd
+from .reference.bradley_terry import ranking_bwd as reference_bwd
 
 _RANK_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8)
 _REDUCTIONS = ("mean", "sum", "none")
@@ -86,11 +87,13 @@ def bradley_terry_loss(
     check_in("ties", ties, _TIES)
     check_range("center_coef", center_coef, 0)
     _check_reduction(reduction, num_items_in_batch)
-    flat_scores, flat_ranks, cu_groups = _flatten(scores, ranks, cu_groups)
-    flat_margins = _flatten_margins(margins, scores, cu_groups)
-    loss, _, stats = _pairs(flat_scores, flat_ranks, cu_groups, flat_margins, ties == "half", float(center_coef))
-    stats = stats.detach()
-    return RankingLoss(_reduce(loss, stats, reduction, num_items_in_batch), _metrics(stats, "pairs"))
+    flat = _flatten(scores, ranks, cu_groups)
+    flat_margins = _flatten_margins(margins, scores, flat.prompts)
+    kind = "pairs_half" if ties == "half" else "pairs"
+    if reduction != "none" and not center_coef:
+        return _whole(flat, flat_margins, kind, reduction, num_items_in_batch)
+    inputs = flat.scores, flat.ranks, flat.offsets(), flat_margins
+    return _of_prompts(_pairs(*inputs, ties == "half", float(center_coef)), "pairs", reduction, num_items_in_batch)
 
 
 def plackett_luce_loss(scores, ranks, cu_groups=None, *, reduction="mean", num_items_in_batch=None):
@@ -122,10 +125,10 @@ def plackett_luce_loss(scores, ranks, cu_groups=None, *, reduction="mean", num_i
         0.8959
     """
     _check_reduction(reduction, num_items_in_batch)
-    flat_scores, flat_ranks, cu_groups = _flatten(scores, ranks, cu_groups)
-    loss, _, stats = _orders(flat_scores, flat_ranks, cu_groups)
-    stats = stats.detach()
-    return RankingLoss(_reduce(loss, stats, reduction, num_items_in_batch), _metrics(stats, "choices"))
+    flat = _flatten(scores, ranks, cu_groups)
+    if reduction != "none":
+        return _whole(flat, None, "choices", reduction, num_items_in_batch)
+    return _of_prompts(_orders(flat.scores, flat.ranks, flat.offsets()), "choices", reduction, num_items_in_batch)
 
 
 def _check_reduction(reduction, num_items_in_batch):
@@ -140,28 +143,51 @@ def _check_reduction(reduction, num_items_in_batch):
         check_range("num_items_in_batch", num_items_in_batch, 1)
 
 
+class _Flat(NamedTuple):
+    """Flat scores and ranks; offsets of the prompts, or None where each has so many columns."""
+
+    scores: Tensor
+    ranks: Tensor
+    cu_groups: Tensor | None
+    columns: int
+    prompts: int
+
+    def offsets(self):
+        return _offsets(self.scores, self.cu_groups, self.columns, self.prompts)
+
+
+def _offsets(scores, cu_groups, columns, prompts):
+    if cu_groups is not None:
+        return cu_groups
+    if columns == 0:
+        return torch.zeros(prompts + 1, dtype=torch.int64, device=scores.device)
+    return torch.arange(0, prompts * columns + 1, columns, dtype=torch.int64, device=scores.device)
+
+
 def _flatten(scores, ranks, cu_groups):
     check_dtype("scores", scores, FLOATS)
     check_dtype("ranks", ranks, _RANK_DTYPES)
     check_same_device(scores=scores, ranks=ranks, cu_groups=cu_groups)
+    columns = 0
     if cu_groups is None:
         check_shape("scores", scores, (None, None), "[P, K], or flat [S] together with cu_groups [P+1]")
         check_shape("ranks", ranks, scores.shape, "like scores")
-        prompts, responses = scores.shape
-        cu_groups = torch.arange(prompts + 1, dtype=torch.int64, device=scores.device) * responses
+        prompts, columns = scores.shape
     else:
         check_shape("scores", scores, (None,), "flat [S], because cu_groups is given")
         check_shape("ranks", ranks, scores.shape, "like scores")
         check_dtype("cu_groups", cu_groups, (torch.int64, torch.int32))
         if cu_groups.dim() != 1 or cu_groups.shape[0] < 1:  # the offsets themselves are read inside the operator
             raise ValueError(f"cu_groups has shape {list(cu_groups.shape)}, expected [number of prompts + 1]")
-    return scores.reshape(-1).contiguous(), ranks.reshape(-1).contiguous().long(), cu_groups.contiguous().long()
+        cu_groups, prompts = cu_groups.contiguous().long(), cu_groups.shape[0] - 1
+    flat = scores.reshape(-1).contiguous(), ranks.reshape(-1).contiguous().long()
+    return _Flat(*flat, cu_groups, columns, prompts)
 
 
-def _flatten_margins(margins, scores, cu_groups):
+def _flatten_margins(margins, scores, prompts):
     if margins is None:
         return None
-    dtype, prompts = accumulator_dtype(scores.dtype), cu_groups.shape[0] - 1
+    dtype = accumulator_dtype(scores.dtype)
     if not isinstance(margins, Tensor):
         check_range("margins", margins)
         return torch.full((prompts,), float(margins), dtype=dtype, device=scores.device)
@@ -177,31 +203,87 @@ def _flatten_margins(margins, scores, cu_groups):
     return margins.detach().to(dtype).contiguous()
 
 
-def _reduce(loss, stats, reduction, num_items_in_batch):
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return loss.sum()
-    if num_items_in_batch is not None:
-        return loss.sum() / num_items_in_batch
-    return loss.sum() / (stats[:, 0] > 0).sum().clamp(min=1)
+def _whole(flat, margins, kind, reduction, num_items_in_batch):
+    """The loss of all prompts, made where its parts are made."""
+    normalizer = num_items_in_batch if isinstance(num_items_in_batch, Tensor) else None
+    if normalizer is not None:
+        normalizer = normalizer.detach().to(flat.scores.device, accumulator_dtype(flat.scores.dtype))
+    number = 1.0 if reduction == "sum" else float(num_items_in_batch or 0) if normalizer is None else 0.0
+    value, _, metrics = _ranking(*flat, margins, kind, number, normalizer)
+    return RankingLoss(value, _named(metrics, "choices" if kind == "choices" else "pairs"))
 
 
-def _metrics(stats, counted):
-    totals = dict(zip(STATS, stats.sum(0).unbind(), strict=True))
-    lowest = highest = nothing = totals["responses"].new_full((), torch.nan)
-    if stats.shape[0] > 0:
-        some = totals["responses"] > 0
-        lowest = torch.where(some, stats[:, STATS.index("reward_min")].min(), nothing)
-        highest = torch.where(some, stats[:, STATS.index("reward_max")].max(), nothing)
-    return {
-        "accuracy": totals["correct"] / totals["strict_pairs"],
-        "margin": totals["margin_sum"] / totals["strict_pairs"],
-        "min_reward": lowest,
-        "mean_reward": totals["reward_sum"] / totals["responses"],
-        "max_reward": highest,
-        counted: totals["pairs"],
-    }
+def _of_prompts(results, counted, reduction, num_items_in_batch):
+    """The same of the losses of each prompt, with autograd's operators."""
+    loss, _, stats = results
+    metrics = _ranking_metrics(stats.detach())
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / (metrics[METRICS.index("divisor")] if num_items_in_batch is None else num_items_in_batch)
+    return RankingLoss(loss, _named(metrics, counted))
+
+
+def _named(metrics, counted):
+    found = dict(zip(METRICS[:-1], metrics.unbind(), strict=False))
+    return {counted if name == "pairs" else name: x for name, x in found.items()}
+
+
+@torch.library.custom_op("rlhf_kernels::ranking_metrics", mutates_args=())
+def ranking_metrics(stats: Tensor) -> Tensor:
+    """Metrics [7] of stats [P, 8]; the contract is in reference/bradley_terry.py."""
+    return _metrics_of(dispatch.pick("bradley_terry", stats), stats)
+
+
+def _metrics_of(backend, stats):
+    return getattr(backend, "ranking_metrics_fwd", ranking_metrics_fwd)(stats)
+
+
+@ranking_metrics.register_fake
+def _(stats):
+    return stats.new_empty(len(METRICS))
+
+
+_ranking_metrics = direct(ranking_metrics)
+
+
+@torch.library.custom_op("rlhf_kernels::ranking_fwd", mutates_args=())
+def ranking_fwd(
+    scores: Tensor,
+    ranks: Tensor,
+    cu_groups: Tensor | None,
+    columns: int,
+    prompts: int,
+    margins: Tensor | None,
+    kind: str,
+    number: float,
+    normalizer: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of all prompts, gradient [S] before the division, metrics [7]; see reference/bradley_terry.py."""
+    if cu_groups is not None:
+        _check_values(scores, cu_groups, margins)
+    backend = dispatch.pick("bradley_terry", scores)
+    if hasattr(backend, "ranking_fwd"):
+        return backend.ranking_fwd(scores, ranks, cu_groups, columns, prompts, margins, kind, number, normalizer)
+    inputs = scores, ranks, _offsets(scores, cu_groups, columns, prompts)
+    if kind == "choices":
+        loss, grad, stats = backend.plackett_luce_fwd(*inputs)
+    else:
+        loss, grad, stats = backend.bradley_terry_fwd(*inputs, margins, kind == "pairs_half")
+    metrics = _metrics_of(backend, stats)
+    divisor = metrics[METRICS.index("divisor")]
+    if normalizer is not None:
+        divisor.copy_(normalizer)
+    elif number:
+        divisor.fill_(number)
+    return loss.sum() / divisor, grad, metrics
+
+
+@torch.library.custom_op("rlhf_kernels::ranking_bwd", mutates_args=())
+def ranking_bwd(grad_value: Tensor, grad: Tensor, metrics: Tensor) -> Tensor:
+    """Upstream gradient of the loss times the saved gradient [S] over the divisor among the metrics."""
+    backend = dispatch.pick("bradley_terry", grad)
+    return getattr(backend, "ranking_bwd", reference_bwd)(grad_value, grad, metrics[METRICS.index("divisor")])
 
 
 @custom_op("bradley_terry_fwd")
@@ -255,7 +337,19 @@ def _(grad_loss, grad, cu_groups):
     return torch.empty_like(grad)
 
 
+@ranking_fwd.register_fake
+def _(scores, *_):
+    dtype = accumulator_dtype(scores.dtype)
+    return tuple(scores.new_empty(shape, dtype=dtype) for shape in ((), scores.shape, (len(METRICS),)))
+
+
+@ranking_bwd.register_fake
+def _(grad_value, grad, metrics):
+    return torch.empty_like(grad)
+
+
 _bradley_terry_bwd = direct(bradley_terry_bwd)
+_ranking_bwd = direct(ranking_bwd)
 
 
 def _fake_forward(scores, cu_groups):
@@ -278,9 +372,24 @@ def _backward(ctx, grad_loss, grad_grad, grad_stats):
     if grad_loss is None:
         return None, *nothing
     grad, cu_groups = ctx.saved_tensors
-    grad_scores = _bradley_terry_bwd(grad_loss.contiguous(), grad, cu_groups)
+    grad_scores = _bradley_terry_bwd(grad_loss, grad, cu_groups)
     return grad_scores.to(ctx.scores_dtype), *nothing
 
 
+def _setup_ranking(ctx, inputs, output):
+    ctx.save_for_backward(output[1], output[2])
+    ctx.scores_dtype, ctx.n_inputs = inputs[0].dtype, len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _ranking_backward(ctx, grad_value, *_):
+    nothing = (None,) * (ctx.n_inputs - 1)
+    if grad_value is None:
+        return None, *nothing
+    return _ranking_bwd(grad_value, *ctx.saved_tensors).to(ctx.scores_dtype), *nothing
+
+
+_ranking = register(ranking_fwd, _ranking_backward, _setup_ranking, scores=0)
 _pairs = register(bradley_terry_fwd, _backward, _setup_context, scores=0)
 _orders = register(plackett_luce_fwd, _backward, _setup_context, scores=0)

@@ -346,6 +346,15 @@ def _differentiated(x):
     return None if x is None else x.contiguous()
 
 
+def _with_total(tensors, settings, like):
+    """The whole loss and the results of the backend's policy_fwd, in one go where the backend offers that."""
+    backend = dispatch.pick("policy", like)
+    if hasattr(backend, "policy_total_fwd"):
+        return backend.policy_total_fwd(tensors, settings)
+    losses, *more = backend.policy_fwd(tensors, settings)
+    return total_loss(losses, settings), losses, *more
+
+
 # Two operators on one walk, because PyTorch's time for a call grows with the square of the count of its arguments; the
 # settings come as one argument.
 
@@ -370,8 +379,8 @@ def policy_fwd(
         mask, log_probs, old_log_probs, advantages, ref_log_probs, weights, coefficients, entropy=entropy,
         normalizer=normalizer, entropy_normalizer=entropy_normalizer,
     )  # fmt: skip
-    losses, grad_log_probs, _, grad_entropy, stats = dispatch.pick("policy", log_probs).policy_fwd(tensors, s)
-    return total_loss(losses, s), losses, grad_log_probs, grad_entropy, stats
+    total, losses, grad_log_probs, _, grad_entropy, stats = _with_total(tensors, s, log_probs)
+    return total, losses, grad_log_probs, grad_entropy, stats
 
 
 @custom_op("value_fwd")
@@ -386,8 +395,8 @@ def value_fwd(
     """The value loss, its gradient in values, stats."""
     s = Settings(*settings)
     tensors = Tensors(mask, values=values, old_values=old_values, returns=returns, normalizer=normalizer)
-    losses, _, grad_values, _, stats = dispatch.pick("policy", values).policy_fwd(tensors, s)
-    return total_loss(losses, s), grad_values, stats
+    total, _, _, grad_values, _, stats = _with_total(tensors, s, values)
+    return total, grad_values, stats
 
 
 @policy_fwd.register_fake

@@ -183,21 +183,12 @@ def ppo_fwd(
     """
     *limits, vf_coef, entropy_coef = numbers
     limits = (None if x == math.inf else x for x in limits)
-    losses, *grads, stats = dispatch.pick("ppo", log_probs).ppo_fwd(
-        log_probs,
-        old_log_probs,
-        advantages,
-        mask,
-        values,
-        old_values,
-        returns,
-        entropy,
-        normalizer,
-        *limits,
-        loss_agg_mode,
-        vf_coef or 1.0,
-        -entropy_coef,
-    )
+    backend = dispatch.pick("ppo", log_probs)
+    tensors = (log_probs, old_log_probs, advantages, mask, values, old_values, returns, entropy, normalizer)
+    inputs = (*tensors, *limits, loss_agg_mode, vf_coef or 1.0, -entropy_coef)
+    if hasattr(backend, "ppo_total_fwd"):  # the launches that a GPU is handed are fewer
+        return backend.ppo_total_fwd(*inputs, vf_coef=vf_coef, entropy_coef=entropy_coef)
+    losses, *grads, stats = backend.ppo_fwd(*inputs)
     policy_loss, value_loss, entropy_loss = losses.unbind()
     loss = policy_loss.add(value_loss, alpha=vf_coef)
     if entropy_coef:

@@ -19,7 +19,7 @@ struct Job {
     const uint8_t* mask;
     int64_t mask_stride;
     const void* cu;  // null: [B, T]
-    int64_t cu_wide, B, T;
+    int64_t cu_wide, B, T, count;  // of tokens, among which offsets must stay
     double gamma, decay;
     float kl_coef, clip;
     int64_t kl_estimator;
@@ -32,9 +32,13 @@ struct Job {
     __device__ __forceinline__ int64_t offset(int64_t b) const {
         return cu_wide ? ((const int64_t*)cu)[b] : (int64_t)((const int32_t*)cu)[b];
     }
+    // Nobody has read the offsets before: wrong ones must not lead out of the memory.
+    __device__ __forceinline__ int64_t within(int64_t offset) const {
+        return offset < 0 ? 0 : offset > count ? count : offset;
+    }
     // Row b owns the units from here to the next row's first: enough of them for its tiles.
     __device__ __forceinline__ int64_t first_unit(int64_t b) const {
-        return cu ? offset(b) / TILE + b : b * ((T + TILE - 1) / TILE);
+        return cu ? within(offset(b)) / TILE + b : b * ((T + TILE - 1) / TILE);
     }
 };
 
@@ -51,8 +55,15 @@ struct Row {
 template <bool Shape>
 __device__ __forceinline__ Row row_of(const Job& j, int64_t b) {
     Row r = {};
-    const int64_t begin = j.cu ? j.offset(b) : b * j.T;
-    r.length = j.cu ? j.offset(b + 1) - begin : j.T;
+    int64_t begin = b * j.T;
+    bool right = true;
+    r.length = j.T;
+    if (j.cu) {
+        const int64_t from = j.offset(b), to = j.offset(b + 1);
+        right = from >= 0 && from <= to && to <= j.count;
+        begin = j.within(from);
+        r.length = j.within(to) > begin ? j.within(to) - begin : 0;
+    }
     r.values = j.values + (j.cu ? begin : b * j.values_stride);
     r.mask = j.mask ? j.mask + (j.cu ? begin : b * j.mask_stride) : nullptr;
     r.vector = aligned(r.values, 16) && aligned(r.mask, ITEMS);
@@ -72,6 +83,7 @@ __device__ __forceinline__ Row row_of(const Job& j, int64_t b) {
         r.vector = r.vector && aligned(r.rewards, 16);
         r.behind = j.last_values ? j.gamma * (double)j.last_values[b] : 0.0;
     }
+    if (!right) r.score = __builtin_nanf(""), r.behind = __builtin_nan("");  // which reaches all kept tokens
     return r;
 }
 

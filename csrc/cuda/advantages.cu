@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(THREADS) tiles_kernel(const Job j) {
     __syncthreads();
     const int64_t unit = j.units - 1 - ticket, b = row_of_unit(j, unit);
     const Row r = row_of<Shape>(j, b);
-    const int64_t first = j.first_unit(b), t = (unit - first) * TILE + threadIdx.x * ITEMS;
+    const int64_t first = j.first_unit(b), tile_begin = unit < first ? r.length : (unit - first) * TILE;
+    const int64_t t = tile_begin + threadIdx.x * ITEMS;  // before its row's first only with wrong offsets
     Tokens<Shape> x = tokens_at<Shape>(r, t);
     const Lane lane = lane_of<Shape>(j, x, full_warp(j.decay));
     const Tile tile = tile_of(warps, lane);
@@ -194,14 +195,14 @@ void run(Job j, void* stream) {
 // `units`, `control` and `parts` as in struct Job.
 void gae_fwd_f32(const float* rewards, int64_t rewards_stride, const float* values, int64_t values_stride,
                  const uint8_t* mask, int64_t mask_stride, const float* last_values, const void* cu, int64_t cu_wide,
-                 int64_t B, int64_t T, double gamma, double lam, int64_t units, double* parts,
+                 int64_t B, int64_t T, int64_t count, double gamma, double lam, int64_t units, double* parts,
                  int* control, float* advantages, float* returns, void* stream) {
     Job j = {};
     j.rewards = rewards, j.rewards_stride = rewards_stride;
     j.values = values, j.values_stride = values_stride;
     j.mask = mask, j.mask_stride = mask_stride;
     j.last_values = last_values;
-    j.cu = cu, j.cu_wide = cu_wide, j.B = B, j.T = T;
+    j.cu = cu, j.cu_wide = cu_wide, j.B = B, j.T = T, j.count = count;
     j.gamma = gamma, j.decay = gamma * lam;
     j.units = units, j.parts = (GaePart*)parts, j.control = control;
     j.out[ADVANTAGES] = advantages, j.out[RETURNS] = returns;
@@ -222,7 +223,7 @@ void rlhf_advantages_fwd_f32(const float* scores, const float* log_probs, int64_
     j.ref = ref, j.ref_stride = ref_stride;
     j.values = values, j.values_stride = values_stride;
     j.mask = mask, j.mask_stride = mask_stride;
-    j.cu = cu, j.cu_wide = cu_wide, j.B = B, j.T = T;
+    j.cu = cu, j.cu_wide = cu_wide, j.B = B, j.T = T, j.count = count;
     j.gamma = gamma, j.decay = gamma * lam;
     j.kl_coef = (float)kl_coef, j.clip = (float)reward_clip, j.kl_estimator = kl_estimator;
     j.units = units, j.parts = (GaePart*)parts, j.control = control, j.moments = (Moments*)moments;

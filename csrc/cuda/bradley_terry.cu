@@ -1,9 +1,11 @@
-// All-pairs Bradley-Terry and Plackett-Luce losses of ragged prompts, with their gradients, in one launch.
+// All-pairs Bradley-Terry and Plackett-Luce losses of ragged prompts, with their gradients, in one launch; its last block
+// also makes the loss and the metrics of the whole batch.
 //
 // A prompt of up to 16 responses takes half a warp, one of up to 32 a warp, a larger one a block; the sizes are read on
 // the device. A response is a lane (in a large prompt a thread, or a lane's row); what it sums is summed in a fixed
 // order, and which way a prompt goes depends on its size and on whether there are margins for each pair, so that its
 // bits do not depend on its neighbours.
+#include "four.h"
 #include "plackett_luce.h"
 #include "prompts.h"
 #include "sorted_pairs.h"
@@ -58,8 +60,9 @@ struct SmallPairs {
     template <int W>
     __device__ __forceinline__ void run(int64_t p) const {
         const int lane = threadIdx.x % W, first = threadIdx.x % WARP / W * W;
-        const int64_t start = p >= 0 ? all.cu[p] : 0;
-        const int K = p >= 0 ? (int)(all.cu[p + 1] - start) : 0;
+        const Span span = p >= 0 ? all.span(p) : Span{0, 0, true};
+        const int64_t start = span.start;
+        const int K = (int)span.used();
         const Response own = response(all, start + lane, lane < K);
         int most = K;
         if (W < WARP) {
@@ -145,7 +148,8 @@ struct LargePairs {
     const Prompts& all;
 
     __device__ __forceinline__ void run(int64_t p) const {
-        const int64_t start = all.cu[p], K = all.cu[p + 1] - start;
+        const Span span = all.span(p);
+        const int64_t start = span.start, K = span.size;
         if (K <= SORTED && !(Margins && all.margin_columns != 0))
             sorted_pairs<Ties, Margins>(all, p, start, (int)K);
         else
@@ -155,47 +159,93 @@ struct LargePairs {
 
 template <bool Ties, bool Margins>
 __global__ void __launch_bounds__(THREADS, 5) bradley_terry_fwd_kernel(Prompts all) {
+    begin_summary(all.summary);
     each_prompt(all, SmallPairs<Ties, Margins>{all}, LargePairs<Ties, Margins>{all});
+    finish_summary(all.summary);
 }
 
 __global__ void __launch_bounds__(THREADS, 5) plackett_luce_fwd_kernel(Prompts all) {
+    begin_summary(all.summary);
     each_prompt(all, SmallChoices{all}, LargeChoices{all});
+    finish_summary(all.summary);
 }
 
 // A warp for each prompt.
-__global__ void __launch_bounds__(THREADS) bradley_terry_bwd_kernel(const float* grad_loss, const float* grad,
-                                                                    const int64_t* cu, int64_t prompts, float* out) {
+__global__ void __launch_bounds__(THREADS)
+    bradley_terry_bwd_kernel(const float* grad_loss, const float* grad, const int64_t* cu, int64_t prompts,
+                             int64_t responses, float* out) {
     const int64_t p = (int64_t)blockIdx.x * WARPS + threadIdx.x / WARP;
     if (p >= prompts) return;
-    const int64_t end = cu[p + 1];
-    const float upstream = grad_loss[p];
-    for (int64_t i = cu[p] + threadIdx.x % WARP; i < end; i += WARP) out[i] = upstream * grad[i];
+    const Span span = span_of(cu, p, responses);
+    const float upstream = span.right ? grad_loss[p] : __builtin_nanf("");
+    for (int64_t i = span.start + threadIdx.x % WARP; i < span.start + span.size; i += WARP)
+        out[i] = upstream * grad[i];
+}
+
+// grad * upstream / divisor.
+__global__ void __launch_bounds__(THREADS)
+    ranking_bwd_kernel(const float* upstream, const float* divisor, const float* grad, int64_t count, float* out) {
+    const int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * ITEMS;
+    float x[ITEMS];
+    load(grad, i, count, true, x);
+    const float scale = *upstream / *divisor;
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) x[k] *= scale;
+    store(out, i, count, true, x);
+}
+
+void run_pairs(const Prompts& all, bool ties_half, int64_t blocks, void* stream) {
+    const auto plain = ties_half ? bradley_terry_fwd_kernel<true, false> : bradley_terry_fwd_kernel<false, false>;
+    const auto apart = ties_half ? bradley_terry_fwd_kernel<true, true> : bradley_terry_fwd_kernel<false, true>;
+    launch(all.margins ? apart : plain, blocks, THREADS, stream, all);
 }
 
 }  // namespace
 
 void bradley_terry_fwd(const void* scores, int64_t dtype, const int64_t* ranks, const int64_t* cu_groups,
-                       int64_t prompts, const float* margins, int64_t margin_columns, int64_t ties_half, float* loss,
-                       float* grad, float* stats, void* stream) {
-    const Prompts all = {scores, dtype, ranks, cu_groups, prompts, margins, margin_columns, loss, grad, stats,
-                         nullptr, nullptr};
-    const auto plain = ties_half ? bradley_terry_fwd_kernel<true, false> : bradley_terry_fwd_kernel<false, false>;
-    const auto apart = ties_half ? bradley_terry_fwd_kernel<true, true> : bradley_terry_fwd_kernel<false, true>;
-    const auto kernel = margins ? apart : plain;
-    launch(kernel, blocks_for(prompts), THREADS, stream, all);
+                       int64_t prompts, int64_t responses, const float* margins, int64_t margin_columns,
+                       int64_t ties_half, float* loss, float* grad, float* stats, void* stream) {
+    const Prompts all = {scores, dtype, ranks, cu_groups, 0, prompts, margins, margin_columns, loss, grad, stats,
+                         nullptr, nullptr, responses, {}};
+    run_pairs(all, ties_half, blocks_for(prompts), stream);
 }
 
 void plackett_luce_fwd(const void* scores, int64_t dtype, const int64_t* ranks, const int64_t* cu_groups,
-                       int64_t prompts, float* peaks, float* inverses, float* loss, float* grad, float* stats,
-                       void* stream) {
-    const Prompts all = {scores, dtype, ranks, cu_groups, prompts, nullptr, 0, loss, grad, stats, peaks, inverses};
+                       int64_t prompts, int64_t responses, float* peaks, float* inverses, float* loss, float* grad,
+                       float* stats, void* stream) {
+    const Prompts all = {scores, dtype, ranks, cu_groups, 0, prompts, nullptr, 0, loss, grad, stats, peaks, inverses,
+                         responses, {}};
     launch(plackett_luce_fwd_kernel, blocks_for(prompts), THREADS, stream, all);
 }
 
-void bradley_terry_bwd(const float* grad_loss, const float* grad, const int64_t* cu_groups, int64_t prompts, float* out,
-                       void* stream) {
+void bradley_terry_bwd(const float* grad_loss, const float* grad, const int64_t* cu_groups, int64_t prompts,
+                       int64_t responses, float* out, void* stream) {
     const int64_t blocks = pieces_of(prompts, WARPS);
-    launch(bradley_terry_bwd_kernel, blocks, THREADS, stream, grad_loss, grad, cu_groups, prompts, out);
+    launch(bradley_terry_bwd_kernel, blocks, THREADS, stream, grad_loss, grad, cu_groups, prompts, responses,
+           out);
+}
+
+// The loss of all prompts, and metrics, the last of which is what it was divided by. cu_groups null: `columns` responses a prompt. kind 0:
+// pairs; 1: pairs, ties as half a pair; 2: choices. `records` of 10 doubles for each block.
+void ranking_fwd(const void* scores, int64_t dtype, const int64_t* ranks, const int64_t* cu_groups, int64_t columns,
+                 int64_t prompts, int64_t responses, const float* margins, int64_t margin_columns, int64_t kind,
+                 const float* normalizer, double number, float* peaks, float* inverses, double* records, int* done,
+                 float* value, float* grad, float* metrics, void* stream) {
+    const Prompts all = {scores, dtype, ranks, cu_groups, columns, prompts, margins, margin_columns, nullptr, grad,
+                         nullptr, peaks, inverses, responses,
+                         {records, done, normalizer, number, value, metrics}};
+    const int64_t blocks = prompts > 0 ? blocks_for(prompts) : 1;
+    (void)cudaMemsetAsync(done, 0, sizeof(int), (cudaStream_t)stream);
+    if (kind == 2)
+        launch(plackett_luce_fwd_kernel, blocks, THREADS, stream, all);
+    else
+        run_pairs(all, kind == 1, blocks, stream);
+}
+
+void ranking_bwd(const float* grad_value, const float* divisor, const float* grad, int64_t responses, float* out,
+                 void* stream) {
+    launch(ranking_bwd_kernel, pieces_of(responses, THREADS * ITEMS), THREADS, stream, grad_value, divisor, grad,
+           responses, out);
 }
 
 }  // namespace RK_ISA
@@ -204,3 +254,5 @@ void bradley_terry_bwd(const float* grad_loss, const float* grad, const int64_t*
 RK_REGISTER(bradley_terry_fwd);
 RK_REGISTER(plackett_luce_fwd);
 RK_REGISTER(bradley_terry_bwd);
+RK_REGISTER(ranking_fwd);
+RK_REGISTER(ranking_bwd);

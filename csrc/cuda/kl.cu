@@ -1,28 +1,23 @@
 // Exact KL of pairs of rows of logits, the KL of samples (k1, k2 and k3: one thread a token), and their gradients.
 //
 // Both directions of the exact KL are one: side a is averaged over, side b is the other; they may differ in dtype. A
-// block takes up to PART entries of both rows, so that a thread holds its own in registers between the maxima and the
-// exps. Longer rows are cut into parts, and a second, small launch merges their statistics. Backward: a block takes
-// PART entries, one read and one write of each side.
+// block takes up to PART entries of both rows in turns of TURN of each thread (running.h), the next turn's on their way.
+// Longer rows are cut into parts, and a second, small launch merges their statistics. Backward: a block takes PART
+// entries, one read and one write of each side.
 #include "kl.h"
 
 #include "rows.h"
+#include "running.h"
 
 namespace rk {
 namespace RK_ISA {
 
-// On a GPU the special function unit makes powers of 2, within 2 ulp.
-template <>
-RK_HD float exp2_nonpositive_f32<float>(float x) {
-    return exp2f(x);
-}
-
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int EACH = 16;              // entries of each side that a thread takes
-constexpr int PART = THREADS * EACH;  // as in rlhf_kernels/cuda/kl.py
-constexpr int MERGE_THREADS = 128;    // a warp merges a row's parts
+constexpr int TURN = 16;                  // entries of each side that a thread takes at once
+constexpr int PART = THREADS * TURN * 4;  // as in rlhf_kernels/cuda/kl.py
+constexpr int MERGE_THREADS = 128;        // a warp merges a row's parts
 
 // Entries that are read at a time: 16 bytes of the wider side.
 template <class A, class B>
@@ -76,43 +71,56 @@ __device__ __forceinline__ KlStats over_lanes(KlStats own, float scale) {
             over_warp(own.gap, AddGaps())};
 }
 
+// A thread's share of the entries [first, end), end being that of the part or of the row.
+template <class A, class B>
+__device__ __forceinline__ RunningPair fold_part(const A* a, const B* b, int64_t V, int64_t first, int64_t end,
+                                                 float factor) {
+    constexpr int E = TOGETHER<A, B>, UNITS = TURN / E, STEP = THREADS * TURN;
+    const int step = (int)blockDim.x * TURN;
+    RunningPair running;
+    if (is_aligned(a, E * (int)sizeof(A)) && is_aligned(b, E * (int)sizeof(B)) && step == STEP) {
+        const A* from_a = a + first + threadIdx.x * E;
+        const B* from_b = b + first + threadIdx.x * E;
+        int turns = (int)((end - first) / STEP);
+        first += (int64_t)turns * STEP;
+        Unit<A, E> units_a[UNITS];
+        Unit<B, E> units_b[UNITS];
+        if (turns > 0) load_units<THREADS>(from_a, units_a), load_units<THREADS>(from_b, units_b);
+#pragma unroll 1
+        for (; turns > 0; --turns) {
+            float x_a[TURN], x_b[TURN];
+            entries_of(units_a, x_a);
+            entries_of(units_b, x_b);
+            from_a += STEP, from_b += STEP;
+            if (turns > 1) load_units<THREADS>(from_a, units_a), load_units<THREADS>(from_b, units_b);
+            running.fold(x_a, x_b, factor);
+        }
+    }
+#pragma unroll 1
+    for (; first < end; first += step) {
+        float x_a[TURN], x_b[TURN];
+        read_part<E>(a, V, first, x_a);
+        read_part<E>(b, V, first, x_b);
+        running.fold(x_a, x_b, factor);
+    }
+    return running;
+}
+
 template <class A, class B>
 __global__ void __launch_bounds__(THREADS) kl_fwd_kernel(Forward f) {
-    constexpr int E = TOGETHER<A, B>, SUMS = 2;
     __shared__ PerThread<THREADS> sums_a, sums_b, gaps;
     __shared__ float maxima_a[THREADS / WARP], maxima_b[THREADS / WARP];
-    const int64_t row = blockIdx.x / f.parts;
+    const int64_t row = blockIdx.x / f.parts, V = f.rows.V;
     const unsigned part = blockIdx.x % f.parts;
-    const int64_t first = (int64_t)part * PART;
-    float a[EACH], b[EACH];
-    read_part<E>((const A*)f.rows.a + f.rows.of_a.at(row), f.rows.V, first, a);
-    read_part<E>((const B*)f.rows.b + f.rows.of_b.at(row), f.rows.V, first, b);
-    float max_a = -INF, max_b = -INF;
-    bool impossible = false;  // b has no probability where a has some
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        max_a = fmaxf(max_a, a[i]);
-        max_b = fmaxf(max_b, b[i]);
-        impossible = impossible || (b[i] == -INF && a[i] != -INF);
-    }
-    max_a = over_warp(max_a, Larger());
-    max_b = over_warp(max_b, Larger());
-    const float start_a = start_of(max_a), start_b = start_of(max_b);
-    float sum_a[SUMS] = {}, sum_b[SUMS] = {}, gap[SUMS] = {};
-    int top_a = 0, top_b = 0;  // entries at the maxima
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        const float d_a = a[i] - start_a, d_b = b[i] - start_b;
-        const KlTerms<float> terms = kl_terms(d_a, d_b, f.scale);
-        top_a += d_a == 0.0f;
-        top_b += d_b == 0.0f;
-        sum_a[i % SUMS] += d_a == 0.0f ? 0.0f : terms.e_a;
-        sum_b[i % SUMS] += d_b == 0.0f ? 0.0f : terms.e_b;
-        gap[i % SUMS] += terms.gap;
-    }
-    sums_a.put(sum_a[0] + sum_a[1] + others_at_max(top_a));
-    sums_b.put(sum_b[0] + sum_b[1] + others_at_max(top_b));
-    gaps.put(impossible ? INF : max_b == INF ? __builtin_nanf("") : gap[0] + gap[1]);
+    const int64_t first = (int64_t)part * PART, end = first + PART < V ? first + PART : V;
+    const A* a = (const A*)f.rows.a + f.rows.of_a.at(row);
+    const B* b = (const B*)f.rows.b + f.rows.of_b.at(row);
+    RunningPair own = fold_part(a, b, V, first, end, f.scale);
+    own.share_max(f.scale);
+    const float max_a = own.max_a, max_b = own.max_b;
+    sums_a.put(own.rest_a);
+    sums_b.put(own.rest_b);
+    gaps.put(own.gap);
     if (threadIdx.x % WARP == 0) {
         maxima_a[threadIdx.x / WARP] = max_a;
         maxima_b[threadIdx.x / WARP] = max_b;
@@ -171,14 +179,37 @@ struct RowGradient {
     struct Slopes {
         float a, b;
     };
+    // Of entries that are not both likely.
     __device__ __forceinline__ Slopes of(float x_a, float x_b) const {
-        if (none) return {0.0f, 0.0f};
-        const float l_a = a(x_a), l_b = b(x_b), p_a = exp_nonpositive_f32(l_a);
-        const bool likely = l_a > KL_LOG_HALF && l_b > KL_LOG_HALF;
-        const float slope_b = likely ? kl_likely_slope_b(l_a, l_b) : exp_nonpositive_f32(l_b) - p_a;
-        return {upstream * kl_slope_a(p_a, l_a, l_b, kl), upstream * slope_b};
+        const float l_a = a(x_a), l_b = b(x_b), p_a = power_of_two(l_a * LOG2_E), p_b = power_of_two(l_b * LOG2_E);
+        return {upstream * kl_slope_a(p_a, l_a, l_b, kl), upstream * (p_b - p_a)};
+    }
+    // Both above a half, which one entry of a row may be.
+    __device__ __forceinline__ bool likely(float x_a, float x_b) const {
+        return a(x_a) > KL_LOG_HALF && b(x_b) > KL_LOG_HALF;
+    }
+    __device__ __forceinline__ float likely_b(float x_a, float x_b) const {
+        return upstream * kl_likely_slope_b(a(x_a), b(x_b));
     }
 };
+
+// The gradients of as many entries of both sides.
+template <int Count>
+__device__ __forceinline__ void slopes_of(const RowGradient& r, const float (&a)[Count], const float (&b)[Count],
+                                          float (&d_a)[Count], float (&d_b)[Count]) {
+    float most = -INF;
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+        const RowGradient::Slopes d = r.of(a[i], b[i]);
+        d_a[i] = d.a;
+        d_b[i] = d.b;
+        most = fmaxf(most, a[i]);
+    }
+    if (!(r.a(most) > KL_LOG_HALF)) return;
+#pragma unroll
+    for (int i = 0; i < Count; ++i)
+        if (r.likely(a[i], b[i])) d_b[i] = r.likely_b(a[i], b[i]);
+}
 
 __device__ __forceinline__ RowGradient row_gradient(const Backward& j, int64_t row) {
     RowGradient r;
@@ -192,7 +223,7 @@ __device__ __forceinline__ RowGradient row_gradient(const Backward& j, int64_t r
 
 template <class A, class B>
 __global__ void __launch_bounds__(THREADS) kl_bwd_kernel(Backward j) {
-    constexpr int E = TOGETHER<A, B>, UNITS = EACH / E;
+    constexpr int E = TOGETHER<A, B>;
     const int threads = (int)blockDim.x, step = threads * E;
     const int64_t row = blockIdx.x / j.pieces, V = j.rows.V;
     const int64_t piece = blockIdx.x % j.pieces;
@@ -200,46 +231,53 @@ __global__ void __launch_bounds__(THREADS) kl_bwd_kernel(Backward j) {
     const B* b = (const B*)j.rows.b + j.rows.of_b.at(row);
     A* grad_a = (A*)j.grad_a + row * V;
     B* grad_b = (B*)j.grad_b + row * V;
+    const int head = entries_to_boundary<E>(a);
+    const bool aligned = head == entries_to_boundary<E>(b) && (!j.grad_a || head == entries_to_boundary<E>(grad_a)) &&
+                         (!j.grad_b || head == entries_to_boundary<E>(grad_b));
+    const int64_t first = head + piece * PART + threadIdx.x * E, rest = V - first;
+    const int left = !aligned || rest < E ? 0 : rest < PART ? (int)rest : PART;
+    Unit<A, E> next_a;
+    Unit<B, E> next_b;
+    if (left > 0) {  // on their way while one thread works out what the row has in common
+        next_a.load(a + first);
+        next_b.load(b + first);
+    }
     __shared__ RowGradient shared;
     if (threadIdx.x == 0) shared = row_gradient(j, row);
     __syncthreads();
     const RowGradient r = shared;
-    const int head = entries_to_boundary<E>(a);
-    const bool aligned = head == entries_to_boundary<E>(b) && (!j.grad_a || head == entries_to_boundary<E>(grad_a)) &&
-                         (!j.grad_b || head == entries_to_boundary<E>(grad_b));
-    if (aligned) {
-        const int64_t first = head + piece * PART + threadIdx.x * E;
-        Unit<A, E> units_a[UNITS];
-        Unit<B, E> units_b[UNITS];
-#pragma unroll
-        for (int k = 0; k < UNITS; ++k)
-            if (first + k * step + E <= V && !r.none) {
-                units_a[k].load(a + first + k * step);
-                units_b[k].load(b + first + k * step);
-            }
-#pragma unroll
-        for (int k = 0; k < UNITS; ++k) {
-            const int64_t at = first + k * step;
-            if (at + E > V) break;
-            float d_a[E], d_b[E];
-#pragma unroll
-            for (int i = 0; i < E; ++i) {
-                const RowGradient::Slopes d = r.of(units_a[k][i], units_b[k][i]);
-                d_a[i] = d.a;
-                d_b[i] = d.b;
-            }
-            units_a[k].set(d_a);
-            units_b[k].set(d_b);
-            if (j.grad_a) units_a[k].store(grad_a + at);
-            if (j.grad_b) units_b[k].store(grad_b + at);
+    if (r.none) {
+        const int64_t begin = piece * PART, end = begin + PART < V ? begin + PART : V;
+        for (int64_t i = begin + threadIdx.x; i < end; i += threads) {
+            if (j.grad_a) grad_a[i] = from_float<A>(0.0f);
+            if (j.grad_b) grad_b[i] = from_float<B>(0.0f);
         }
+        return;
+    }
+#pragma unroll 1
+    for (int at = 0; at + E <= left; at += step) {
+        Unit<A, E> unit_a = next_a;
+        Unit<B, E> unit_b = next_b;
+        if (at + step + E <= left) {
+            next_a.load(a + first + at + step);
+            next_b.load(b + first + at + step);
+        }
+        float x_a[E], x_b[E], d_a[E], d_b[E];
+#pragma unroll
+        for (int i = 0; i < E; ++i) x_a[i] = unit_a[i], x_b[i] = unit_b[i];
+        slopes_of(r, x_a, x_b, d_a, d_b);
+        unit_a.set(d_a);
+        unit_b.set(d_b);
+        if (j.grad_a) unit_a.store(grad_a + first + at);
+        if (j.grad_b) unit_b.store(grad_b + first + at);
     }
     const Singles singles = aligned ? around_units<E>(V, head, piece) : whole_piece(V, piece, PART);
 #pragma unroll 1
     for (int64_t i = singles.first; i < singles.end; i += threads) {
-        const RowGradient::Slopes d = r.of(as_float(a[i]), as_float(b[i]));
-        if (j.grad_a) grad_a[i] = from_float<A>(d.a);
-        if (j.grad_b) grad_b[i] = from_float<B>(d.b);
+        float d_a[1], d_b[1];
+        slopes_of<1>(r, {as_float(a[i])}, {as_float(b[i])}, d_a, d_b);
+        if (j.grad_a) grad_a[i] = from_float<A>(d_a[0]);
+        if (j.grad_b) grad_b[i] = from_float<B>(d_b[0]);
     }
 }
 
@@ -308,7 +346,7 @@ void kl_fwd(const void* a, int64_t dtype_a, int64_t T, int64_t batch_a, int64_t 
     const auto kernel = dtype_a == F32    ? kl_fwd_of<float>(dtype_b)
                         : dtype_a == BF16 ? kl_fwd_of<__nv_bfloat16>(dtype_b)
                                           : kl_fwd_of<__half>(dtype_b);
-    launch(kernel, N * parts, threads_for(V, EACH, THREADS), stream, f);
+    launch(kernel, N * parts, threads_for(V, TURN, THREADS), stream, f);
     if (parts > 1) launch(kl_merge_kernel, pieces_of(N, MERGE_THREADS / WARP), MERGE_THREADS, stream, f, N);
 }
 
@@ -323,7 +361,7 @@ void kl_bwd(const float* grad, const void* a, int64_t dtype_a, int64_t T, int64_
     const auto kernel = dtype_a == F32    ? kl_bwd_of<float>(dtype_b)
                         : dtype_a == BF16 ? kl_bwd_of<__nv_bfloat16>(dtype_b)
                                           : kl_bwd_of<__half>(dtype_b);
-    launch(kernel, N * pieces, threads_for(V, EACH, THREADS), stream, j);
+    launch(kernel, N * pieces, threads_for(V, TURN, THREADS), stream, j);
 }
 
 void approx_kl_fwd(const void* p, int64_t dtype_p, int64_t stride_p, const void* q, int64_t dtype_q, int64_t stride_q,

@@ -8,6 +8,9 @@
 #include <cuda_runtime.h>
 #include <string.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "rk.h"
 
 namespace rk {
@@ -18,10 +21,15 @@ constexpr unsigned WHOLE_WARP = 0xffffffffu;
 
 inline int64_t pieces_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
+constexpr int64_t MOST_BLOCKS = 0x7fffffff;  // of a grid
+
 // Runs `kernel` on `blocks` blocks of `threads` threads; nothing for no blocks.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, Arguments... arguments) {
     if (blocks == 0) return;
+    if (blocks > MOST_BLOCKS)
+        throw std::length_error("the tensors take " + std::to_string(blocks) + " blocks of a GPU, which has at most " +
+                                std::to_string(MOST_BLOCKS));
 #ifdef __CUDACC__
     kernel<<<(unsigned)blocks, threads, 0, (cudaStream_t)stream>>>((Parameters)arguments...);
 #else  // tests/cuda_on_cpu
@@ -42,6 +50,17 @@ template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 template <>
 __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+
+// 2^x within 2 ulp, in one instruction; 0 where it would be subnormal.
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDACC__
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+#else
+    return on_cpu::power_of_two(x);
+#endif
+}
 
 // An entry of an array whose dtype is known when the kernel runs.
 __device__ __forceinline__ float entry(const void* from, int64_t dtype, int64_t i) {
@@ -80,6 +99,8 @@ __device__ __forceinline__ T over_warp(T x, Join join) {
     return x;
 }
 
+namespace {  // what has shared memory has it for each file
+
 // The same over a block of Threads threads, lower threads first; every thread gets the result. All threads must call.
 template <int Threads, class T, class Join>
 __device__ __forceinline__ T over_block(T x, Join join) {
@@ -92,6 +113,8 @@ __device__ __forceinline__ T over_block(T x, Join join) {
     for (int warp = 1; warp < Threads / WARP; ++warp) x = join(x, of_warp[warp]);
     return x;
 }
+
+}  // namespace
 
 struct Add {
     template <class T>

@@ -1,22 +1,24 @@
 // Log-probs and entropy of rows of logits, and their gradient.
 //
-// Forward: a block takes up to PART entries of a row, so that a thread holds its own in registers between the maximum
-// and the exps. Longer rows are cut into parts, and a second, small launch merges their statistics. Backward: a block
-// takes PIECE entries of a row, one read and one write.
+// Forward: a block takes up to PART entries of a row in turns of TURN of each thread; the next turn's are on their way
+// while those in registers are folded into the thread's statistics (running.h). Longer rows are cut into parts, and a
+// second, small launch merges their statistics. Backward: a block takes PIECE entries of a row, one read and one write.
 #include "logprobs.h"
 
 #include "rows.h"
+#include "running.h"
 
 namespace rk {
 namespace RK_ISA {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int EACH = 32;                 // entries of a thread
-constexpr int PART = THREADS * EACH;     // as in rlhf_kernels/cuda/logprobs.py
-constexpr int PIECE = THREADS * EACH;
-constexpr int MERGE_THREADS = 128;       // a warp merges a row's parts
-constexpr float LOG2_E = 1.44269504f;
+constexpr int TURN = 16;                   // entries of a thread that are folded at once
+constexpr int PART = THREADS * TURN * 8;   // as in rlhf_kernels/cuda/logprobs.py
+constexpr int EACH = 32;                   // entries of a thread, where it takes them all at once
+constexpr int WHOLE_PART = THREADS * EACH;  // of token_statistics.h; likewise
+constexpr int PIECE = 2 * THREADS * EACH;
+constexpr int MERGE_THREADS = 128;         // a warp merges a row's parts
 
 struct Scale {  // z = x * scale, or softcap * tanh(x / softcap) * scale if softcap > 0
     float scale, softcap, inverse_softcap;
@@ -97,43 +99,63 @@ __device__ __forceinline__ RowStats over_lanes(RowStats own) {
     return {max, over_warp(raised.rest, Add()) + seconds, over_warp(raised.weighted, Add())};
 }
 
+// A thread's share of the entries [first, end), end being that of the part or of the row.
 template <Transform F, bool Entropy, class S>
-__global__ void __launch_bounds__(THREADS) statistics_kernel(Forward f) {
-    constexpr int E = 16 / (int)sizeof(S), SUMS = 4;
+__device__ __forceinline__ Running fold_part(const S* x, int64_t V, int64_t first, int64_t end, Scale scale,
+                                             float factor) {
+    constexpr int E = 16 / (int)sizeof(S), UNITS = TURN / E, STEP = THREADS * TURN;
+    const int step = (int)blockDim.x * TURN;
+    Running running;
+    const auto fold = [&](float(&z)[TURN]) {
+        if (F == CAPPED)
+#pragma unroll
+            for (int i = 0; i < TURN; ++i) z[i] = transform(F, z[i], scale);
+        running.fold<Entropy>(z, factor);
+    };
+    if (is_aligned(x, 16) && step == STEP) {
+        const S* from = x + first + threadIdx.x * E;
+        int turns = (int)((end - first) / STEP);
+        first += (int64_t)turns * STEP;
+        Unit<S, E> units[UNITS];
+        if (turns > 0) load_units<THREADS>(from, units);
+#pragma unroll 1
+        for (; turns > 0; --turns) {
+            float z[TURN];
+            entries_of(units, z);
+            from += STEP;
+            if (turns > 1) load_units<THREADS>(from, units);
+            fold(z);
+        }
+    }
+#pragma unroll 1
+    for (; first < end; first += step) {
+        float z[TURN];
+        read_part<E>(x, V, first, z);
+        fold(z);
+    }
+    return running;
+}
+
+template <Transform F, bool Entropy, class S>
+__global__ void __launch_bounds__(THREADS, F == CAPPED ? 3 : 4) statistics_kernel(Forward f) {
     __shared__ PerThread<THREADS> sums, weights;
     __shared__ float maxima[THREADS / WARP];
-    const int64_t row = blockIdx.x / f.parts;
+    const int64_t row = blockIdx.x / f.parts, V = f.labels.V;
     const unsigned part = blockIdx.x % f.parts;
     const int64_t label = f.labels.of(row);
     if (settled(f, row, label, f.parts == 1 && threadIdx.x == 0)) return;
 
     const S* x = (const S*)f.logits + f.rows.at(row);
     const Scale scale = f.scales.of(row);
-    float z[EACH];
-    read_part<E>(x, f.labels.V, (int64_t)part * PART, z);
     float at_label = 0.0f;
     if (f.labels.labels && threadIdx.x == 0 && label / PART == part) at_label = as_float(x[label]);
-    float max = -INF;
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        z[i] = transform(F, z[i], scale);
-        max = fmaxf(max, z[i]);
-    }
-    max = over_warp(max, Larger());
-    const float start = start_of(max);
-    float sum[SUMS] = {}, weighted[SUMS] = {};
-    int top = 0;  // entries at the maximum
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-        const float d = z[i] - start;
-        const float e = exp2f(d * LOG2_E);
-        top += d == 0.0f;
-        sum[i % SUMS] += d == 0.0f ? 0.0f : e;
-        if (Entropy) weighted[i % SUMS] += e * fmaxf(d, EXP_FLOOR);  // not 0 * -inf
-    }
-    sums.put((sum[0] + sum[1]) + (sum[2] + sum[3]) + others_at_max(top));
-    if (Entropy) weights.put((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));
-    if (threadIdx.x % WARP == 0) maxima[threadIdx.x / WARP] = max;
+    const int64_t first = (int64_t)part * PART, end = first + PART < V ? first + PART : V;
+    const float factor = F == CAPPED ? LOG2_E : scale.scale * LOG2_E;
+    Running own = fold_part<F, Entropy>(x, V, first, end, scale, factor);
+    own.share_max(factor);
+    sums.put(own.rest);
+    if (Entropy) weights.put(F == CAPPED ? own.weighted : own.weighted * scale.scale);
+    if (threadIdx.x % WARP == 0) maxima[threadIdx.x / WARP] = F == CAPPED ? own.max : transform(F, own.max, scale);
     __syncthreads();
     if (threadIdx.x >= WARP) return;
 
@@ -171,111 +193,9 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(Forward f, int64_t
     if (lane == 0) put_result(f, row, finish_stats(stats, label_logit));
 }
 
-struct Backward {
-    const float *grad_logprobs, *grad_entropy;  // null: no gradient from it
-    const void* logits;
-    Planes rows;
-    Labels labels;
-    const float *logprobs, *entropy, *max, *log_sum;
-    Scales scales;
-    unsigned pieces;
-    void* out;
-    Planes out_rows;
-};
-
-// What the entries of a row have in common.
-struct RowGradient {
-    int64_t label;  // -1: no entry is the label's, or it has no gradient of its own
-    float shift, log_sum, logprob, entropy;
-    RowUpstream upstream;
-    RowSlope slope;
-};
-
-__device__ __forceinline__ RowGradient row_gradient(const Backward& b, int64_t row, int64_t label) {
-    RowGradient r;
-    r.label = b.labels.labels && b.grad_logprobs ? label : -1;
-    const float max = b.max[row];
-    r.shift = -start_of(max);
-    r.log_sum = b.log_sum[row];
-    r.logprob = r.label < 0 ? 0.0f : b.logprobs[row];
-    r.upstream = {b.grad_logprobs ? b.grad_logprobs[row] : 0.0f, b.grad_entropy ? b.grad_entropy[row] : 0.0f, 0.0f, 0.0f};
-    r.entropy = b.grad_entropy ? b.entropy[row] : 0.0f;
-    r.slope = row_slope(r.upstream, r.entropy);
-    return r;
-}
-
-template <Transform F>
-__device__ __forceinline__ float slope_of(float x, const RowGradient& r, Scale s) {
-    const float z = transform(F, x, s);
-    const float d = entry_gradient<false>(z + r.shift - r.log_sum, r.slope);
-    if (F == CAPPED) return d * cap_slope(z, s.inverse_softcap / s.scale, s.scale);
-    return F == SCALED ? d * s.scale : d;
-}
-
-// The label's entry x, not -inf.
-template <Transform F>
-__device__ __forceinline__ float label_slope_of(float x, const RowGradient& r, Scale s) {
-    const float slope = F == CAPPED ? cap(x, s.inverse_softcap, s.softcap, s.scale).slope : s.scale;
-    return label_gradient(r.logprob, r.entropy, r.upstream) * slope;
-}
-
-template <Transform F, class S>
-__global__ void __launch_bounds__(THREADS) gradient_kernel(Backward b) {
-    constexpr int E = 16 / (int)sizeof(S), UNITS = EACH / E;
-    const int threads = (int)blockDim.x, step = threads * E;
-    const int64_t row = blockIdx.x / b.pieces, V = b.labels.V;
-    const int64_t piece = blockIdx.x % b.pieces;
-    const S* x = (const S*)b.logits + b.rows.at(row);
-    S* out = (S*)b.out + b.out_rows.at(row);
-    const int64_t label = b.labels.of(row);
-    const bool ignored = b.labels.ignored(label), filled = ignored || b.labels.outside(label);
-    const float fill = ignored ? 0.0f : __builtin_nanf("");
-    RowGradient r = {};
-    Scale scale = b.scales.common;
-    r.label = -1;
-    if (!filled) {
-        r = row_gradient(b, row, label);
-        scale = b.scales.of(row);
-    }
-    float at_label = -INF;  // the label's logit, if this thread has it
-    const int head = entries_to_boundary<E>(out);
-    const bool together = filled || entries_to_boundary<E>(x) == head;
-    const Singles singles = together ? around_units<E>(V, head, piece) : whole_piece(V, piece, PIECE);
-    if (together) {
-        const int64_t first = head + piece * PIECE + threadIdx.x * E;
-        Unit<S, E> units[UNITS];
-#pragma unroll
-        for (int k = 0; k < UNITS; ++k)
-            if (first + k * step + E <= V && !filled) units[k].load(x + first + k * step);
-#pragma unroll
-        for (int k = 0; k < UNITS; ++k) {
-            const int64_t at = first + k * step;
-            if (at + E > V) break;
-            float d[E];
-#pragma unroll
-            for (int i = 0; i < E; ++i) d[i] = filled ? fill : slope_of<F>(units[k][i], r, scale);
-            Unit<S, E> gradient;
-            gradient.set(d);
-            gradient.store(out + at);
-            if (r.label < at || r.label >= at + E) continue;
-#pragma unroll
-            for (int i = 0; i < E; ++i) at_label = at + i == r.label ? units[k][i] : at_label;
-        }
-    }
-#pragma unroll 1
-    for (int64_t i = singles.first; i < singles.end; i += threads) {
-        const float entry = filled ? fill : as_float(x[i]);
-        out[i] = from_float<S>(filled ? fill : slope_of<F>(entry, r, scale));
-        at_label = i == r.label ? entry : at_label;
-    }
-    if (at_label != -INF) out[r.label] = from_float<S>(label_slope_of<F>(at_label, r, scale));
-}
-
 template <bool Entropy, class S>
 auto statistics_of(Transform f) {
-    return f == PLAIN    ? statistics_kernel<PLAIN, Entropy, S>
-           : f == SCALED ? statistics_kernel<SCALED, Entropy, S>
-                         : statistics_kernel<CAPPED, Entropy, S>;
+    return f == CAPPED ? statistics_kernel<CAPPED, Entropy, S> : statistics_kernel<SCALED, Entropy, S>;
 }
 
 template <class S>
@@ -283,17 +203,11 @@ auto statistics_of(Transform f, bool entropy) {
     return entropy ? statistics_of<true, S>(f) : statistics_of<false, S>(f);
 }
 
-template <class S>
-auto gradient_of(Transform f) {
-    return f == PLAIN    ? gradient_kernel<PLAIN, S>
-           : f == SCALED ? gradient_kernel<SCALED, S>
-                         : gradient_kernel<CAPPED, S>;
-}
-
 }  // namespace
 }  // namespace RK_ISA
 }  // namespace rk
 
+#include "logprobs_gradient.h"
 #include "token_statistics.h"
 
 namespace rk {
@@ -314,7 +228,7 @@ void logprobs_fwd(const void* logits, int64_t dtype, int64_t T, int64_t batch_st
     const auto kernel = dtype == F32    ? statistics_of<float>(t, with_entropy)
                         : dtype == BF16 ? statistics_of<__nv_bfloat16>(t, with_entropy)
                                         : statistics_of<__half>(t, with_entropy);
-    launch(kernel, N * parts, threads_for(V, EACH, THREADS), stream, f);
+    launch(kernel, N * parts, threads_for(V, TURN, THREADS), stream, f);
     if (parts > 1) launch(merge_kernel, pieces_of(N, MERGE_THREADS / WARP), MERGE_THREADS, stream, f, N);
 }
 
@@ -324,7 +238,7 @@ void token_statistics_fwd(const void* logits, int64_t dtype, int64_t T, int64_t 
                           const int64_t* labels, int64_t N, int64_t V, const float* temperatures, double temperature,
                           double softcap, int64_t ignore_index, void* partial, float* logprobs, float* entropy,
                           float* row_max, float* log_sum, float* log_squares, float* mean, uint8_t* top, void* stream) {
-    const int64_t parts = pieces_of(V, PART);
+    const int64_t parts = pieces_of(V, WHOLE_PART);
     const Forward f = {logits, {T, batch_stride, stride}, {labels, V, ignore_index},
                        {temperatures, make_scale(temperature, softcap)}, (unsigned)parts, nullptr, logprobs, entropy,
                        row_max, log_sum};

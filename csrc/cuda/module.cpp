@@ -25,18 +25,26 @@ void check(cudaError_t error, const char* name) {
         throw std::runtime_error(std::string(name) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
-// The launcher runs with `device` current, and leaves current what was current before.
+// The launcher runs with `device` current. _native.py makes it so, in PyTorch's way, which makes no context on a GPU that
+// nobody uses; where this runtime sees another one nevertheless, it is set, and the one before it again.
 void call(const Entry* entry, int device, const py::args& args) {
     const std::vector<Value> values = values_of(entry, args);
     py::gil_scoped_release release;
     int before = device;
     check(cudaGetDevice(&before), entry->name);
-    check(cudaSetDevice(device), entry->name);
+    if (before != device) check(cudaSetDevice(device), entry->name);
     (void)cudaGetLastError();  // what failed before this call is not this call's fault
     entry->base(values.data());
     const cudaError_t error = cudaGetLastError();
     if (before != device) check(cudaSetDevice(before), entry->name);
     check(error, entry->name);
+}
+
+// Versions as 1000 * major + 10 * minor: of the runtime in this module, and the newest that the driver serves (0: there
+// is no driver).
+int driver() {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
 py::dict functions() {
@@ -54,4 +62,7 @@ PYBIND11_MODULE(_cuda, module) {
     module.doc() = "CUDA launchers: functions take a device, addresses, strides, counts and a stream.";
     module.def("functions", &rk::functions, "{name: function}; each takes the device's index first.");
     module.attr("architectures") = RK_ARCHITECTURES;
+    module.attr("ptx") = RK_PTX;
+    module.attr("runtime") = CUDART_VERSION;
+    module.def("driver", &rk::driver, "The newest CUDA version that the driver serves, as 13000 for 13.0; 0 without one.");
 }

@@ -64,8 +64,9 @@ struct SmallChoices {
     template <int W>
     __device__ __forceinline__ void run(int64_t p) const {
         const int lane = threadIdx.x % W, first = threadIdx.x % WARP / W * W;
-        const int64_t start = p >= 0 ? all.cu[p] : 0;
-        const int K = p >= 0 ? (int)(all.cu[p + 1] - start) : 0;
+        const Span span = p >= 0 ? all.span(p) : Span{0, 0, true};
+        const int64_t start = span.start;
+        const int K = (int)span.used();
         const Response own = response(all, start + lane, lane < K);
         int most = K;
         if (W < WARP) {
@@ -113,7 +114,8 @@ struct LargeChoices {
 
     __device__ void run(int64_t p) const {
         __shared__ Response others[THREADS];
-        const int64_t start = all.cu[p], K = all.cu[p + 1] - start;
+        const Span span = all.span(p);
+        const int64_t start = span.start, K = span.size;
         Totals t = Totals::none();
         for (int64_t i = threadIdx.x; i - threadIdx.x < K; i += THREADS) {
             Choice choice(response(all, start + i, i < K));

@@ -22,7 +22,8 @@ static_assert(sizeof(walks) / sizeof(walks[0]) == OBJECTIVES, "a walk for each o
 
 }  // namespace
 
-// Either log_probs or values is there. The scratch is that of ppo_fwd_f32, records of LONG_RECORD numbers, and `parts`
+// Either log_probs or values is there. `loss`, which may be null, is the sum of its parts times kl_coef, value_scale and
+// entropy_scale. The scratch is that of ppo_fwd_f32, records of LONG_RECORD numbers, and `parts`
 // [B, 2] for the objectives of sequences. The doubles are those of Settings in reference/policy.py.
 void policy_fwd_f32(const uint8_t* mask, const float* log_probs, const float* old_log_probs, const float* advantages,
                     const float* ref_log_probs, const float* weights, const float* coefficients, const float* values,
@@ -32,7 +33,7 @@ void policy_fwd_f32(const uint8_t* mask, const float* log_probs, const float* ol
                     double kl_low, double kl_high, double kl_cap, double kl_ratio_cap, double cliprange_value,
                     double value_scale, double entropy_scale, double loss_agg_mode, double entropy_agg_mode,
                     int64_t* counts, int64_t* lengths, float* parts, double* records, int* done, float* losses,
-                    float* grad_log_probs, float* grad_values, float* grad_entropy, float* stats, void* stream) {
+                    float* loss, float* grad_log_probs, float* grad_values, float* grad_entropy, float* stats, void* stream) {
     Job j = {};
     j.from[LOG_PROB] = log_probs, j.from[OLD_LOG_PROB] = old_log_probs, j.from[ADVANTAGE] = advantages;
     j.from[VALUE_NOW] = values, j.from[OLD_VALUE] = old_values ? old_values : values, j.from[RETURN] = returns;
@@ -47,6 +48,7 @@ void policy_fwd_f32(const uint8_t* mask, const float* log_probs, const float* ol
     j.entropy_share = {entropy ? (int64_t)entropy_agg_mode : (int64_t)TOKEN_SUM, entropy_normalizer};
     j.counts = (Counts*)counts, j.lengths = lengths, j.parts = (SequencePart*)parts, j.records = records, j.done = done;
     j.policy_loss = losses, j.kl_loss = losses + 1, j.value_loss = losses + 2, j.entropy_loss = losses + 3;
+    j.whole = {loss, nullptr, nullptr, kl_coef, value_scale, entropy_scale};
     j.grad_log_probs = log_probs ? grad_log_probs : nullptr, j.grad_values = values ? grad_values : nullptr;
     j.grad_entropy = entropy ? grad_entropy : nullptr, j.stats = stats;
     j.vector = all_aligned(j);

@@ -19,6 +19,11 @@ constexpr int GROUP = 32;                        // pieces; likewise
 
 enum Input { LOG_PROB, OLD_LOG_PROB, ADVANTAGE, VALUE_NOW, OLD_VALUE, RETURN, ENTROPY_NOW, REF, FACTOR, COEFFICIENT, INPUTS };
 
+struct Whole {  // the loss of its parts, and two of these once more, as tensors of their own; null: not asked for
+    float *loss, *policy_loss, *value_loss;
+    double kl_coef, value_coef, entropy_coef;
+};
+
 struct Job {
     const float* from[INPUTS];  // null where absent
     const uint8_t* mask;
@@ -36,6 +41,7 @@ struct Job {
     double* records;  // of the pieces, and behind them of the groups
     int* done;        // blocks that ended, of each group; behind them groups that ended
     float *policy_loss, *kl_loss, *value_loss, *entropy_loss;
+    Whole whole;
     float *grad_log_probs, *grad_values, *grad_entropy, *stats;
 
     __host__ __device__ __forceinline__ int64_t pieces() const { return N > 0 ? (N + PIECE - 1) / PIECE : 1; }
@@ -122,13 +128,24 @@ __device__ __forceinline__ void put_results(const Job& j, const double* sum) {
     *j.policy_loss = (float)sum[POLICY_LOSS];
     *j.value_loss = (float)(0.5 * sum[VALUE_LOSS]);
     *j.entropy_loss = (float)sum[ENTROPY_LOSS];
+    const double kl = Metrics && policy && j.from[REF] ? sum[KL_LOSS] : 0.0;
+    if (j.whole.loss) {
+        const double parts[] = {j.whole.kl_coef, kl, j.whole.value_coef, 0.5 * sum[VALUE_LOSS], j.whole.entropy_coef,
+                                sum[ENTROPY_LOSS]};
+        double loss = sum[POLICY_LOSS];
+#pragma unroll
+        for (int i = 0; i < 6; i += 2)
+            if (parts[i] != 0.0) loss += parts[i] * parts[i + 1];
+        *j.whole.loss = (float)loss;
+    }
+    if (j.whole.policy_loss) *j.whole.policy_loss = (float)sum[POLICY_LOSS];
+    if (j.whole.value_loss) *j.whole.value_loss = (float)(0.5 * sum[VALUE_LOSS]);
     if (!j.kl_loss) return;  // ppo_loss
     double more[7] = {};
-    float kl_loss = 0.0f;
     if (Metrics && policy) {
         more[0] = -sum[K1] / tokens, more[1] = sum[K3] / tokens;
         more[2] = sum[LOW] / tokens, more[3] = (sum[CLIPPED] - sum[LOW]) / tokens;
-        if (j.from[REF]) more[4] = sum[REF_KL] / tokens, kl_loss = (float)sum[KL_LOSS];
+        if (j.from[REF]) more[4] = sum[REF_KL] / tokens;
         if (j.from[FACTOR]) {
             more[5] = sum[WEIGHT] * sum[WEIGHT] / (tokens * sum[WEIGHT_SQUARE]);
             more[6] = sum[FILTERED] / tokens;
@@ -136,7 +153,7 @@ __device__ __forceinline__ void put_results(const Job& j, const double* sum) {
     }
 #pragma unroll
     for (int i = 0; i < 7; ++i) j.stats[plain + i] = (float)more[i];
-    *j.kl_loss = kl_loss;
+    *j.kl_loss = (float)kl;
 }
 
 struct Tally {  // what a thread adds up

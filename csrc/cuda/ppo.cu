@@ -45,14 +45,16 @@ __global__ void __launch_bounds__(THREADS) ppo_bwd_kernel(const Products j) {
 
 }  // namespace
 
+// loss = policy + vf_coef value + entropy_scale entropy; it and its two parts as tensors of their own may be null.
 // `counts` [COUNTING_BLOCKS, 2] and `lengths` [B] are scratch; `records` [pieces + groups, RECORD] and `done`
 // [groups + 1] too, a group being GROUP pieces, and there being at least one of each.
 void ppo_fwd_f32(const float* log_probs, const float* old_log_probs, const float* advantages, const uint8_t* mask,
                  const float* values, const float* old_values, const float* returns, const float* entropy,
                  const float* normalizer, int64_t B, int64_t T, double cliprange, double cliprange_high,
                  double dual_clip, double cliprange_value, int64_t aggregation, double value_scale,
-                 double entropy_scale, int64_t* counts, int64_t* lengths, double* records, int* done, float* losses,
-                 float* grad_log_probs, float* grad_values, float* grad_entropy, float* stats, void* stream) {
+                 double entropy_scale, double vf_coef, int64_t* counts, int64_t* lengths, double* records, int* done,
+                 float* losses, float* loss, float* policy_loss, float* value_loss, float* grad_log_probs,
+                 float* grad_values, float* grad_entropy, float* stats, void* stream) {
     Job j = {};
     j.from[LOG_PROB] = log_probs, j.from[OLD_LOG_PROB] = old_log_probs, j.from[ADVANTAGE] = advantages;
     j.from[VALUE_NOW] = values, j.from[OLD_VALUE] = old_values ? old_values : values, j.from[RETURN] = returns;
@@ -64,6 +66,7 @@ void ppo_fwd_f32(const float* log_probs, const float* old_log_probs, const float
     j.share = {aggregation, normalizer}, j.entropy_share = {TOKEN_SUM, nullptr};
     j.counts = (Counts*)counts, j.lengths = lengths, j.records = records, j.done = done, j.stats = stats;
     j.policy_loss = losses, j.value_loss = losses + 1, j.entropy_loss = losses + 2;
+    j.whole = {loss, policy_loss, value_loss, 0.0, vf_coef, entropy_scale};
     j.grad_log_probs = grad_log_probs;
     j.grad_values = values ? grad_values : nullptr, j.grad_entropy = entropy ? grad_entropy : nullptr;
     j.vector = all_aligned(j);

@@ -12,17 +12,44 @@ constexpr int HALF = WARP / 2;
 constexpr int64_t BLOCKS = 1056;  // that share the large prompts, if there are so many: eight for each of 132 SMs
 enum Stat { PAIRS, STRICT_PAIRS, CORRECT, MARGIN_SUM, RESPONSES, REWARD_SUM, REWARD_MIN, REWARD_MAX, STATS };
 
+struct Span {  // a prompt's responses; nobody has read the offsets before, and where they are wrong the results are NaN
+    int64_t start, size;
+    bool right;
+
+    __device__ __forceinline__ int64_t used() const { return right ? size : 0; }
+};
+
+__device__ __forceinline__ Span span_of(const int64_t* cu, int64_t p, int64_t responses) {
+    const int64_t from = cu[p], to = cu[p + 1];
+    const int64_t start = from < 0 ? 0 : from > responses ? responses : from, end = to > responses ? responses : to;
+    return {start, end > start ? end - start : 0, start == from && end == to && start <= end};
+}
+
+// What all prompts come to; the last block to end makes it of the blocks' records.
+struct Summary {
+    void* records;  // [blocks]
+    int* done;      // blocks that ended
+    const float* normalizer;
+    double number;  // what divides the sum of the losses if there is no normalizer; 0: the prompts that are counted
+    float *value, *metrics;  // value null: not asked for
+};
+
 struct Prompts {
     const void* scores;
     int64_t dtype;
-    const int64_t *ranks, *cu;
-    int64_t count;
+    const int64_t *ranks, *cu;  // cu null: `columns` responses each
+    int64_t columns, count;
     const float* margins;
     int64_t margin_columns;  // 0: one margin a prompt
-    float *loss, *grad, *stats;
+    float *loss, *grad, *stats;  // loss and stats null: not asked for
     float *peaks, *inverses;  // Plackett-Luce only: a workspace of one number a response
+    int64_t responses;        // of all prompts, among which offsets must stay
+    Summary summary;
 
-    __device__ __forceinline__ int64_t size(int64_t p) const { return p < count ? cu[p + 1] - cu[p] : 0; }
+    __device__ __forceinline__ Span span(int64_t p) const {
+        return cu ? span_of(cu, p, responses) : Span{p * columns, columns, true};
+    }
+    __device__ __forceinline__ int64_t size(int64_t p) const { return p < count ? span(p).used() : 0; }
 };
 
 struct Response {
@@ -57,12 +84,7 @@ struct Totals {
     }
     __device__ __forceinline__ float divisor() const { return counted > 0 ? (float)counted : 1.0f; }
 
-    __device__ __forceinline__ void write(const Prompts& all, int64_t p) const {
-        all.loss[p] = (float)(loss / (counted > 0 ? (double)counted : 1.0));
-        float4* row = (float4*)(all.stats + p * STATS);
-        row[0] = make_float4((float)counted, (float)strict, 0.5f * (float)twice_correct, (float)margin);
-        row[1] = make_float4((float)present, (float)rewards, -low, high);
-    }
+    __device__ __forceinline__ void write(const Prompts& all, int64_t p) const;
 };
 
 struct Join {
@@ -74,6 +96,91 @@ struct Join {
                 Highest()(a.low, b.low), 0};
     }
 };
+
+struct Record {  // of some prompts
+    double loss, prompts, wrong, pairs, strict, correct, margin, responses, rewards;
+    float high, low;
+
+    __device__ __forceinline__ static Record none() {
+        return {0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -__builtin_inff(), -__builtin_inff()};
+    }
+};
+
+struct JoinRecords {
+    __device__ __forceinline__ Record operator()(const Record& a, const Record& b) const {
+        return {a.loss + b.loss,           a.prompts + b.prompts, a.wrong + b.wrong,     a.pairs + b.pairs,
+                a.strict + b.strict,       a.correct + b.correct, a.margin + b.margin,   a.responses + b.responses,
+                a.rewards + b.rewards,     Highest()(a.high, b.high), Highest()(a.low, b.low)};
+    }
+};
+
+// The record of the prompts that a half of a warp has met; its first lane alone reads and writes it.
+__device__ __forceinline__ Record* records_of_block() {
+    __shared__ Record records[THREADS / HALF];
+    return records;
+}
+
+__device__ __forceinline__ void Totals::write(const Prompts& all, int64_t p) const {
+    const float nan = __builtin_nanf("");
+    const bool right = all.span(p).right;
+    const float mean = right ? (float)(loss / (counted > 0 ? (double)counted : 1.0)) : nan;
+    if (all.loss) all.loss[p] = mean;
+    if (all.stats) {
+        float4* row = (float4*)(all.stats + p * STATS);
+        row[0] = make_float4((float)counted, (float)strict, 0.5f * (float)twice_correct, (float)margin);
+        row[1] = make_float4((float)present, (float)rewards, -low, high);
+        if (!right) row[0] = row[1] = make_float4(nan, nan, nan, nan);
+    }
+    if (!all.summary.value) return;
+    Record& mine = records_of_block()[threadIdx.x / HALF];
+    mine = JoinRecords()(mine, {(double)mean, counted > 0 ? 1.0 : 0.0, right ? 0.0 : 1.0, (double)counted,
+                                (double)strict, 0.5 * (double)twice_correct, margin, (double)present, rewards, high,
+                                low});
+}
+
+// The loss, and metrics in the order of METRICS in reference/bradley_terry.py. Wrong offsets make all of it NaN, and with
+// the divisor every gradient.
+__device__ __forceinline__ void put_summary(const Summary& s, const Record& all) {
+    const double nan = __builtin_nan(""), least = all.prompts > 0.0 ? all.prompts : 1.0;
+    const double divisor = s.normalizer ? (double)*s.normalizer : s.number > 0.0 ? s.number : least;
+    const double found[] = {all.correct / all.strict,         all.margin / all.strict,
+                            all.responses > 0.0 ? (double)-all.low : nan, all.rewards / all.responses,
+                            all.responses > 0.0 ? (double)all.high : nan, all.pairs, divisor};
+#pragma unroll
+    for (int i = 0; i < 7; ++i) s.metrics[i] = (float)(all.wrong > 0.0 ? nan : found[i]);
+    *s.value = (float)(all.loss / divisor);
+}
+
+// All threads must call, before the block's prompts and after them.
+__device__ __forceinline__ void begin_summary(const Summary& s) {
+    if (s.value && threadIdx.x % HALF == 0) records_of_block()[threadIdx.x / HALF] = Record::none();
+}
+
+__device__ __forceinline__ void finish_summary(const Summary& s) {
+    __shared__ int before;
+    if (!s.value) return;
+    __syncthreads();
+    Record* records = (Record*)s.records;
+    const Record own = over_block<THREADS>(
+        threadIdx.x % HALF == 0 ? records_of_block()[threadIdx.x / HALF] : Record::none(), JoinRecords());
+    if (threadIdx.x == 0) {
+        records[blockIdx.x] = own;
+        __threadfence();
+        before = atomicAdd(s.done, 1);
+    }
+    __syncthreads();
+    if ((unsigned)before != gridDim.x - 1) return;
+    __threadfence();
+    Record all = Record::none();
+    for (unsigned i = threadIdx.x; i < gridDim.x; i += THREADS) {
+        const volatile double* from = (const volatile double*)(records + i);  // past this block's cache
+        const volatile float* bounds = (const volatile float*)(from + 9);
+        all = JoinRecords()(all, {from[0], from[1], from[2], from[3], from[4], from[5], from[6], from[7], from[8],
+                                  bounds[0], bounds[1]});
+    }
+    all = over_block<THREADS>(all, JoinRecords());
+    if (threadIdx.x == 0) put_summary(s, all);
+}
 
 // The totals of a prompt of at most a warp, in fewer words: its counts fit 10 bits each.
 struct FewTotals {
@@ -130,7 +237,7 @@ __device__ __forceinline__ void each_prompt(const Prompts& all, const Small& sma
 
 inline int64_t blocks_for(int64_t prompts) {
     const int64_t warps = pieces_of(prompts, 2 * WARPS), most = prompts < BLOCKS ? prompts : BLOCKS;
-    return warps > most ? warps : most;
+    return warps > most ? warps : most;  // as in rlhf_kernels/cuda/bradley_terry.py
 }
 
 }  // namespace

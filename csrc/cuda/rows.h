@@ -104,6 +104,22 @@ __device__ __forceinline__ void read_part(const S* row, int64_t V, int64_t first
         for (int i = 0; i < E; ++i) x[k * E + i] = units[k][i];
 }
 
+// Units of E entries from `from` on, E * Threads apart; all of them are aligned and within the row.
+template <int Threads, int Units, int E, class S>
+__device__ __forceinline__ void load_units(const S* from, Unit<S, E> (&units)[Units]) {
+#pragma unroll
+    for (int k = 0; k < Units; ++k) units[k].load(from + k * Threads * E);
+}
+
+template <int Units, int E, int Count, class S>
+__device__ __forceinline__ void entries_of(const Unit<S, E> (&units)[Units], float (&x)[Count]) {
+    static_assert(Units * E == Count, "all of them");
+#pragma unroll
+    for (int k = 0; k < Units; ++k)
+#pragma unroll
+        for (int i = 0; i < E; ++i) x[k * E + i] = units[k][i];
+}
+
 // Threads that share the statistics of `count` entries, `each` to a thread at most.
 inline int threads_for(int64_t count, int each, int most) {
     const int64_t warps = pieces_of(count, (int64_t)each * WARP);
@@ -143,6 +159,17 @@ __device__ __forceinline__ double beyond_first(bool have) {
 __device__ __forceinline__ float others_at_max(int count) {
     const int first = __ffs((int)__ballot_sync(WHOLE_WARP, count > 0)) - 1;
     return (float)((int)(threadIdx.x % WARP) == first ? count - 1 : count);
+}
+
+// The smaller of both; a NaN wins.
+__device__ __forceinline__ float smaller_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    float smaller;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(a), "f"(b));
+    return smaller;
+#else
+    return a < b || a != a ? a : b;
+#endif
 }
 
 struct Larger {  // a NaN loses: sums carry it

@@ -122,7 +122,7 @@ __device__ __forceinline__ void visit_tile(const SortedPrompt& prompt, Rows& row
                 const float gap = rows.score[r] - score, correct = correct_pair(gap);
                 x[c][r] = Margins ? gap - margin : gap;
                 if (!pair) x[c][r] = __builtin_inff();
-                u[c][r] = exp2f(-fabsf(x[c][r]) * LOG2_E);
+                u[c][r] = power_of_two(-fabsf(x[c][r]) * LOG2_E);
                 growth[c][r] = 1.0f + u[c][r];
                 sums.behind += x[c][r] < 0.0f ? -x[c][r] : 0.0f;
                 sums.correct += pair ? correct : 0.0f;

@@ -81,7 +81,7 @@ __device__ __forceinline__ Whole of_warp(const float (&z)[EACH], int64_t part_st
 #pragma unroll
     for (int i = EACH - 1; i >= 0; --i) {
         const float d = z[i] - start;
-        const float e = d == 0.0f ? 0.0f : exp2f(d * LOG2_E);
+        const float e = d == 0.0f ? 0.0f : power_of_two(d * LOG2_E);
         const bool allowed = z[i] != -INF;
         const bool at_max = allowed && d == 0.0f;
         top += at_max;
@@ -111,16 +111,16 @@ __global__ void __launch_bounds__(THREADS) token_statistics_kernel(Statistics s)
     const S* x = (const S*)f.logits + f.rows.at(row);
     const Scale scale = f.scales.of(row);
     float z[EACH];
-    read_part<E>(x, f.labels.V, (int64_t)part * PART, z);
+    read_part<E>(x, f.labels.V, (int64_t)part * WHOLE_PART, z);
 #pragma unroll
     for (int i = 0; i < EACH; ++i) z[i] = transform(F, z[i], scale);
-    const Whole own = of_warp<E>(z, (int64_t)part * PART);
+    const Whole own = of_warp<E>(z, (int64_t)part * WHOLE_PART);
     if (threadIdx.x % WARP == 0) of_warps[threadIdx.x / WARP] = own;
     __syncthreads();
     if (threadIdx.x >= WARP) return;
     const Whole whole = over_lanes(threadIdx.x < blockDim.x / WARP ? of_warps[threadIdx.x] : no_whole());
     if (threadIdx.x != 0) return;
-    const float at_label = label / PART == part ? transform(F, as_float(x[label]), scale) : 0.0f;
+    const float at_label = label / WHOLE_PART == part ? transform(F, as_float(x[label]), scale) : 0.0f;
     if (f.parts == 1)
         put_whole(s, row, label, {whole, (double)at_label});
     else
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_statistics_kernel(Statist
     Whole whole = no_whole();
     for (unsigned part = lane; part < parts; part += WARP) whole = merge(whole, partial[part].whole);
     whole = over_lanes(whole);
-    if (lane == 0) put_whole(s, row, label, {whole, partial[label / PART].label_logit});
+    if (lane == 0) put_whole(s, row, label, {whole, partial[label / WHOLE_PART].label_logit});
 }
 
 template <class S>

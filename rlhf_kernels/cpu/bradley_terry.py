@@ -31,5 +31,5 @@ def plackett_luce_fwd(scores, ranks, cu_groups):
 
 def bradley_terry_bwd(grad_loss, grad, cu_groups):
     out = torch.empty_like(grad)
-    run("bradley_terry_bwd_f32", grad_loss, grad, cu_groups, cu_groups.shape[0] - 1, out)
+    run("bradley_terry_bwd_f32", grad_loss.contiguous(), grad, cu_groups, cu_groups.shape[0] - 1, out)
     return out

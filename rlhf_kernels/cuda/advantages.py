@@ -42,10 +42,10 @@ def gae_fwd(rewards, values, mask, gamma, lam, cu_seqlens, last_values):
     rewards, values, mask = dense_rows(rewards), dense_rows(values), dense_rows(mask)
     last_values = None if last_values is None else last_values.contiguous()
     advantages, returns = _fresh(rewards, 2)
-    *shape, units = _cut(rewards, cu_seqlens)
+    B, T, units = _cut(rewards, cu_seqlens)
     launch(
-        "gae_fwd_f32", *rows(rewards), *rows(values), *rows(mask), last_values, *_offsets(cu_seqlens), *shape, gamma,
-        lam, units, *_workspace(units, rewards.device), advantages, returns,
+        "gae_fwd_f32", *rows(rewards), *rows(values), *rows(mask), last_values, *_offsets(cu_seqlens), B, T,
+        rewards.numel(), gamma, lam, units, *_workspace(units, rewards.device), advantages, returns,
     )  # fmt: skip
     return advantages, returns
 

@@ -7,7 +7,7 @@ import torch
 from .._native import KL_ESTIMATORS, alike_as_rows, launch, typed_planes, typed_rows
 from .._planes import planes
 
-PART = 4096  # entries of a row whose statistics one block takes, as in csrc/cuda/kl.cu
+PART = 16384  # entries of a row whose statistics one block takes, as in csrc/cuda/kl.cu
 
 
 def kl_fwd(logits, ref_logits, temperature, reverse):

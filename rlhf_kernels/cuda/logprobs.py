@@ -5,7 +5,8 @@ import torch
 from .._native import DTYPES, dense_fp32, launch
 from .._planes import places, planes
 
-PART = 8192  # entries of a row whose statistics one block takes, as in csrc/cuda/logprobs.cu
+PART = 32768  # entries of a row whose statistics one block takes, as in csrc/cuda/logprobs.cu
+WHOLE_PART = 8192  # likewise, of those with the extras
 
 
 def _dense(labels):
@@ -33,7 +34,7 @@ def logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_inde
 def token_statistics_fwd(logits, labels, temperatures, temperature, softcap, ignore_index):
     shape, vocab = logits.shape[:-1], logits.shape[-1]
     (rows,) = planes(logits)
-    count, parts = shape.numel(), (vocab + PART - 1) // PART
+    count, parts = shape.numel(), (vocab + WHOLE_PART - 1) // WHOLE_PART
 
     def new(size, dtype=torch.float32):
         return torch.empty(size, dtype=dtype, device=rows.device)

@@ -22,8 +22,14 @@ def policy_fwd(tensors, settings):
     return losses + value_losses, grad_log_probs, grad_values, grad_entropy, stats + value_stats
 
 
-def _walk(t, settings):
-    """The results where there is a policy, or there are values, and not both."""
+def policy_total_fwd(tensors, settings):
+    """The loss, and the results of policy_fwd where there is a policy, or there are values, and not both."""
+    loss = torch.empty((), dtype=torch.float32, device=tensors.mask.device)
+    return loss, *_walk(tensors, settings, loss)
+
+
+def _walk(t, settings, loss=None):
+    """The results where there is a policy, or there are values, and not both; fills `loss`."""
     inputs = [dense_fp32(x) for x in t[1:]]
     (B, T), device = t.mask.shape, t.mask.device
     counts, records, done = scratch(B, T, RECORD, device)
@@ -33,6 +39,6 @@ def _walk(t, settings):
     grads = [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
     launch(
         "policy_fwd_f32", t.mask, *inputs, B, T, *settings, counts, counts[2 * COUNTING_BLOCKS :], parts, records, done,
-        losses, *grads, stats,
+        losses, loss, *grads, stats,
     )  # fmt: skip
     return losses, *grads, stats

@@ -8,7 +8,8 @@ What a backend provides, under these names, all tensors contiguous:
 
     bradley_terry_fwd(scores, ranks, cu_groups, margins, ties_half) -> (loss, grad, stats)
     plackett_luce_fwd(scores, ranks, cu_groups) -> (loss, grad, stats)
-    bradley_terry_bwd(grad_loss, grad, cu_groups) -> grad_scores
+    bradley_terry_bwd(grad_loss, grad, cu_groups) -> grad_scores; grad_loss [P] may be one number, expanded
+    ranking_metrics_fwd(stats) -> metrics [7], columns METRICS; where a backend has none, the one below serves
 
     scores    [S] fp32 | fp64 | bf16 | fp16         ranks [S] int64        cu_groups [P+1] int64
     margins   None | [P] one for all pairs of a prompt | [S, M] entry [i, j - start] for the pair (response i beats
@@ -16,6 +17,17 @@ What a backend provides, under these names, all tensors contiguous:
     loss      [P] mean over the counted pairs (0 where a prompt has none); fp64 for fp64 scores, otherwise fp32
     grad      [S] d loss[prompt of s] / d scores[s], dtype of loss; 0 for absent responses
     stats     [P, 8] dtype of loss, columns STATS
+
+A backend may make the loss and the metrics of the whole batch too, in the launch that makes their parts:
+
+    ranking_fwd(scores, ranks, cu_groups, columns, prompts, margins, kind, number, normalizer) -> (value, grad, metrics)
+    ranking_bwd(grad_value, grad, divisor) -> grad_scores, grad_value * grad / divisor
+
+    cu_groups   None: [P, K] of `columns` = K responses a prompt
+    kind        of KINDS: "pairs", "pairs_half" (ties_half), "choices" (Plackett-Luce)
+    value       0-d, sum of the prompts' losses over metrics' divisor: normalizer (0-d), or else number, or else, that
+                being 0, the prompts that have a pair or choice, at least 1
+    metrics     [7] METRICS, dtype of loss; NaN where there is nothing to average
 """
 
 import torch
@@ -23,6 +35,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 STATS = ("pairs", "strict_pairs", "correct", "margin_sum", "responses", "reward_sum", "reward_min", "reward_max")
+METRICS = ("accuracy", "margin", "min_reward", "mean_reward", "max_reward", "pairs", "divisor")
+KINDS = ("pairs", "pairs_half", "choices")
 CASES = ("pairs", "k4", "ragged", "ties", "absent", "margins", "large_gap", "no_pairs", "empty")
 
 
@@ -217,6 +231,11 @@ def bradley_terry_bwd(grad_loss: Tensor, grad: Tensor, cu_groups: Tensor) -> Ten
     return torch.repeat_interleave(grad_loss, cu_groups.diff(), output_size=grad.shape[0]) * grad
 
 
+def ranking_bwd(grad_value: Tensor, grad: Tensor, divisor: Tensor) -> Tensor:
+    """The saved gradient times the upstream one of the whole loss."""
+    return grad * (grad_value / divisor)
+
+
 def example_inputs(case: str, *, dtype: torch.dtype, device="cpu", seed: int = 0) -> dict:
     """scores, ranks, cu_groups, margins and ties_half of one named case."""
     generator = torch.Generator().manual_seed(seed)
@@ -252,3 +271,24 @@ def example_inputs(case: str, *, dtype: torch.dtype, device="cpu", seed: int = 0
         "margins": None if margins is None else margins.to(device, accumulator),
         "ties_half": ties_half,
     }
+
+
+def ranking_metrics_fwd(stats: Tensor) -> Tensor:
+    """Means over all strict pairs and responses, their lowest and highest score, counted pairs, and how many prompts
+    have any, at least 1."""
+    totals = dict(zip(STATS, stats.sum(0).unbind(), strict=True))
+    lowest = highest = nothing = totals["responses"].new_full((), torch.nan)
+    if stats.shape[0] > 0:
+        some = totals["responses"] > 0
+        lowest = torch.where(some, stats[:, STATS.index("reward_min")].min(), nothing)
+        highest = torch.where(some, stats[:, STATS.index("reward_max")].max(), nothing)
+    found = {
+        "accuracy": totals["correct"] / totals["strict_pairs"],
+        "margin": totals["margin_sum"] / totals["strict_pairs"],
+        "min_reward": lowest,
+        "mean_reward": totals["reward_sum"] / totals["responses"],
+        "max_reward": highest,
+        "pairs": totals["pairs"],
+        "divisor": (stats[:, 0] > 0).sum().clamp(min=1).to(stats.dtype),
+    }
+    return torch.stack([found[name] for name in METRICS])

@@ -4,6 +4,8 @@ What a backend provides, under these names, all tensors contiguous:
 
     policy_fwd(tensors: Tensors, settings: Settings)
         -> (losses, grad_log_probs, grad_values, grad_entropy, stats)
+    policy_total_fwd(tensors, settings), where there is a policy or there are values, and not both
+        -> (loss, and those); a backend may be without: the loss is then made of the parts, in further launches
     policy_bwd(grad_loss, grad_policy_loss, grad_value_loss, grad_log_probs, grad_values, grad_entropy, vf_coef)
         -> the three gradients, each times the upstream gradients of the losses that it is part of
 

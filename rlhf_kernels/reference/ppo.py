@@ -5,6 +5,9 @@ What a backend provides, under these names, all tensors contiguous:
     ppo_fwd(log_probs, old_log_probs, advantages, mask, values, old_values, returns, entropy, normalizer,
             cliprange, cliprange_high, dual_clip, cliprange_value, loss_agg_mode, value_scale=1.0, entropy_scale=1.0)
         -> (losses, grad_log_probs, grad_values, grad_entropy, stats)
+    ppo_total_fwd(the same, vf_coef=, entropy_coef=)
+        -> (loss, policy_loss, value_loss, grad_log_probs, grad_values, grad_entropy, stats); a backend may be without:
+        the loss is then made of the parts, in further launches
     ppo_bwd(grad_loss, grad_policy_loss, grad_value_loss, grad_log_probs, grad_values, grad_entropy, vf_coef)
         -> the three gradients, each times the upstream gradients of the losses that it is part of
 

@@ -5,11 +5,13 @@ set before the import, kernels run on CPU tensors, in numpy.
 """
 
 import contextlib
+import math
 
 import torch
 import triton
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+MERGED = 256  # parts, of one or more rows, that a warp holds
 FREE = 255  # registers a thread: left to itself, ptxas spills a few bytes to fit one more block on a processor
 
 
@@ -40,8 +42,19 @@ def pieces(count: int, size: int) -> int:
 
 
 def warps(block: int) -> int:
-    """Warps for a block of so many entries: 8 to 32 entries a thread, at most 8 warps."""
-    return min(max(block // 512, 1), 8)
+    """Warps for a block of so many entries, 32 a thread: four vectors of 8 are on their way at a time."""
+    return max(block // 1024, 1)
+
+
+def unit(*counts: int) -> int:
+    """The largest power of two up to 8 that divides all counts, such as distances of rows: so many entries of a row at
+    a time are whole vectors. Handed to a kernel, it stands for all of the counts' alignment."""
+    return math.gcd(8, *counts)
+
+
+def tile_rows(rows: int, parts: int) -> int:
+    """Rows whose parts a single warp merges: at most `rows`, and so few that the registers hold them all."""
+    return max(min(rows, MERGED // power_of_two(parts)), 1)
 
 
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 NEG_INF = tl.constexpr(float("-inf"))
 FLOOR = tl.constexpr(-1e30)  # of a fall of the maximum: its exp is 0, and times a sum it stays finite
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # stands for a maximum of nothing but -inf: what is less it stays -inf
+ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -102,26 +104,54 @@ def first_lane(z, block_max, lanes, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add_block(row_max, rest, weighted, z, lanes, WITH_ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
-    """A row's running maximum and sums, lane by lane, with one more block of z: one maximum, one exp an entry.
+def widened(x):
+    """x in fp32: of a bf16 its bits, moved by one instruction."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
 
-    `rest` leaves out one entry at the maximum. Only a block that brings a new one pays for that and for rescaling.
+
+@triton.jit
+def eight(x, LANES: tl.constexpr):
+    """The first, second, ... eighth of each 8 consecutive entries of x [8 LANES], each [LANES]."""
+    even, odd = tl.split(tl.reshape(x, [LANES, 4, 2]))
+    even_0, even_1 = tl.split(tl.reshape(even, [LANES, 2, 2]))
+    odd_0, odd_1 = tl.split(tl.reshape(odd, [LANES, 2, 2]))
+    x_0, x_4 = tl.split(even_0)
+    x_2, x_6 = tl.split(even_1)
+    x_1, x_5 = tl.split(odd_0)
+    x_3, x_7 = tl.split(odd_1)
+    return x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7
+
+
+@triton.jit
+def add_eights(lane_max, rest, weighted, z, WITH_ENTROPY: tl.constexpr, LANES: tl.constexpr):
+    """Each lane's running maximum and sums [LANES] with 8 consecutive entries more of z [8 LANES].
+
+    No lane looks at another. `rest` leaves out one entry at the maximum: of two numbers that are compared, the larger
+    one goes on as the maximum, and the other, be it the former maximum, is added. A NaN goes into the sums.
     """
-    block_max = tl.max(z, 0)
-    if block_max > row_max:
-        fall = tl.where(row_max == NEG_INF, 0.0, tl.maximum(row_max - block_max, FLOOR))
-        factor = exp_f32(fall)
-        total = with_former(rest, row_max, lanes)
-        if WITH_ENTROPY:
-            weighted = factor * (weighted + total * fall)
-        rest = factor * total
-        z = tl.where(lanes == first_lane(z, block_max, lanes, BLOCK), NEG_INF, z)
-        row_max = block_max
-    d = z - tl.where(row_max == NEG_INF, 0.0, row_max)
-    e = exp_f32(d)
+    entries = eight(z, LANES)
+    highest = lane_max
+    for i in tl.static_range(8):
+        highest = tl.maximum(highest, entries[i])
+    shift = tl.maximum(highest, LOWEST)
+    fall = tl.maximum(lane_max - shift, FLOOR)
+    factor = exp_f32(fall)
     if WITH_ENTROPY:
-        weighted += e * tl.where(z == NEG_INF, 0.0, d)
-    return row_max, rest + e, weighted
+        weighted = factor * tl.fma(rest, fall, weighted)
+    rest = factor * rest
+    larger = lane_max
+    for i in tl.static_range(8):
+        other = tl.minimum(larger, entries[i], propagate_nan=ALL)
+        larger = tl.maximum(larger, entries[i])
+        d = other - shift
+        e = exp_f32(d)
+        rest += e
+        if WITH_ENTROPY:
+            weighted = tl.fma(e, tl.maximum(d, FLOOR), weighted)
+    return highest, rest, weighted
 
 
 @triton.jit
@@ -142,3 +172,50 @@ def raised(part_max, part_rest, highest, scale=1.0):
 def whole_rest(rests, tops):
     """The rest of a whole from the sums over its parts that `raised` gives."""
     return rests + tl.maximum(tops - 1.0, 0.0)
+
+
+@triton.jit
+def of_lanes(lane_max, rest, weighted, WITH_ENTROPY: tl.constexpr):
+    """(max, rest, weighted) of all lanes together; inf stays in the sum and makes it NaN."""
+    rest = tl.where(lane_max == INF, float("nan"), rest)
+    row_max = tl.max(lane_max, 0)
+    joined, tops, fall = raised(lane_max, rest, row_max)
+    if WITH_ENTROPY:
+        weighted = tl.sum(exp_f32(fall) * (weighted + (1.0 + rest) * fall), 0)
+    return row_max, whole_rest(tl.sum(joined, 0), tl.sum(tops, 0)), weighted
+
+
+@triton.jit
+def log_prob_gradient(z, row_max, log_sum, entropy, grad, grad_entropy):
+    """d/dz of grad log p of another entry + grad_entropy entropy: -p (grad + grad_entropy (log p + entropy)).
+
+    0 where z is -inf. The gradient of a log-sum-exp is taken off `grad`. grad_entropy may be None.
+    """
+    log_p = (z - tl.maximum(row_max, LOWEST)) - log_sum
+    if grad_entropy is None:
+        return exp_f32(log_p) * -grad
+    else:
+        surprise = tl.maximum(log_p + entropy, FLOOR, propagate_nan=ALL)
+        return exp_f32(log_p) * tl.fma(tl.zeros_like(z) - grad_entropy, surprise, -grad)
+
+
+@triton.jit
+def label_gradient(log_p, entropy, grad, grad_entropy, grad_log_sum_exp):
+    """The same at the label itself: grad (1 - p), less what entropy and log-sum-exp take; 0 where its logit is -inf."""
+    dz = -grad * expm1_f32(log_p)
+    if grad_entropy is not None:
+        p = exp_f32(log_p)
+        dz -= grad_entropy * p * (tl.where(p == 0.0, 0.0, log_p) + entropy)
+    if grad_log_sum_exp is not None:
+        dz += grad_log_sum_exp * exp_f32(log_p)
+    return tl.where(log_p == NEG_INF, 0.0, dz)
+
+
+@triton.jit
+def dlogits(dz, x, each, scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+    """d/dx of z's gradient and of `each`, which every entry but -inf has besides, unless it is None."""
+    if each is not None:
+        dz += tl.where(x == NEG_INF, 0.0, each)
+    if CAPPED or SCALED:
+        dz = dz * scaled_slope(x, scale, softcap, CAPPED)
+    return dz

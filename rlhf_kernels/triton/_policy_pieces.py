@@ -61,8 +61,15 @@ def share_of(lengths, row, keep, MODE: tl.constexpr):
 
 
 @triton.jit
-def kept_of(x, t, keep):
-    return tl.load(x + t, mask=keep, other=0.0).to(tl.float32)
+def loaded(x, t, inside):
+    """The numbers at t; 0 where they are not inside, which is None where all of them are: whole vectors then."""
+    return tl.load(x + t, mask=inside, other=None if inside is None else 0)
+
+
+@triton.jit
+def kept_of(x, t, inside, keep):
+    """In fp32, 0 where they are not kept. A mask that was itself loaded would split the load."""
+    return tl.where(keep, loaded(x, t, inside).to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -83,13 +90,21 @@ def put_count(totals, pieces, field: tl.constexpr, true):
 
 
 @triton.jit
+def put_four(totals, pieces, first: tl.constexpr, count: tl.constexpr, a, b, c, d):
+    """The sums of `count` of four, in fields from `first` on; the program's threads meet once for all of them."""
+    sums = tl.reshape(tl.sum(tl.join(tl.join(a, c), tl.join(b, d)), 0), [4])
+    field = tl.arange(0, 4)
+    tl.store(totals + (first + field) * pieces, sums.to(tl.float64), mask=field < count)
+
+
+@triton.jit
 def put_moments(totals, pieces, x, pilot, keep, count, field: tl.constexpr):
     """Mean and squared deviations. The pilot is one of the x: of equal numbers nothing is left."""
     safe = tl.where(count == 0.0, 1.0, count)
     mean = pilot + tl.sum(tl.where(keep, x - pilot, 0.0), 0) / safe
     gap = tl.where(keep, x - mean, 0.0)
-    rest = tl.sum(gap, 0).to(tl.float64)
-    m2 = tl.sum(gap * gap, 0).to(tl.float64) - rest * (rest / safe.to(tl.float64))
+    rest, m2 = tl.split(tl.sum(tl.join(gap, gap * gap), 0).to(tl.float64))
+    m2 = m2 - rest * (rest / safe.to(tl.float64))
     rest = tl.where(tl.abs(mean) <= LARGEST, rest / safe.to(tl.float64), 0.0)
     put(totals, pieces, field, tl.where(count == 0.0, 0.0, mean.to(tl.float64) + rest))
     put(totals, pieces, field + 1, tl.where(m2 < 0.0, 0.0, m2))
@@ -98,13 +113,12 @@ def put_moments(totals, pieces, x, pilot, keep, count, field: tl.constexpr):
 @triton.jit
 def policy_part(
     log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, sequences, t, row, one, row_of_one,
-    keep, count, weights, share, a, b, c, clamp, kl_coef, kl_low, kl_high, kl_cap, kl_ratio_cap, pieces, totals,
+    inside, keep, count, weights, share, a, b, c, clamp, kl_coef, kl_low, kl_high, kl_cap, kl_ratio_cap, pieces, totals,
     TERM: tl.constexpr, KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
     """d / d log_prob of objective and KL, and what is kept of them."""
-    log_prob, old = kept_of(log_probs, t, keep), kept_of(old_log_probs, t, keep)
+    log_prob, old = kept_of(log_probs, t, inside, keep), kept_of(old_log_probs, t, inside, keep)
     raw, log_ratio, stuck = held_ratio(log_prob, old, clamp)
-    put(totals, pieces, KL, tl.sum(raw * raw, 0))
     if MORE:
         put(totals, pieces, LOG_RATIO, tl.sum(raw, 0))
         put(totals, pieces, KL3, tl.sum(k3(-raw), 0))
@@ -114,13 +128,12 @@ def policy_part(
         if TERM == SEQUENCE:
             slope_length = tl.load(sequences + row * 2 + 1, mask=keep, other=1.0)
     if coefficients is not None:
-        coefficient = kept_of(coefficients, t, keep)
+        coefficient = kept_of(coefficients, t, inside, keep)
     ratio, loss, slope, low, high, bounded = policy_term(
-        log_prob, old, log_ratio, stuck, kept_of(advantages, t, keep), of_sequence, slope_length, coefficient, a, b, c,
-        TERM,
+        log_prob, old, log_ratio, stuck, kept_of(advantages, t, inside, keep), of_sequence, slope_length, coefficient,
+        a, b, c, TERM,
     )  # fmt: skip
-    put_count(totals, pieces, CLIPPED, (low | high) & keep)
-    put_count(totals, pieces, BOUNDED, bounded & keep)
+    clipped = ((low | high) & keep).to(tl.float32)
     if MORE:
         put_count(totals, pieces, ABOVE, high & keep)
     put(totals, pieces, RATIO_MAX, tl.max(tl.where(keep, ratio, 0.0), 0))
@@ -132,15 +145,16 @@ def policy_part(
         pilot = tl.where(pilot <= LARGEST, pilot, 0.0)
     put_moments(totals, pieces, ratio, pilot, keep, count, RATIO)
     if factors is not None:
-        factor = kept_of(factors, t, keep)
+        factor = kept_of(factors, t, inside, keep)
         loss, slope = times(factor, loss), times(factor, slope)
         put(totals, pieces, FACTOR, tl.sum(factor, 0))
         put(totals, pieces, FACTOR_M2, tl.sum(factor * factor, 0))
         put_count(totals, pieces, FILTERED, (factor == 0.0) & keep)
-    put(totals, pieces, POLICY_LOSS, tl.sum(tl.where(keep, share * loss, 0.0), 0))
+    part = tl.where(keep, share * loss, 0.0)
+    put_four(totals, pieces, POLICY_LOSS, 4, part, raw * raw, clipped, (bounded & keep).to(tl.float32))
     grad = weights * slope
     if ref_log_probs is not None:
-        gap = log_prob - kept_of(ref_log_probs, t, keep)
+        gap = log_prob - kept_of(ref_log_probs, t, inside, keep)
         value, slope = ref_kl_term(
             gap, log_ratio, stuck, kl_low, kl_high, kl_cap, kl_ratio_cap, KL_ESTIMATOR, KL_GRADIENT
         )
@@ -152,15 +166,14 @@ def policy_part(
 
 @triton.jit
 def value_part(
-    values, old_values, returns, t, one, keep, count, weights, share, reach, value_scale, pieces, totals
+    values, old_values, returns, t, one, inside, keep, count, weights, share, reach, value_scale, pieces, totals
 ):  # fmt: skip
     """d / d value of the value loss times value_scale, and what is kept of it."""
-    value, target = kept_of(values, t, keep), kept_of(returns, t, keep)
-    before = value if old_values is None else kept_of(old_values, t, keep)
+    value, target = kept_of(values, t, inside, keep), kept_of(returns, t, inside, keep)
+    before = value if old_values is None else kept_of(old_values, t, inside, keep)
     error, square, slope, held = value_term(value, before, target, reach)
-    put(totals, pieces, VALUE_LOSS, tl.sum(tl.where(keep, share * square, 0.0), 0))
-    put_count(totals, pieces, HELD, held & keep)
-    put(totals, pieces, VALUE, tl.sum(value, 0))
+    part = tl.where(keep, share * square, 0.0)
+    put_four(totals, pieces, VALUE_LOSS, 3, part, (held & keep).to(tl.float32), value, tl.zeros_like(value))
     pilot = one_of(returns, one)
     put_moments(totals, pieces, error, one_of(values, one) - pilot, keep, count, ERROR)
     put_moments(totals, pieces, target, pilot, keep, count, TARGET)

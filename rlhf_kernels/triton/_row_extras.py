@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import FREE, pieces, power_of_two
+from ._launch import FREE, pieces, power_of_two, tile_rows
 from ._math import FLOOR, NEG_INF, exp_f32, first_lane, raised, row_at, scale_of, scaled, whole_rest, with_former
 
 PART = 32768  # columns whose statistics one program takes
@@ -20,7 +20,7 @@ ROWS = 16  # rows that a program of the merge finishes
 NOWHERE = tl.constexpr(1 << 62)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "parts"])
 def parts_kernel(
     logits, T, batch_stride, stride, bias, temperatures, scale, softcap, kept, columns, parts, out_max, out_rest,
     out_weighted, out_squares, out_total, out_count, out_first, SCALED: tl.constexpr, CAPPED: tl.constexpr,
@@ -71,7 +71,7 @@ def parts_kernel(
     tl.store(out_first + program, first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "batch_stride", "stride", "column", "rows", "columns", "parts"])
 def add_parts_kernel(
     logits, T, batch_stride, stride, bias, temperatures, scale, softcap, kept, labels, column, rows, columns, parts,
     part_max, part_rest, part_weighted, part_squares, part_total, part_count, part_first, state_max, state_rest,
@@ -143,8 +143,9 @@ def fold(logits, place, chunk, state):
         parts_kernel, rows * parts, *inputs, columns, parts, *found, PART=PART, BLOCK=block,
         num_warps=max(1, block // 256), registers=FREE, **options,
     )  # fmt: skip
+    held = tile_rows(ROWS, 2 * parts)  # of twice as many sums
     _launch.run(
-        add_parts_kernel, pieces(rows, ROWS), *inputs, chunk.labels, chunk.first, rows, columns, parts, *found,
-        state.max, state.rest, state.weighted, state.label_logit, state.here, *state.extras, ROWS=ROWS,
+        add_parts_kernel, pieces(rows, held), *inputs, chunk.labels, chunk.first, rows, columns, parts, *found,
+        state.max, state.rest, state.weighted, state.label_logit, state.here, *state.extras, ROWS=held,
         PARTS=power_of_two(parts), num_warps=1, **options,
     )  # fmt: skip

@@ -14,7 +14,7 @@ PART = 32768  # columns that one program adds up
 BLOCK = 4096  # columns that it holds in registers at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def row_sums_kernel(
     logits, stride, bias, temperatures, scale, softcap, kept, columns, parts, out_total, out_count,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,

@@ -74,7 +74,7 @@ def block_moments(x, keep):
 
 @triton.jit
 def row_of(cu_seqlens, rows, unit, steps, PART: tl.constexpr, FAN: tl.constexpr):
-    """The row that owns a part: the last whose first part is not behind it. FAN ** steps >= rows."""
+    """The row that owns a part: the last whose first part is not behind it; 0 if none is. FAN ** steps >= rows."""
     low = unit * 0
     stride = low + 1
     for _ in range(1, steps):
@@ -82,7 +82,7 @@ def row_of(cu_seqlens, rows, unit, steps, PART: tl.constexpr, FAN: tl.constexpr)
     for _ in range(steps):
         row = low + tl.arange(0, FAN) * stride
         first = tl.load(cu_seqlens + row, mask=row < rows, other=0).to(tl.int64) // PART + row
-        low += (tl.sum(((row < rows) & (first <= unit)).to(tl.int64), 0) - 1) * stride
+        low += tl.maximum(tl.sum(((row < rows) & (first <= unit)).to(tl.int64), 0) - 1, 0) * stride
         stride = stride // FAN
     return low
 
@@ -117,13 +117,18 @@ def kl_estimate(log_probs, ref_log_probs, keep, ESTIMATOR: tl.constexpr):
         return k3(d)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "rewards_stride", "values_stride", "mask_stride", "log_probs_stride", "ref_stride", "rows", "length", "tokens",
+        "parts", "search_steps",
+    ]
+)  # fmt: skip
 def gae_kernel(
     rewards, rewards_stride, values, values_stride, mask, mask_stride, last_values, scores, log_probs,
-    log_probs_stride, ref_log_probs, ref_stride, cu_seqlens, rows, length, parts, search_steps, gamma, gamma_rest, lam,
-    lam_rest, kl_coef, clip, part_value, part_factor, moments, out_advantages, out_returns, out_rewards, out_kl,
-    VISIT: tl.constexpr, ESTIMATOR: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, FAN: tl.constexpr,
-    SEARCH: tl.constexpr,
+    log_probs_stride, ref_log_probs, ref_stride, cu_seqlens, rows, length, tokens, parts, search_steps, gamma,
+    gamma_rest, lam, lam_rest, kl_coef, clip, part_value, part_factor, moments, out_advantages, out_returns,
+    out_rewards, out_kl, VISIT: tl.constexpr, ESTIMATOR: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    FAN: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """A row (WHOLE) or one part of it. FIRST leaves the part's pair, and SECOND and WHOLE the results.
 
@@ -138,8 +143,10 @@ def gae_kernel(
         count = begin + parts
     else:
         row = program if VISIT == WHOLE else row_of(cu_seqlens, rows, program, search_steps, PART, FAN)
-        begin = tl.load(cu_seqlens + row).to(tl.int64)
-        end = tl.load(cu_seqlens + row + 1).to(tl.int64)
+        offset, following = tl.load(cu_seqlens + row).to(tl.int64), tl.load(cu_seqlens + row + 1).to(tl.int64)
+        begin = tl.minimum(tl.maximum(offset, 0), tokens)
+        end = tl.minimum(tl.maximum(following, begin), tokens)
+        wrong = (begin != offset) | (end != following)
         first_unit = begin // PART + row
         count = end // PART + row + 1 - first_unit
     values += row * values_stride
@@ -148,6 +155,8 @@ def gae_kernel(
     gamma = double(gamma, gamma_rest)
     lam = double(lam, lam_rest)
     later = tl.zeros([], tl.float64)
+    if cu_seqlens is not None:  # a row whose offsets leave the tokens or descend is NaN
+        later += tl.where(wrong, float("nan"), 0.0)
     if last_values is not None:
         later += tl.load(last_values + row).to(tl.float64)
     seen = tl.zeros([], tl.int32)
@@ -161,7 +170,7 @@ def gae_kernel(
         rewards += row * rewards_stride
     low_part = begin * 0
     if VISIT != WHOLE:
-        low_part = program - first_unit
+        low_part = tl.maximum(program - first_unit, 0)
         high = end - low_part * PART
         count = low_part + (high > begin).to(tl.int64)
         if log_probs is not None:
@@ -235,22 +244,23 @@ def gae_kernel(
                 tl.store(moments + (first_unit + part) * 3 + 2, m2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def moments_kernel(x, stride, mask, mask_stride, length, blocks, moments, BLOCK: tl.constexpr):
     """Count, mean and squared deviations of the kept entries of one block of a row; moments [rows * blocks, 3]."""
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks
     t = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    keep = t < length
+    inside = t < length
+    keep = inside
     if mask is not None:
-        keep = keep & (tl.load(mask + row * mask_stride + t, mask=keep, other=0) != 0)
-    count, mean, m2 = block_moments(tl.load(x + row * stride + t, mask=keep, other=0.0).to(tl.float32), keep)
+        keep = tl.load(mask + row * mask_stride + t, mask=inside, other=0) != 0
+    count, mean, m2 = block_moments(tl.load(x + row * stride + t, mask=inside, other=0.0).to(tl.float32), keep)
     tl.store(moments + program * 3, count)
     tl.store(moments + program * 3 + 1, mean)
     tl.store(moments + program * 3 + 2, m2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units"])
 def merge_kernel(moments, units, stats, BLOCK: tl.constexpr):
     """Those of all units together; one program, so that they are added in one order."""
     lanes = tl.arange(0, BLOCK)
@@ -274,7 +284,7 @@ def merge_kernel(moments, units, stats, BLOCK: tl.constexpr):
     tl.store(stats + 2, tl.sum(m2, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def whiten_kernel(
     x, stride, mask, mask_stride, length, blocks, stats, out, CENTER: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -285,12 +295,12 @@ def whiten_kernel(
     inside = t < length
     keep = inside
     if mask is not None:
-        keep = keep & (tl.load(mask + row * mask_stride + t, mask=keep, other=0) != 0)
+        keep = tl.load(mask + row * mask_stride + t, mask=inside, other=0) != 0
     count, exact, m2 = tl.load(stats), tl.load(stats + 1), tl.load(stats + 2)
     scale = (1.0 / tl.sqrt(m2 / tl.where(count > 1.0, count - 1.0, 1.0) + 1e-8)).to(tl.float32)
     mean = exact.to(tl.float32)
     rest = (exact - mean.to(tl.float64)).to(tl.float32)
-    value = tl.load(x + row * stride + t, mask=keep, other=0.0).to(tl.float32)
+    value = tl.load(x + row * stride + t, mask=inside, other=0.0).to(tl.float32)
     white = ((value - mean) - rest) * scale
     if not CENTER:
         white += mean
@@ -343,7 +353,7 @@ def _gae(rewards, values, mask, last_values, shaping, cu_seqlens, gamma, lam, ou
         first = visit is FIRST
         _launch.run(
             gae_kernel, programs if values.numel() else 0, *_rows(rewards), *_rows(values), *_rows(mask), last_values,
-            scores, *_rows(log_probs), *_rows(ref_log_probs), cu_seqlens, rows, length, parts, steps,
+            scores, *_rows(log_probs), *_rows(ref_log_probs), cu_seqlens, rows, length, longest, parts, steps,
             *_two_floats(gamma), *_two_floats(lam), kl_coef, clip, *pairs, None if first else moments,
             *((None,) * 4 if first else out), VISIT=visit.value, ESTIMATOR=estimator, PART=part, BLOCK=block, FAN=FAN,
             SEARCH=SEARCH, num_warps=1, registers=160 if first and estimator == 3 else None,

@@ -14,6 +14,9 @@ from ..reference.bradley_terry import STATS
 from . import _launch
 from ._launch import pieces
 from ._math import exp_f32, log1p_f32
+from ._ranking_metrics import ranking_metrics_fwd
+
+__all__ = ["bradley_terry_bwd", "bradley_terry_fwd", "plackett_luce_fwd", "ranking_metrics_fwd"]
 
 SMALL = 16  # responses of a prompt that is one tile
 GROUP = 4  # such prompts of a program: one a warp
@@ -133,29 +136,40 @@ def store_stats(stats, p, mask, pairs, strict, right, margin, present, rewards, 
 
 
 @triton.jit
-def small_group(scores, ranks, cu_groups, prompts, first, SMALL: tl.constexpr, GROUP: tl.constexpr):
-    """Prompt, start, size and whether it is taken [GROUP]; rows [GROUP, SMALL, 1] and columns [GROUP, 1, SMALL]."""
+def group_at(cu_groups, p, inside, count):
+    """Start and size of a prompt within `count` responses, and 0, or NaN where its offsets leave them or descend."""
+    first = tl.load(cu_groups + p, mask=inside, other=0)
+    last = tl.load(cu_groups + p + 1, mask=inside, other=0)
+    start = tl.minimum(tl.maximum(first, 0), count)
+    size = tl.maximum(tl.minimum(last, count) - start, 0)
+    wrong = (start != first) | (start + size != last)
+    return start, size, tl.where(wrong, float("nan"), 0.0)
+
+
+@triton.jit
+def small_group(scores, ranks, cu_groups, prompts, count, first, SMALL: tl.constexpr, GROUP: tl.constexpr):
+    """Of GROUP prompts: which, start, size, whether each is taken, NaN of bad offsets [GROUP]; their responses as rows
+    [GROUP, SMALL, 1] and columns [GROUP, 1, SMALL]."""
     p = first + tl.arange(0, GROUP)
     inside = p < prompts
-    start = tl.load(cu_groups + p, mask=inside, other=0)
-    size = tl.load(cu_groups + p + 1, mask=inside, other=0) - start
+    start, size, bad = group_at(cu_groups, p, inside, count)
     taken = inside & (size <= SMALL)
     i = tl.arange(0, SMALL)[None, :, None]
     j = tl.arange(0, SMALL)[None, None, :]
     base, end = start[:, None, None], tl.where(taken, size, 0)[:, None, None]
     s_i, r_i = responses(scores, ranks, base + i, i < end)
     s_j, r_j = responses(scores, ranks, base + j, j < end)
-    return p, start, size, taken, i, j, s_i, r_i, s_j, r_j
+    return p, start, size, taken, bad, i, j, s_i, r_i, s_j, r_j
 
 
 @triton.jit
 def small_pairs(
-    scores, ranks, cu_groups, prompts, margins, margin_columns, loss, grad, stats, first, TIES: tl.constexpr,
+    scores, ranks, cu_groups, prompts, count, margins, margin_columns, loss, grad, stats, first, TIES: tl.constexpr,
     MARGINS: tl.constexpr, SMALL: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The prompts of at most SMALL responses among GROUP prompts."""
-    p, start, size, taken, i, j, s_i, r_i, s_j, r_j = small_group(
-        scores, ranks, cu_groups, prompts, first, SMALL, GROUP
+    p, start, size, taken, bad, i, j, s_i, r_i, s_j, r_j = small_group(
+        scores, ranks, cu_groups, prompts, count, first, SMALL, GROUP
     )
     base, end = start[:, None, None], tl.where(taken, size, 0)[:, None, None]
     of = tl.where(taken, p, -1)[:, None, None]
@@ -165,7 +179,7 @@ def small_pairs(
     pairs = strict
     if TIES:
         pairs += tl.sum(tl.sum(tied, 2), 1)
-    divisor = tl.maximum(pairs, 1).to(tl.float32)
+    divisor = tl.maximum(pairs, 1).to(tl.float32) + bad
     tl.store(loss + p, tl.sum(tl.sum(cost, 2), 1) / divisor, mask=taken)
     k = tl.arange(0, SMALL)[None, :]
     inside = taken[:, None] & (k < size[:, None])
@@ -180,7 +194,7 @@ def small_pairs(
 
 @triton.jit
 def large_pairs(
-    scores, ranks, start, size, margins, margin_columns, loss, grad, stats, p, TIES: tl.constexpr,
+    scores, ranks, start, size, bad, margins, margin_columns, loss, grad, stats, p, TIES: tl.constexpr,
     MARGINS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One prompt of any size; its gradients are stored unscaled first."""
@@ -227,41 +241,41 @@ def large_pairs(
         twice += tl.sum(tl.sum(rights, 1).to(tl.int64), 0)
         rewards, present, dirty, low, high = add_rewards(s, r, rewards, present, dirty, low, high)
     pairs = strict + ties
-    divisor = tl.maximum(pairs, 1).to(tl.float64)
+    divisor = tl.maximum(pairs, 1).to(tl.float64) + bad
     tl.store(loss + p, (total / divisor).to(tl.float32))
     lowest_score = tl.where(dirty > 0, float("nan"), tl.min(low, 0))
     highest_score = tl.where(dirty > 0, float("nan"), -tl.min(high, 0))
     store_stats(stats, p, p >= 0, pairs, strict, twice, margin, present, rewards, lowest_score, highest_score)
-    divide(grad, start, size, pairs, ROWS)
+    divide(grad, start, size, divisor.to(tl.float32), ROWS)
 
 
 @triton.jit
-def divide(grad, start, size, count, ROWS: tl.constexpr):
+def divide(grad, start, size, divisor, ROWS: tl.constexpr):
     """The prompt's gradients by their count; other threads of the program may have stored them."""
     tl.debug_barrier()
-    divisor = tl.maximum(count, 1).to(tl.float32)
     for top in range(0, size, ROWS):
         k = top + tl.arange(0, ROWS)
         x = tl.load(grad + start + k, mask=k < size, other=0.0)
         tl.store(grad + start + k, x / divisor, mask=k < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prompts", "count", "margin_columns"])
 def bradley_terry_fwd_kernel(
-    scores, ranks, cu_groups, prompts, margins, margin_columns, loss, grad, stats, TIES: tl.constexpr,
+    scores, ranks, cu_groups, prompts, count, margins, margin_columns, loss, grad, stats, TIES: tl.constexpr,
     MARGINS: tl.constexpr, SMALL: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0).to(tl.int64)
     if p % GROUP == 0:
         small_pairs(
-            scores, ranks, cu_groups, prompts, margins, margin_columns, loss, grad, stats, p, TIES, MARGINS, SMALL,
-            GROUP,
+            scores, ranks, cu_groups, prompts, count, margins, margin_columns, loss, grad, stats, p, TIES, MARGINS,
+            SMALL, GROUP,
         )  # fmt: skip
-    start = tl.load(cu_groups + p)
-    size = (tl.load(cu_groups + p + 1) - start).to(tl.int32)
+    start, size, bad = group_at(cu_groups, p, p < prompts, count)
+    size = size.to(tl.int32)
     if size > SMALL:
         large_pairs(
-            scores, ranks, start, size, margins, margin_columns, loss, grad, stats, p, TIES, MARGINS, ROWS, COLUMNS,
+            scores, ranks, start, size, bad, margins, margin_columns, loss, grad, stats, p, TIES, MARGINS, ROWS,
+            COLUMNS,
         )  # fmt: skip
 
 
@@ -294,11 +308,11 @@ def choice_term(s, peak, others, rest, at_peak, chooses):
 
 @triton.jit
 def small_choices(
-    scores, ranks, cu_groups, prompts, loss, grad, stats, first, SMALL: tl.constexpr, GROUP: tl.constexpr
+    scores, ranks, cu_groups, prompts, count, loss, grad, stats, first, SMALL: tl.constexpr, GROUP: tl.constexpr
 ):
     """The prompts of at most SMALL responses among GROUP prompts."""
-    p, start, size, taken, _, _, s_i, r_i, s_j, r_j = small_group(
-        scores, ranks, cu_groups, prompts, first, SMALL, GROUP
+    p, start, size, taken, bad, _, _, s_i, r_i, s_j, r_j = small_group(
+        scores, ranks, cu_groups, prompts, count, first, SMALL, GROUP
     )
     below, above, right = candidates(s_i, r_i, s_j, r_j)
     k = tl.arange(0, SMALL)[None, :]
@@ -310,7 +324,7 @@ def small_choices(
     cost, inverse, missing = choice_term(s, peak, tl.sum(weight, 2), tl.sum(others, 2), tl.sum(at_peak, 2), worse > 0)
     share = tl.where(above, exp_f32(tl.where(above, s_i - peak[:, None, :], 0.0)) * inverse[:, None, :], 0.0)
     choices = tl.sum((worse > 0).to(tl.int32), 1)
-    divisor = tl.maximum(choices, 1).to(tl.float32)
+    divisor = tl.maximum(choices, 1).to(tl.float32) + bad
     tl.store(loss + p, tl.sum(cost, 1) / divisor, mask=taken)
     tl.store(grad + start[:, None] + k, (tl.sum(share, 2) - missing) / divisor[:, None], mask=inside)
     margin = tl.sum(s.to(tl.float64) * (worse - tl.sum(above.to(tl.int32), 2)).to(tl.float64), 1)
@@ -322,7 +336,7 @@ def small_choices(
 
 @triton.jit
 def large_choices(
-    scores, ranks, start, size, peaks, inverses, loss, grad, stats, p, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    scores, ranks, start, size, bad, peaks, inverses, loss, grad, stats, p, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """One prompt of any size: first what each response chooses from, then what all choices take from each response."""
     total = tl.full([], 0.0, tl.float64)
@@ -375,8 +389,8 @@ def large_choices(
         choices += tl.sum((worse > 0).to(tl.int64), 0)
         twice += tl.sum(tl.sum(rights, 1).to(tl.int64), 0)
         rewards, present, dirty, low, high = add_rewards(s, r, rewards, present, dirty, low, high)
-    divisor = tl.maximum(choices, 1)
-    tl.store(loss + p, (total / divisor.to(tl.float64)).to(tl.float32))
+    divisor = tl.maximum(choices, 1).to(tl.float64) + bad
+    tl.store(loss + p, (total / divisor).to(tl.float32))
     lowest_score = tl.where(dirty > 0, float("nan"), tl.min(low, 0))
     highest_score = tl.where(dirty > 0, float("nan"), -tl.min(high, 0))
     store_stats(stats, p, p >= 0, choices, strict, twice, margin, present, rewards, lowest_score, highest_score)
@@ -396,31 +410,32 @@ def large_choices(
         tl.store(grad + start + k, (tl.sum(shares, 1) + x) / divisor.to(tl.float32), mask=k < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prompts", "count"])
 def plackett_luce_fwd_kernel(
-    scores, ranks, cu_groups, prompts, peaks, inverses, loss, grad, stats, SMALL: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    scores, ranks, cu_groups, prompts, count, peaks, inverses, loss, grad, stats, SMALL: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0).to(tl.int64)
     if p % GROUP == 0:
-        small_choices(scores, ranks, cu_groups, prompts, loss, grad, stats, p, SMALL, GROUP)
-    start = tl.load(cu_groups + p)
-    size = (tl.load(cu_groups + p + 1) - start).to(tl.int32)
+        small_choices(scores, ranks, cu_groups, prompts, count, loss, grad, stats, p, SMALL, GROUP)
+    start, size, bad = group_at(cu_groups, p, p < prompts, count)
+    size = size.to(tl.int32)
     if size > SMALL:
-        large_choices(scores, ranks, start, size, peaks, inverses, loss, grad, stats, p, ROWS, COLUMNS)
+        large_choices(scores, ranks, start, size, bad, peaks, inverses, loss, grad, stats, p, ROWS, COLUMNS)
 
 
-@triton.jit
-def bradley_terry_bwd_kernel(grad_loss, grad, cu_groups, prompts, out, PROMPTS: tl.constexpr, COLUMNS: tl.constexpr):
+@triton.jit(do_not_specialize=["grad_stride", "prompts", "count"])
+def bradley_terry_bwd_kernel(
+    grad_loss, grad_stride, grad, cu_groups, prompts, count, out, PROMPTS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """PROMPTS prompts, COLUMNS of their responses at a time."""
     p = tl.program_id(0).to(tl.int64) * PROMPTS + tl.arange(0, PROMPTS)
     inside = p < prompts
-    start = tl.load(cu_groups + p, mask=inside, other=0)
-    end = tl.load(cu_groups + p + 1, mask=inside, other=0)
-    upstream = tl.load(grad_loss + p, mask=inside, other=0.0)[:, None]
-    for left in range(0, tl.max(end - start, 0), COLUMNS):
+    start, size, _bad = group_at(cu_groups, p, inside, count)
+    upstream = tl.load(grad_loss + p * grad_stride, mask=inside, other=0.0)[:, None]
+    for left in range(0, tl.max(size, 0), COLUMNS):
         at = (start + left)[:, None] + tl.arange(0, COLUMNS)[None, :]
-        there = at < end[:, None]
+        there = at < (start + size)[:, None]
         tl.store(out + at, upstream * tl.load(grad + at, mask=there, other=0.0), mask=there)
 
 
@@ -436,8 +451,8 @@ def bradley_terry_fwd(scores, ranks, cu_groups, margins, ties_half):
     form = 0 if margins is None else margins.dim()
     columns = margins.shape[1] if form == 2 else 0
     _launch.run(
-        bradley_terry_fwd_kernel, prompts, scores, ranks, cu_groups, prompts, margins, columns, *outputs,
-        TIES=ties_half, MARGINS=form, **OPTIONS,
+        bradley_terry_fwd_kernel, prompts, scores, ranks, cu_groups, prompts, scores.shape[0], margins, columns,
+        *outputs, TIES=ties_half, MARGINS=form, **OPTIONS,
     )  # fmt: skip
     return outputs
 
@@ -447,7 +462,17 @@ def plackett_luce_fwd(scores, ranks, cu_groups):
     outputs = _outputs(scores, cu_groups)
     peaks, inverses = (torch.empty_like(outputs[1]) for _ in range(2))
     _launch.run(
-        plackett_luce_fwd_kernel, prompts, scores, ranks, cu_groups, prompts, peaks, inverses, *outputs, **OPTIONS
+        plackett_luce_fwd_kernel,
+        prompts,
+        scores,
+        ranks,
+        cu_groups,
+        prompts,
+        scores.shape[0],
+        peaks,
+        inverses,
+        *outputs,
+        **OPTIONS,
     )
     return outputs
 
@@ -455,7 +480,7 @@ def plackett_luce_fwd(scores, ranks, cu_groups):
 def bradley_terry_bwd(grad_loss, grad, cu_groups):
     out, prompts = torch.empty_like(grad), cu_groups.shape[0] - 1
     _launch.run(
-        bradley_terry_bwd_kernel, pieces(prompts, SCALED_PROMPTS), grad_loss.contiguous(), grad, cu_groups, prompts,
-        out, PROMPTS=SCALED_PROMPTS, COLUMNS=SCALED_COLUMNS,
+        bradley_terry_bwd_kernel, pieces(prompts, SCALED_PROMPTS), grad_loss, grad_loss.stride(0), grad, cu_groups,
+        prompts, grad.shape[0], out, PROMPTS=SCALED_PROMPTS, COLUMNS=SCALED_COLUMNS,
     )  # fmt: skip
     return out

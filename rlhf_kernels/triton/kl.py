@@ -1,11 +1,11 @@
 """KL divergence between two sets of logits, and the estimators of sampled tokens.
 
 Both directions are one: side a is averaged over, side b is the other. A row is cut into parts of PART columns, whose
-statistics are taken by one program each, in one read of both sides: two maxima per block of columns, two exp2 per
-column, and sums that stay in registers until the part ends. Only a block that raises a maximum pays for rescaling them.
-A second, small kernel merges a row's parts in fp64. How a row is cut depends on V alone, so its bits do not depend on
-its neighbours. Backwards, each program turns one block of a row into its gradients: one read of both sides, one write
-for each gradient that is needed.
+statistics are taken by one program each, in one read of both sides: every 8 consecutive columns of a block have maxima
+and sums of their own in registers, two exp2 a column, and only where the part ends do threads meet. A second, small
+kernel merges a row's parts in fp64. How a row is cut depends on V alone, so its bits do not depend on its neighbours.
+Backwards, each program turns one block of a row into its gradients: one read of both sides, one write for each gradient
+that is needed.
 """
 
 import torch
@@ -15,90 +15,153 @@ import triton.language as tl
 from .._native import KL_ESTIMATORS
 from .._planes import places, planes
 from . import _launch
-from ._launch import pieces, power_of_two, rows_of, warps
+from ._launch import pieces, power_of_two, rows_of, tile_rows, unit, warps
 from ._math import (
+    ALL,
+    FLOOR,
     INF,
     LOG2_E,
+    LOWEST,
     NEG_INF,
+    eight,
     exp_f32,
     expm1_f32,
-    first_lane,
     log1p_f32,
     raised,
     row_at,
     whole_rest,
-    with_former,
+    widened,
 )
 
 PART = 32768  # columns whose statistics one program takes
-BLOCK = 2048  # columns of both sides that it holds in registers at a time
-GRADIENT_BLOCK = 2048  # columns of a program of the backward
-MERGED = 256  # parts, of one or more rows, that a program of the merge holds
+BLOCK = 4096  # columns of both sides that it holds in registers at a time
+GRADIENT_BLOCK = 4096  # columns of a program of the backward
+ROWS = 256  # rows that a program of the merge finishes at most
 TOKENS = 1024  # entries of a program of the estimators
 
-FLOOR = tl.constexpr(-1e36)  # of a difference of logits in a sum: finite sums stay finite, and inf means "impossible"
+FAR = tl.constexpr(1e36)  # bound of a difference of logits in a sum: finite sums stay finite, inf means "impossible"
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def fall(before, after):
-    """before - after of running maxima, as finite; 0 if nothing came before."""
-    return tl.where(before == NEG_INF, 0.0, tl.maximum(before - after, FLOOR))
+def two(one, other):
+    """The larger one and the smaller one, which a NaN is."""
+    return tl.maximum(one, other), tl.minimum(one, other, propagate_nan=ALL)
 
 
 @triton.jit
+def without_best(e):
+    """The largest of eight, and the sum of the other seven."""
+    best_0, rest_0 = two(e[0], e[1])
+    best_1, rest_1 = two(e[2], e[3])
+    best_2, rest_2 = two(e[4], e[5])
+    best_3, rest_3 = two(e[6], e[7])
+    best_0, rest_4 = two(best_0, best_1)
+    best_2, rest_5 = two(best_2, best_3)
+    best, rest_6 = two(best_0, best_2)
+    return best, ((rest_0 + rest_1) + (rest_2 + rest_3)) + ((rest_4 + rest_5) + rest_6)
+
+
+@triton.jit
+def distances(x, shift):
+    return (
+        x[0] - shift, x[1] - shift, x[2] - shift, x[3] - shift,
+        x[4] - shift, x[5] - shift, x[6] - shift, x[7] - shift,
+    )  # fmt: skip
+
+
+@triton.jit
+def exps(d, scale_2):
+    return (
+        tl.exp2(d[0] * scale_2), tl.exp2(d[1] * scale_2), tl.exp2(d[2] * scale_2), tl.exp2(d[3] * scale_2),
+        tl.exp2(d[4] * scale_2), tl.exp2(d[5] * scale_2), tl.exp2(d[6] * scale_2), tl.exp2(d[7] * scale_2),
+    )  # fmt: skip
+
+
+@triton.jit
+def add_side(lane_max, rest, x, scale_2):
+    """A side's running maximum and sum of each lane with 8 entries more, their distances to the maximum and exps.
+
+    Also the fall of the former maximum and its exp. `rest` leaves out one entry at the maximum.
+    """
+    highest = lane_max
+    for i in tl.static_range(8):
+        highest = tl.maximum(highest, x[i])
+    shift = tl.maximum(highest, LOWEST)
+    fall = tl.maximum(lane_max - shift, -FAR)
+    factor = tl.exp2(fall * scale_2)
+    d = distances(x, shift)
+    e = exps(d, scale_2)
+    best, others = without_best(e)
+    rest = tl.fma(rest, factor, others) + tl.where(highest > lane_max, factor, best)
+    return highest, rest, d, e, fall, factor
+
+
+@triton.jit
+def add_pairs(max_a, rest_a, max_b, rest_b, gap, widest, a, b, scale_2, LANES: tl.constexpr):
+    """Each lane's statistics [LANES] with 8 consecutive columns more of both sides [8 LANES].
+
+    `widest` is inf if a has probability in a column and b has none. Where neither has, the difference is a NaN that
+    the bounds drop; a NaN of the logits goes into the sums of their side.
+    """
+    total = rest_a + tl.where(max_a == NEG_INF, 0.0, 1.0)
+    max_a, rest_a, d_a, e_a, fall_a, factor = add_side(max_a, rest_a, eight(a, LANES), scale_2)
+    max_b, rest_b, d_b, _e_b, fall_b, _factor_b = add_side(max_b, rest_b, eight(b, LANES), scale_2)
+    gap = factor * tl.fma(total, fall_a - fall_b, gap)
+    for i in tl.static_range(8):
+        wide = d_a[i] - d_b[i]
+        widest = tl.maximum(widest, wide)
+        gap = tl.fma(e_a[i], tl.minimum(tl.maximum(wide, -FAR), FAR), gap)
+    return max_a, rest_a, max_b, rest_b, gap, widest
+
+
+@triton.jit(do_not_specialize=["T", "batch_a", "stride_a", "batch_b", "stride_b", "vocab", "parts"])
 def statistics_kernel(
     a, T, batch_a, stride_a, b, batch_b, stride_b, vocab, parts, scale, out_max_a, out_rest_a, out_max_b, out_rest_b,
-    out_gap, PART: tl.constexpr, BLOCK: tl.constexpr,
+    out_gap, PART: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """One part of a row: max x and sum e less 1, e = exp(scale (x - max x)), of both sides, and sum e_a (d_a - d_b).
 
     d = x - max x. The last sum is inf where a has probability and b has none. out_* [N, parts].
     """
-    program = tl.program_id(0).to(tl.int64)
-    row, part = program // parts, program % parts
-    first = part * PART
-    end = tl.minimum(first + PART, vocab)
-    max_a = tl.full([], NEG_INF, tl.float32)
-    max_b = tl.full([], NEG_INF, tl.float32)
-    rest_a = tl.zeros([BLOCK], tl.float32)
-    rest_b = tl.zeros([BLOCK], tl.float32)
-    gap = tl.zeros([BLOCK], tl.float32)
+    LANES: tl.constexpr = BLOCK // 8
+    program = tl.program_id(0)
+    row, first = program // parts, program % parts * PART
+    end = tl.multiple_of(tl.minimum(first + PART, vocab), UNIT)
+    max_a = tl.full([LANES], NEG_INF, tl.float32)
+    max_b = tl.full([LANES], NEG_INF, tl.float32)
+    rest_a = tl.zeros([LANES], tl.float32)
+    rest_b = tl.zeros([LANES], tl.float32)
+    gap = tl.zeros([LANES], tl.float32)
+    widest = tl.zeros([LANES], tl.float32)
     lanes = tl.arange(0, BLOCK)
-    a += row_at(row, T, batch_a, stride_a)
-    b += row_at(row, T, batch_b, stride_b)
-    for start in range(first, end, BLOCK):
-        columns = start + lanes
-        x_a = tl.load(a + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
-        x_b = tl.load(b + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
-        block_a, block_b = tl.max(x_a, 0), tl.max(x_b, 0)
-        left_out_a = tl.full([], -1, tl.int32)  # the lane of a new maximum
-        left_out_b = tl.full([], -1, tl.int32)
-        if (block_a > max_a) | (block_b > max_b):
-            higher_a, higher_b = tl.maximum(max_a, block_a), tl.maximum(max_b, block_b)
-            fall_a, fall_b = fall(max_a, higher_a), fall(max_b, higher_b)
-            factor = exp_f32(fall_a * scale)
-            delta = tl.where(factor == 0.0, 0.0, fall_a - fall_b)
-            gap = tl.where(gap == INF, gap, factor * (gap + with_former(rest_a, max_a, lanes) * delta))
-            if block_a > max_a:
-                rest_a = factor * with_former(rest_a, max_a, lanes)
-                left_out_a = first_lane(x_a, block_a, lanes, BLOCK)
-            if block_b > max_b:
-                rest_b = exp_f32(fall_b * scale) * with_former(rest_b, max_b, lanes)
-                left_out_b = first_lane(x_b, block_b, lanes, BLOCK)
-            max_a, max_b = higher_a, higher_b
-        d_a = x_a - tl.where(max_a == NEG_INF, 0.0, max_a)
-        d_b = x_b - tl.where(max_b == NEG_INF, 0.0, max_b)
-        e_a = exp_f32(d_a * scale)
-        rest_a += tl.where(lanes == left_out_a, 0.0, e_a)
-        rest_b += tl.where(lanes == left_out_b, 0.0, exp_f32(d_b * scale))
-        term = e_a * (tl.maximum(d_a, FLOOR) - tl.maximum(d_b, FLOOR))
-        gap += tl.where((x_b == NEG_INF) & (x_a != NEG_INF), INF, term)
-    tl.store(out_max_a + program, max_a)
-    tl.store(out_rest_a + program, tl.sum(rest_a, 0))
-    tl.store(out_max_b + program, max_b)
-    tl.store(out_rest_b + program, tl.sum(rest_b, 0))
-    tl.store(out_gap + program, tl.sum(gap, 0))
+    a += tl.multiple_of(row_at(row, T, batch_a, stride_a), UNIT)
+    b += tl.multiple_of(row_at(row, T, batch_b, stride_b), UNIT)
+    scale_2 = scale * LOG2_E
+    whole = first + (end - first) // BLOCK * BLOCK
+    for start in range(first, whole, BLOCK):
+        x_a, x_b = widened(tl.load(a + start + lanes)), widened(tl.load(b + start + lanes))
+        max_a, rest_a, max_b, rest_b, gap, widest = add_pairs(
+            max_a, rest_a, max_b, rest_b, gap, widest, x_a, x_b, scale_2, LANES
+        )
+    if whole < end:
+        inside = whole + lanes < end
+        x_a = widened(tl.load(a + whole + lanes, mask=inside, other=NEG_INF))
+        x_b = widened(tl.load(b + whole + lanes, mask=inside, other=NEG_INF))
+        max_a, rest_a, max_b, rest_b, gap, widest = add_pairs(
+            max_a, rest_a, max_b, rest_b, gap, widest, x_a, x_b, scale_2, LANES
+        )
+    highest_a, highest_b = tl.max(max_a, 0), tl.max(max_b, 0)
+    joined_a, tops_a, fall_a = raised(max_a, rest_a, highest_a, scale)
+    joined_b, tops_b, fall_b = raised(max_b, rest_b, highest_b, scale)
+    total = rest_a + tl.where(max_a == NEG_INF, 0.0, 1.0)
+    factor = exp_f32(fall_a * scale)
+    gap = tl.sum(factor * tl.fma(total, tl.where(factor == 0.0, 0.0, fall_a - fall_b), gap), 0)
+    tl.store(out_max_a + program, highest_a)
+    tl.store(out_rest_a + program, whole_rest(tl.sum(joined_a, 0), tl.sum(tops_a, 0)))
+    tl.store(out_max_b + program, highest_b)
+    tl.store(out_rest_b + program, whole_rest(tl.sum(joined_b, 0), tl.sum(tops_b, 0)))
+    tl.store(out_gap + program, tl.where(tl.max(widest, 0) == INF, INF, gap))
 
 
 @triton.jit
@@ -121,7 +184,7 @@ def store_side(out_max, out_log_sum, row, inside, row_max, rest):
     return log_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def merge_kernel(
     rows, parts, scale, part_max_a, part_rest_a, part_max_b, part_rest_b, part_gap, kl, max_a, log_sum_a, max_b,
     log_sum_b, ROWS: tl.constexpr, PARTS: tl.constexpr,
@@ -150,54 +213,63 @@ def merge_kernel(
 
 
 @triton.jit
-def log_probs_of(x, row_max, log_sum, scale):
-    """log p; 0 where x is -inf."""
-    return tl.where(x == NEG_INF, 0.0, (x - tl.where(row_max == NEG_INF, 0.0, row_max)) * scale - log_sum)
+def log_probs_of(x, row_max, log_sum, scale, SCALED: tl.constexpr):
+    """log p; FLOOR, whose exp is 0, where x is -inf."""
+    d = x - tl.maximum(row_max, LOWEST)
+    if SCALED:
+        d = d * scale
+    return tl.maximum(d - log_sum, FLOOR, propagate_nan=ALL)
 
 
 @triton.jit
+def uncapped(d, x, softcap, CAPPED: tl.constexpr):
+    """A gradient of softcap * tanh(y / softcap) as one of y."""
+    if CAPPED:
+        t = x / softcap
+        d = d * (1.0 - t * t)
+    return d
+
+
+@triton.jit(do_not_specialize=["T", "batch_a", "stride_a", "batch_b", "stride_b", "vocab", "blocks", "out_stride_a",
+                               "out_stride_b"])  # fmt: skip
 def gradient_kernel(
     a, T, batch_a, stride_a, b, batch_b, stride_b, grad, kl, max_a, log_sum_a, max_b, log_sum_b, vocab, blocks, scale,
-    softcap, out_a, out_stride_a, out_b, out_stride_b, NEED_A: tl.constexpr, NEED_B: tl.constexpr, CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    softcap, out_a, out_stride_a, out_b, out_stride_b, NEED_A: tl.constexpr, NEED_B: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """g a (log a - log b - KL) scale and g (b - a) scale of one block of a row; 0 where the divergence is infinite.
 
     CAPPED: the logits x are softcap * tanh(y / softcap), and the gradients are those of y.
     """
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < vocab
-    x_a = tl.load(a + row_at(row, T, batch_a, stride_a) + columns, mask=inside, other=NEG_INF).to(tl.float32)
-    x_b = tl.load(b + row_at(row, T, batch_b, stride_b) + columns, mask=inside, other=NEG_INF).to(tl.float32)
-    scale = tl.full([], 0.0, tl.float32) + scale
-    divergence, upstream = tl.load(kl + row), tl.load(grad + row)
-    highest_a, logs_a = tl.load(max_a + row), tl.load(log_sum_a + row)
-    nothing = (highest_a == NEG_INF) & (logs_a == logs_a)  # a row of NaN has no maximum either
-    logs_b = tl.load(log_sum_b + row)
-    log_a = log_probs_of(x_a, highest_a, logs_a, scale)
-    log_b = log_probs_of(x_b, tl.load(max_b + row), logs_b, scale)
-    p_a = tl.where(x_a == NEG_INF, 0.0, exp_f32(log_a))
+    program = tl.program_id(0)
+    row, first = program // blocks, program % blocks * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < tl.multiple_of(vocab - first, UNIT)
+    a += tl.multiple_of(row_at(row, T, batch_a, stride_a), UNIT) + first
+    b += tl.multiple_of(row_at(row, T, batch_b, stride_b), UNIT) + first
+    x_a = widened(tl.load(a + lanes, mask=inside, other=NEG_INF))
+    x_b = widened(tl.load(b + lanes, mask=inside, other=NEG_INF))
+    divergence, upstream = tl.load(kl + row), tl.load(grad + row) * scale
+    infinite = divergence == INF
+    divergence, upstream = tl.where(infinite, 0.0, divergence), tl.where(infinite, 0.0, upstream)
+    highest_a, logs_a, logs_b = tl.load(max_a + row), tl.load(log_sum_a + row), tl.load(log_sum_b + row)
+    log_a = log_probs_of(x_a, highest_a, logs_a, scale, SCALED)
+    log_b = log_probs_of(x_b, tl.load(max_b + row), logs_b, scale, SCALED)
+    p_a = exp_f32(log_a)
     if NEED_A:
-        d = upstream * (p_a * (log_a - log_b - divergence)) * scale
-        if CAPPED:
-            t = x_a / softcap
-            d = d * (1.0 - t * t)
-        d = tl.where(divergence == INF, 0.0, tl.where(p_a == 0.0, 0.0, d))
-        tl.store(out_a + row * out_stride_a + columns, d.to(out_a.dtype.element_ty), mask=inside)
+        d = uncapped(upstream * (p_a * (log_a - log_b - divergence)), x_a, softcap, CAPPED)
+        place = out_a + tl.multiple_of(row.to(tl.int64) * out_stride_a, UNIT) + first + lanes
+        tl.store(place, d.to(out_a.dtype.element_ty), mask=inside)
     if NEED_B:
-        p_b = tl.where(x_b == NEG_INF, 0.0, exp_f32(log_b))
-        more = p_b - p_a
+        more = exp_f32(log_b) - p_a
         if (logs_a < LN_2) & (logs_b < LN_2):  # each side has an entry above a half: next to 1, 1 - p keeps its digits
             likely = (log_a > -LN_2) & (log_b > -LN_2)
-            more = tl.where(likely, expm1_f32(log_b) - expm1_f32(log_a), more)
-        d = upstream * more * scale
-        if CAPPED:
-            t = x_b / softcap
-            d = d * (1.0 - t * t)
-        d = tl.where((divergence == INF) | nothing, 0.0, tl.where(x_b == NEG_INF, 0.0, d))
-        tl.store(out_b + row * out_stride_b + columns, d.to(out_b.dtype.element_ty), mask=inside)
+            if tl.max(likely.to(tl.int32), 0) > 0:
+                more = tl.where(likely, expm1_f32(log_b) - expm1_f32(log_a), more)
+        nothing = (highest_a == NEG_INF) & (logs_a == logs_a)  # a row of NaN has no maximum either
+        d = uncapped(tl.where(nothing, 0.0, upstream) * more, x_b, softcap, CAPPED)
+        place = out_b + tl.multiple_of(row.to(tl.int64) * out_stride_b, UNIT) + first + lanes
+        tl.store(place, d.to(out_b.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -292,13 +364,13 @@ def divergence(a, b, temperature, shape=None):
     parts = pieces(vocab, PART)
     statistics = [a.new_empty(count * parts, dtype=torch.float32) for _ in range(5)]
     results = [a.new_empty(count if shape is None else shape, dtype=torch.float32) for _ in range(5)]
-    block, scale = min(BLOCK, power_of_two(vocab)), 1.0 / temperature
+    block, scale = min(BLOCK, max(power_of_two(vocab), 8)), 1.0 / temperature
+    threads = warps(block) * (1 if vocab % 8 == 0 else 2)  # entries that do not come in vectors take registers
     _launch.run(
         statistics_kernel, count * parts, a, *places(a), b, *places(b)[1:], vocab, parts, scale, *statistics, PART=PART,
-        BLOCK=block, num_warps=warps(block),
+        BLOCK=block, UNIT=unit(vocab, *places(a)[1:], *places(b)[1:]), num_warps=threads,
     )  # fmt: skip
-    padded = power_of_two(parts)
-    held = max(MERGED // padded, 1)
+    padded, held = power_of_two(parts), tile_rows(ROWS, parts)
     _launch.run(
         merge_kernel, pieces(count, held), count, parts, scale, *statistics, *results, ROWS=held, PARTS=padded,
         num_warps=1,
@@ -319,8 +391,9 @@ def divergence_gradient(grad, a, b, results, temperature, out_a, out_b, softcap=
     _launch.run(
         gradient_kernel, count * blocks, a, *places(a), b, *places(b)[1:], grad.to(torch.float32).contiguous(),
         *(x.contiguous() for x in results), vocab, blocks, 1.0 / temperature, softcap or 0.0, *outputs[0], *outputs[1],
-        NEED_A=out_a is not None, NEED_B=out_b is not None, CAPPED=softcap is not None, BLOCK=block,
-        num_warps=warps(block),
+        NEED_A=out_a is not None, NEED_B=out_b is not None, SCALED=temperature != 1.0, CAPPED=softcap is not None,
+        BLOCK=block, UNIT=unit(vocab, *places(a)[1:], *places(b)[1:], outputs[0][1], outputs[1][1]),
+        num_warps=2 * warps(block),
     )  # fmt: skip
 
 

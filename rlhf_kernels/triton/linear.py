@@ -25,16 +25,18 @@ import triton.language as tl
 from .. import _linear_walk as walk
 from .._linear_backend import Operators
 from . import _launch, kl
-from ._launch import FREE, pieces, power_of_two, warps
+from ._launch import FREE, pieces, power_of_two, tile_rows, warps
 from ._math import (
     NEG_INF,
-    add_block,
+    add_eights,
+    dlogits,
     exp_f32,
-    expm1_f32,
+    label_gradient,
+    log_prob_gradient,
+    of_lanes,
     raised,
     scale_of,
     scaled,
-    scaled_slope,
     tanh_f32,
     whole_rest,
 )
@@ -55,40 +57,47 @@ ADDS = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 10)
 
 
 @triton.jit
-def logits_of(logits, offset, bias, columns, inside):
-    """Logits with their bias; -inf outside."""
-    x = tl.load(logits + offset + columns, mask=inside, other=NEG_INF)
+def logits_of(logits, bias, columns, inside):
+    """A row's logits with their bias; -inf outside. Inside is None where all of them are."""
+    x = tl.load(logits + columns, mask=inside, other=None if inside is None else NEG_INF)
     if bias is not None:
-        x += tl.load(bias + columns, mask=inside, other=0.0)
+        x += tl.load(bias + columns, mask=inside, other=None if inside is None else 0.0)
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "columns", "parts"])
 def statistics_kernel(
     logits, stride, bias, temperatures, scale, softcap, kept, columns, parts, out_max, out_rest, out_weighted,
     WITH_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """(max z, sum exp(z - max) less 1, sum exp(z - max) (z - max)) of one part of a chunk's row; out_* [n, parts]."""
-    program = tl.program_id(0).to(tl.int64)
-    row, part = program // parts, program % parts
-    first = part * PART
+    LANES: tl.constexpr = BLOCK // 8
+    program = tl.program_id(0)
+    row, first = program // parts, program % parts * PART
     end = tl.where(tl.load(kept + row), tl.minimum(first + PART, columns), first)
     scale = scale_of(row, temperatures, scale)
-    row_max = tl.full([], NEG_INF, tl.float32)
-    rest = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
+    logits += tl.multiple_of(row.to(tl.int64) * stride, UNIT)
+    lane_max = tl.full([LANES], NEG_INF, tl.float32)
+    rest = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
     lanes = tl.arange(0, BLOCK)
-    for start in range(first, end, BLOCK):
-        x = logits_of(logits, row * stride, bias, start + lanes, start + lanes < end)
-        z = scaled(x, scale, softcap, SCALED, CAPPED)
-        row_max, rest, weighted = add_block(row_max, rest, weighted, z, lanes, WITH_ENTROPY, BLOCK)
+    end = tl.multiple_of(end, UNIT)
+    whole = first + (end - first) // BLOCK * BLOCK
+    for start in range(first, whole, BLOCK):
+        z = scaled(logits_of(logits, bias, start + lanes, None), scale, softcap, SCALED, CAPPED)
+        lane_max, rest, weighted = add_eights(lane_max, rest, weighted, z, WITH_ENTROPY, LANES)
+    if whole < end:
+        z = scaled(logits_of(logits, bias, whole + lanes, whole + lanes < end), scale, softcap, SCALED, CAPPED)
+        lane_max, rest, weighted = add_eights(lane_max, rest, weighted, z, WITH_ENTROPY, LANES)
+    row_max, rest, weighted = of_lanes(lane_max, rest, weighted, WITH_ENTROPY)
     tl.store(out_max + program, row_max)
-    tl.store(out_rest + program, tl.sum(rest, 0))
+    tl.store(out_rest + program, rest)
     if WITH_ENTROPY:
-        tl.store(out_weighted + program, tl.sum(weighted, 0))
+        tl.store(out_weighted + program, weighted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "first", "rows", "columns", "parts"])
 def merge_kernel(
     logits, stride, bias, temperatures, scale, softcap, labels, first, kept, rows, columns, parts, part_max, part_rest,
     part_weighted, state_max, state_rest, state_weighted, label_logit, here, WITH_ENTROPY: tl.constexpr,
@@ -127,61 +136,56 @@ def merge_kernel(
     tl.store(here + row, found, mask=found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "first", "columns", "blocks", "out_stride"])
 def gradient_kernel(
     logits, stride, bias, temperatures, scale, softcap, labels, first, kept, grad_logprob, grad_entropy,
     grad_log_sum_exp, grad_each, unit, logprob, entropy, row_max, log_sum, columns, blocks, out, out_stride,
-    SCALED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """d/dlogits over unit of one block of a row; 0 if the row is not kept, NaN if its log-prob is."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    lanes = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = lanes < columns
-    place = out + row * out_stride + lanes
+    program = tl.program_id(0)
+    row, start = program // blocks, program % blocks * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < tl.multiple_of(columns - start, UNIT)
+    place = out + tl.multiple_of(row.to(tl.int64) * out_stride, UNIT) + start + lanes
     if tl.load(kept + row):
+        x = logits_of(logits + tl.multiple_of(row.to(tl.int64) * stride, UNIT), bias, start + lanes, inside)
         scale = scale_of(row, temperatures, scale)
-        x = logits_of(logits, row * stride, bias, lanes, inside)
-        z = scaled(x, scale, softcap, SCALED, CAPPED)
-        banned = z == NEG_INF
-        label_log_p = tl.load(logprob + row)
-        log_p = tl.where(banned, 0.0, (z - tl.load(row_max + row)) - tl.load(log_sum + row))
         share = 1.0
         if unit is not None:
             share = 1.0 / tl.load(unit)
-        upstream = 0.0
+        grad, through_entropy, other, each, own_entropy = 0.0, None, None, None, None
         if grad_logprob is not None:
-            upstream += tl.load(grad_logprob + row) * share
+            grad += tl.load(grad_logprob + row) * share
         if grad_entropy is not None:
-            upstream += tl.load(grad_entropy + row) * share * (log_p + tl.load(entropy + row))
+            through_entropy, own_entropy = tl.load(grad_entropy + row) * share, tl.load(entropy + row)
         if grad_log_sum_exp is not None:
-            upstream -= tl.load(grad_log_sum_exp + row) * share
-        dz = -exp_f32(log_p) * upstream
-        if grad_logprob is not None:
-            at_label = -tl.load(grad_logprob + row) * share * expm1_f32(label_log_p)
-            if grad_entropy is not None:
-                p = exp_f32(label_log_p)
-                through = tl.load(grad_entropy + row) * share * p
-                at_label -= through * (tl.where(p == 0.0, 0.0, label_log_p) + tl.load(entropy + row))
-            if grad_log_sum_exp is not None:
-                at_label += tl.load(grad_log_sum_exp + row) * share * exp_f32(label_log_p)
-            dz = tl.where(lanes + first == tl.load(labels + row), at_label, dz)
+            other = tl.load(grad_log_sum_exp + row) * share
         if grad_each is not None:
-            dz += tl.load(grad_each + row) * share
-        dx = tl.where(banned, 0.0, dz * scaled_slope(x, scale, softcap, CAPPED))
-        dx = tl.where(label_log_p == label_log_p, dx, float("nan"))
+            each = tl.load(grad_each + row) * share
+        label_log_p = tl.load(logprob + row)
+        base = grad if other is None else grad - other
+        base = tl.where(label_log_p == label_log_p, base, float("nan"))
+        z = scaled(x, scale, softcap, SCALED, CAPPED)
+        dz = log_prob_gradient(z, tl.load(row_max + row), tl.load(log_sum + row), own_entropy, base, through_entropy)
+        if grad_logprob is not None:
+            at = tl.load(labels + row) - first - start
+            if (at >= 0) & (at < BLOCK):
+                at_label = label_gradient(label_log_p, own_entropy, grad, through_entropy, other)
+                dz = tl.where(lanes == at.to(tl.int32), at_label, dz)
+        dx = dlogits(dz, x, each, scale, softcap, SCALED, CAPPED)
         tl.store(place, dx.to(out.dtype.element_ty), mask=inside)
     else:
         tl.store(place, tl.zeros([BLOCK], out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def capped_kernel(logits, stride, bias, softcap, columns, blocks, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
     """softcap(logits + bias) of one block of a row, in place."""
     program = tl.program_id(0).to(tl.int64)
     row = program // blocks
     lanes = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    x = logits_of(logits, row * stride, bias, lanes, lanes < columns)
+    x = logits_of(logits + row * stride, bias, lanes, lanes < columns)
     if CAPPED:
         x = tl.where(x == NEG_INF, x, softcap * tanh_f32(x / softcap))
     tl.store(logits + row * stride + lanes, x, mask=lanes < columns)
@@ -260,7 +264,7 @@ class _Kernels(walk.Kernels):
         if state.extras is not None:
             fold_extras(chunk.logits, (rows, 0, chunk.logits.stride(0)), chunk, state)
             return
-        parts, block = pieces(columns, PART), min(BLOCK, power_of_two(columns))
+        parts, block = pieces(columns, PART), min(BLOCK, max(power_of_two(columns), 8))
         sizes = (rows * parts,) * (2 if state.weighted is None else 3)
         statistics = [chunk.logits.new_empty(size) for size in sizes]
         statistics += [None] * (3 - len(statistics))
@@ -268,11 +272,12 @@ class _Kernels(walk.Kernels):
         options["WITH_ENTROPY"] = state.weighted is not None
         _launch.run(
             statistics_kernel, rows * parts, *inputs, chunk.kept, columns, parts, *statistics, PART=PART, BLOCK=block,
-            num_warps=warps(block), registers=FREE, **options,
+            UNIT=_launch.unit(columns, chunk.logits.stride(0)), num_warps=warps(block), registers=FREE, **options,
         )  # fmt: skip
+        held = tile_rows(ROWS, parts)
         _launch.run(
-            merge_kernel, pieces(rows, ROWS), *inputs, chunk.labels, chunk.first, chunk.kept, rows, columns, parts,
-            *statistics, state.max, state.rest, state.weighted, state.label_logit, state.here, ROWS=ROWS,
+            merge_kernel, pieces(rows, held), *inputs, chunk.labels, chunk.first, chunk.kept, rows, columns, parts,
+            *statistics, state.max, state.rest, state.weighted, state.label_logit, state.here, ROWS=held,
             PARTS=power_of_two(parts), num_warps=1, **options,
         )  # fmt: skip
 
@@ -293,7 +298,8 @@ class _Kernels(walk.Kernels):
         inputs, options = _scaled(chunk)
         _launch.run(
             gradient_kernel, rows * blocks, *inputs, chunk.labels, chunk.first, chunk.kept, *upstream, unit, *found[:4],
-            columns, blocks, out, out.stride(0), BLOCK=block, num_warps=warps(block), **options,
+            columns, blocks, out, out.stride(0), BLOCK=block,
+            UNIT=_launch.unit(columns, chunk.logits.stride(0), out.stride(0)), num_warps=warps(block), **options,
         )  # fmt: skip
         return out, unit
 

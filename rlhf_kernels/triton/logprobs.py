@@ -1,10 +1,10 @@
 """Log-probs and entropy from logits.
 
 A row is cut into parts of PART columns, whose statistics (max, sum of the others, weighted sum) are taken by one
-program each, in one read: a maximum per block of columns, one exp2 per entry, and sums that stay in registers until the
-part ends. A second, small kernel merges a row's parts and reads the label's logit. How a row is cut depends on V alone,
-so its bits do not depend on its neighbours. Backwards, each program turns one block of a row into its gradient: one
-read, one write.
+program each, in one read: every 8 consecutive columns of a block have a maximum and sums of their own in registers, one
+exp2 an entry and one for each 8, and only where the part ends do threads meet. A second, small kernel merges a row's
+parts and reads the label's logit. How a row is cut depends on V alone, so its bits do not depend on its neighbours.
+Backwards, each program turns one block of a row into its gradient: one read, one write.
 """
 
 import torch
@@ -14,19 +14,22 @@ import triton.language as tl
 from .._linear_walk import Chunk, State
 from .._planes import places, planes
 from . import _launch
-from ._launch import pieces, power_of_two, warps
+from ._launch import pieces, power_of_two, tile_rows, unit, warps
 from ._math import (
     NEG_INF,
-    add_block,
+    add_eights,
+    dlogits,
     exp_f32,
-    expm1_f32,
+    label_gradient,
     log1p_f32,
+    log_prob_gradient,
+    of_lanes,
     raised,
     row_at,
     scale_of,
     scaled,
-    scaled_slope,
     whole_rest,
+    widened,
 )
 from ._row_extras import fold as fold_extras
 
@@ -36,37 +39,43 @@ GRADIENT_BLOCK = 4096  # columns of a program of the backward
 ROWS = 32  # rows that a program of the merge finishes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "batch_stride", "stride", "vocab", "parts", "ignore_index"])
 def statistics_kernel(
     logits, T, batch_stride, stride, labels, vocab, parts, temperatures, scale, softcap, ignore_index, out_max,
     out_rest, out_weighted, HAS_LABELS: tl.constexpr, WITH_ENTROPY: tl.constexpr, SCALED: tl.constexpr,
-    CAPPED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, PART: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """(max z, sum exp(z - max) less 1, sum exp(z - max) (z - max)) of one part of a row; out_* [N, parts]."""
-    program = tl.program_id(0).to(tl.int64)
-    row, part = program // parts, program % parts
-    first = part * PART
+    LANES: tl.constexpr = BLOCK // 8
+    program = tl.program_id(0)
+    row, first = program // parts, program % parts * PART
     end = tl.minimum(first + PART, vocab)
     if HAS_LABELS:  # an ignored row is not read
         end = tl.where(tl.load(labels + row) == ignore_index, first, end)
-    logits += row_at(row, T, batch_stride, stride)
+    logits += tl.multiple_of(row_at(row, T, batch_stride, stride), UNIT)
     scale = scale_of(row, temperatures, scale)
-    row_max = tl.full([], NEG_INF, tl.float32)
-    rest = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
+    lane_max = tl.full([LANES], NEG_INF, tl.float32)
+    rest = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
     lanes = tl.arange(0, BLOCK)
-    for start in range(first, end, BLOCK):
-        columns = start + lanes
-        x = tl.load(logits + columns, mask=columns < end, other=NEG_INF).to(tl.float32)
+    end = tl.multiple_of(end, UNIT)
+    whole = first + (end - first) // BLOCK * BLOCK
+    for start in range(first, whole, BLOCK):
+        z = scaled(widened(tl.load(logits + start + lanes)), scale, softcap, SCALED, CAPPED)
+        lane_max, rest, weighted = add_eights(lane_max, rest, weighted, z, WITH_ENTROPY, LANES)
+    if whole < end:
+        columns = whole + lanes
+        x = widened(tl.load(logits + columns, mask=columns < end, other=NEG_INF))
         z = scaled(x, scale, softcap, SCALED, CAPPED)
-        row_max, rest, weighted = add_block(row_max, rest, weighted, z, lanes, WITH_ENTROPY, BLOCK)
+        lane_max, rest, weighted = add_eights(lane_max, rest, weighted, z, WITH_ENTROPY, LANES)
+    row_max, rest, weighted = of_lanes(lane_max, rest, weighted, WITH_ENTROPY)
     tl.store(out_max + program, row_max)
-    tl.store(out_rest + program, tl.sum(rest, 0))
+    tl.store(out_rest + program, rest)
     if WITH_ENTROPY:
-        tl.store(out_weighted + program, tl.sum(weighted, 0))
+        tl.store(out_weighted + program, weighted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "batch_stride", "stride", "rows", "vocab", "parts", "ignore_index"])
 def merge_kernel(
     logits, T, batch_stride, stride, labels, rows, vocab, parts, temperatures, scale, softcap, ignore_index, part_max,
     part_rest, part_weighted, logprob, entropy, out_max, out_log_sum, HAS_LABELS: tl.constexpr,
@@ -109,55 +118,51 @@ def merge_kernel(
     tl.store(out_log_sum + row, tl.where(astray, float("nan"), tl.where(kept, log_sum, 0.0)), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "T", "batch_stride", "stride", "vocab", "blocks", "ignore_index", "out_batch_stride", "out_stride",
+    ]
+)  # fmt: skip
 def gradient_kernel(
     logits, T, batch_stride, stride, labels, grad_logprob, grad_entropy, grad_log_sum_exp, grad_each, logprob, entropy,
     row_max, log_sum, vocab, blocks, temperatures, scale, softcap, ignore_index, out, out_batch_stride, out_stride,
-    HAS_LABELS: tl.constexpr,
-    HAS_LOGPROB: tl.constexpr, HAS_ENTROPY: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HAS_LABELS: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """-p (g + h (log p + entropy)) dz/dx of one block of a row; at the label g (1 - p) - h p (log p + entropy)."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < vocab
-    place = out + row_at(row, T, out_batch_stride, out_stride) + columns
+    """The gradient of one block of a row; 0 if its label is ignored, NaN if it is no column."""
+    program = tl.program_id(0)
+    row, first = program // blocks, program % blocks * BLOCK
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < tl.multiple_of(vocab - first, UNIT)
+    place = out + tl.multiple_of(row_at(row, T, out_batch_stride, out_stride), UNIT) + first + lanes
     label = tl.full([], -1, tl.int64)
     kept = row >= 0
     if HAS_LABELS:
         label = tl.load(labels + row)
         kept = label != ignore_index
     if kept:
+        source = logits + tl.multiple_of(row_at(row, T, batch_stride, stride), UNIT) + first + lanes
+        x = widened(tl.load(source, mask=inside))
         scale = scale_of(row, temperatures, scale)
-        source = logits + row_at(row, T, batch_stride, stride) + columns
-        x = tl.load(source, mask=inside, other=NEG_INF).to(tl.float32)
-        z = scaled(x, scale, softcap, SCALED, CAPPED)
-        banned = z == NEG_INF
-        log_p = tl.where(banned, 0.0, (z - tl.load(row_max + row)) - tl.load(log_sum + row))
-        upstream = 0.0
-        if HAS_LOGPROB:
-            upstream += tl.load(grad_logprob + row)
-        if HAS_ENTROPY:
-            upstream += tl.load(grad_entropy + row) * (log_p + tl.load(entropy + row))
+        grad, through_entropy, other, each, own_entropy = 0.0, None, None, None, None
+        if grad_logprob is not None:
+            grad += tl.load(grad_logprob + row)
+        if grad_entropy is not None:
+            through_entropy, own_entropy = tl.load(grad_entropy + row), tl.load(entropy + row)
         if grad_log_sum_exp is not None:
-            upstream -= tl.load(grad_log_sum_exp + row)
-        dz = -exp_f32(log_p) * upstream
-        if HAS_LABELS and HAS_LOGPROB:
-            log_p_label = tl.load(logprob + row)
-            at_label = -tl.load(grad_logprob + row) * expm1_f32(log_p_label)
-            if HAS_ENTROPY:
-                p = exp_f32(log_p_label)
-                surprise = tl.where(p == 0.0, 0.0, log_p_label) + tl.load(entropy + row)
-                at_label -= tl.load(grad_entropy + row) * p * surprise
-            if grad_log_sum_exp is not None:
-                at_label += tl.load(grad_log_sum_exp + row) * exp_f32(log_p_label)
-            dz = tl.where(columns == label, at_label, dz)
+            other = tl.load(grad_log_sum_exp + row)
         if grad_each is not None:
-            dz += tl.load(grad_each + row)
-        dx = tl.where(banned, 0.0, dz * scaled_slope(x, scale, softcap, CAPPED))
+            each = tl.load(grad_each + row)
+        base = grad if other is None else grad - other
         if HAS_LABELS:
-            dx = tl.where((label < 0) | (label >= vocab), float("nan"), dx)
+            base = tl.where((label < 0) | (label >= vocab), float("nan"), base)
+        z = scaled(x, scale, softcap, SCALED, CAPPED)
+        dz = log_prob_gradient(z, tl.load(row_max + row), tl.load(log_sum + row), own_entropy, base, through_entropy)
+        if HAS_LABELS and grad_logprob is not None:
+            at = label - first
+            if (at >= 0) & (at < BLOCK):
+                at_label = label_gradient(tl.load(logprob + row), own_entropy, grad, through_entropy, other)
+                dz = tl.where(lanes == at.to(tl.int32), at_label, dz)
+        dx = dlogits(dz, x, each, scale, softcap, SCALED, CAPPED)
         tl.store(place, dx.to(out.dtype.element_ty), mask=inside)
     else:
         tl.store(place, tl.zeros([BLOCK], out.dtype.element_ty), mask=inside)
@@ -181,17 +186,18 @@ def logprobs_fwd(logits, labels, temperatures, temperature, softcap, ignore_inde
     statistics += [None] * (3 - len(statistics))
     wanted = (labels is not None, with_entropy, True, True)
     results = [new(shape if want else 0, dtype=torch.float32) for want in wanted]
-    block = min(BLOCK, power_of_two(vocab))
+    block = min(BLOCK, max(power_of_two(vocab), 8))
     scalars = (_dense(temperatures, torch.float32), 1.0 / temperature, softcap or 0.0, ignore_index)
     options = {"HAS_LABELS": labels is not None, "WITH_ENTROPY": with_entropy}
     options |= _options(temperatures, temperature, softcap)
     _launch.run(
         statistics_kernel, count * parts, rows, *places(rows), labels, vocab, parts, *scalars, *statistics, PART=PART,
-        BLOCK=block, num_warps=warps(block), **options,
+        BLOCK=block, UNIT=unit(vocab, *places(rows)[1:]), num_warps=warps(block), **options,
     )  # fmt: skip
+    held = tile_rows(ROWS, parts)
     _launch.run(
-        merge_kernel, pieces(count, ROWS), rows, *places(rows), labels, count, vocab, parts, *scalars, *statistics,
-        *results, ROWS=ROWS, PARTS=power_of_two(parts), num_warps=1, **options,
+        merge_kernel, pieces(count, held), rows, *places(rows), labels, count, vocab, parts, *scalars, *statistics,
+        *results, ROWS=held, PARTS=power_of_two(parts), num_warps=1, **options,
     )  # fmt: skip
     return tuple(results)
 
@@ -224,8 +230,8 @@ def logprobs_bwd(
         gradient_kernel, count * blocks, rows, *places(rows), labels, *upstream, logprobs, entropy, row_max, log_sum,
         vocab, blocks, _dense(temperatures, torch.float32), 1.0 / temperature, softcap or 0.0, ignore_index, out,
         *places(out)[1:],
-        HAS_LABELS=labels is not None, HAS_LOGPROB=grad_logprobs is not None, HAS_ENTROPY=grad_entropy is not None,
-        BLOCK=block, num_warps=warps(block), **_options(temperatures, temperature, softcap),
+        HAS_LABELS=labels is not None, BLOCK=block, UNIT=unit(vocab, *places(rows)[1:], *places(out)[1:]),
+        num_warps=warps(block), **_options(temperatures, temperature, softcap),
     )  # fmt: skip
     if inplace and not over:
         logits.copy_(out.view(logits.shape))

@@ -45,6 +45,7 @@ from ._policy_pieces import (
     add_moments,
     all_m2,
     kept_of,
+    loaded,
     mean_of,
     policy_part,
     put,
@@ -86,10 +87,11 @@ def count_kernel(
         keep = tl.load(mask + first + place, mask=inside, other=0) != 0
         counts += keep.to(tl.int32)
         if out_sequences is not None:
-            log_prob, old = kept_of(log_probs + first, place, keep), kept_of(old_log_probs + first, place, keep)
+            log_prob = kept_of(log_probs + first, place, inside, keep)
+            old = kept_of(old_log_probs + first, place, inside, keep)
             _raw, log_ratio, _stuck = held_ratio(log_prob, old, clamp)
             if TERM == GMPO:
-                advantage = kept_of(advantages + first, place, keep)
+                advantage = kept_of(advantages + first, place, inside, keep)
                 low, high = gmpo_held(log_ratio, advantage, a, b)
                 log_ratio = tl.where(low, -a, tl.where(high, b, log_ratio))
                 log_ratio = tl.where(advantage == 0.0, 0.0, log_ratio)
@@ -111,25 +113,22 @@ def count_kernel(
             tl.store(out_sequences + row * 2 + 1, own.to(tl.float32) if SUMMED else 1.0, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["programs", "tokens", "length", "pieces"])
-def loss_kernel(
+@triton.jit
+def take_piece(
     mask, log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, values, old_values, returns,
-    entropy, normalizer, entropy_normalizer, counts, programs, lengths, sequences, tokens, length, a, b, c, clamp,
+    entropy, normalizer, entropy_normalizer, counts, programs, lengths, sequences, length, a, b, c, clamp,
     kl_coef, kl_low, kl_high, kl_cap, kl_ratio_cap, reach, value_scale, entropy_scale, grad_log_probs, grad_values,
-    grad_entropy, pieces, totals, TERM: tl.constexpr, KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr,
-    MODE: tl.constexpr, ENTROPY_MODE: tl.constexpr, MORE: tl.constexpr, PIECE: tl.constexpr, ADDED: tl.constexpr,
+    grad_entropy, pieces, totals, first, inside, TERM: tl.constexpr, KL_ESTIMATOR: tl.constexpr,
+    KL_GRADIENT: tl.constexpr, MODE: tl.constexpr, ENTROPY_MODE: tl.constexpr, MORE: tl.constexpr,
+    PIECE: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a piece, and the numbers that are kept of it; totals [FIELDS, pieces] fp64.
 
-    ENTROPY_MODE None: the entropy is weighed as the loss.
+    ENTROPY_MODE None: the entropy is weighed as the loss. inside None: all of its tokens are.
     """
-    program = tl.program_id(0).to(tl.int64)
-    totals += program
     lanes = tl.arange(0, PIECE)
-    first = program * PIECE
     t = first + lanes
-    inside = t < tokens
-    keep = tl.load(mask + t, mask=inside, other=0) != 0
+    keep = loaded(mask, t, inside) != 0
     count = tl.sum(keep.to(tl.float32), 0)
     nearest = tl.min(tl.where(keep, lanes, PIECE), 0)
     one = first + tl.where(nearest < PIECE, nearest, 0)  # a kept token, if there is one
@@ -145,17 +144,17 @@ def loss_kernel(
     if log_probs is not None:
         grad = policy_part(
             log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, sequences, t, row, one,
-            row_of_one, keep, count, weights, share, a, b, c, clamp, kl_coef, kl_low, kl_high, kl_cap, kl_ratio_cap,
-            pieces, totals, TERM, KL_ESTIMATOR, KL_GRADIENT, MORE,
+            row_of_one, inside, keep, count, weights, share, a, b, c, clamp, kl_coef, kl_low, kl_high, kl_cap,
+            kl_ratio_cap, pieces, totals, TERM, KL_ESTIMATOR, KL_GRADIENT, MORE,
         )  # fmt: skip
         tl.store(grad_log_probs + t, tl.where(keep, grad, 0.0), mask=inside)
     if values is not None:
         grad = value_part(
-            values, old_values, returns, t, one, keep, count, weights, share, reach, value_scale, pieces, totals
+            values, old_values, returns, t, one, inside, keep, count, weights, share, reach, value_scale, pieces, totals
         )
         tl.store(grad_values + t, tl.where(keep, grad, 0.0), mask=inside)
     if entropy is not None:
-        x = kept_of(entropy, t, keep)
+        x = kept_of(entropy, t, inside, keep)
         if ENTROPY_MODE is not None:
             share = share_of(lengths, row, keep, ENTROPY_MODE)
             weight = weight_of(counts, programs, entropy_normalizer, length, ENTROPY_MODE, ADDED).to(tl.float32)
@@ -165,14 +164,49 @@ def loss_kernel(
         put(totals, pieces, ENTROPY, tl.sum(x, 0))
 
 
+@triton.jit(do_not_specialize=["programs", "tokens", "length", "pieces"])
+def loss_kernel(
+    mask, log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, values, old_values, returns,
+    entropy, normalizer, entropy_normalizer, counts, programs, lengths, sequences, tokens, length, a, b, c, clamp,
+    kl_coef, kl_low, kl_high, kl_cap, kl_ratio_cap, reach, value_scale, entropy_scale, grad_log_probs, grad_values,
+    grad_entropy, pieces, totals, TERM: tl.constexpr, KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr,
+    MODE: tl.constexpr, ENTROPY_MODE: tl.constexpr, MORE: tl.constexpr, PIECE: tl.constexpr, ADDED: tl.constexpr,
+):  # fmt: skip
+    """A piece each, the last of which may end early: only there are loads and stores under a mask."""
+    program = tl.program_id(0).to(tl.int64)
+    totals += program
+    first = program * PIECE
+    if first + PIECE <= tokens:
+        take_piece(
+            mask, log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, values, old_values,
+            returns, entropy, normalizer, entropy_normalizer, counts, programs, lengths, sequences, length, a, b, c,
+            clamp, kl_coef, kl_low, kl_high, kl_cap, kl_ratio_cap, reach, value_scale, entropy_scale, grad_log_probs,
+            grad_values, grad_entropy, pieces, totals, first, None, TERM, KL_ESTIMATOR, KL_GRADIENT, MODE, ENTROPY_MODE,
+            MORE, PIECE, ADDED,
+        )  # fmt: skip
+    else:
+        inside = first + tl.arange(0, PIECE) < tokens
+        take_piece(
+            mask, log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, values, old_values,
+            returns, entropy, normalizer, entropy_normalizer, counts, programs, lengths, sequences, length, a, b, c,
+            clamp, kl_coef, kl_low, kl_high, kl_cap, kl_ratio_cap, reach, value_scale, entropy_scale, grad_log_probs,
+            grad_values, grad_entropy, pieces, totals, first, inside, TERM, KL_ESTIMATOR, KL_GRADIENT, MODE,
+            ENTROPY_MODE, MORE, PIECE, ADDED,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["pieces", "programs", "length"])
 def finish_kernel(
-    totals, pieces, normalizer, entropy_normalizer, counts, programs, length, out_losses, out_stats,
+    totals, pieces, normalizer, entropy_normalizer, counts, programs, length, kl_scale, value_scale, entropy_scale,
+    out_losses, out_stats, out_total, out_policy, out_value,
     MODE: tl.constexpr, ENTROPY_MODE: tl.constexpr, HAS_POLICY: tl.constexpr, HAS_KL: tl.constexpr,
     HAS_FACTORS: tl.constexpr, HAS_VALUES: tl.constexpr, HAS_ENTROPY: tl.constexpr, MORE: tl.constexpr,
     MERGED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """Losses and statistics from the numbers of all pieces; one program, so that they are added in one order."""
+    """Losses and statistics from the numbers of all pieces; one program, so that they are added in one order.
+
+    out_total, if not None, is the policy loss and the other parts times their scales.
+    """
     nothing = tl.zeros([MERGED], tl.float64)
     count, peaks = nothing, nothing
     policy_loss, kl, clipped, bounded, ratios, ratio_mean, ratio_m2 = (nothing,) * 7
@@ -217,7 +251,10 @@ def finish_kernel(
         count += kept
     tokens = tl.sum(count, 0)
     weight = weight_of(counts, programs, normalizer, length, MODE, ADDED)
-    store_f32(out_losses, weight * tl.sum(policy_loss, 0))
+    loss = (weight * tl.sum(policy_loss, 0)).to(tl.float32)
+    tl.store(out_losses, loss)
+    if out_policy is not None:
+        tl.store(out_policy, loss)
     store_f32(out_stats, tokens)
     store_mean(out_stats + 1, 0.5 * kl, tokens, HAS_POLICY)
     store_mean(out_stats + 2, clipped, tokens, HAS_POLICY)
@@ -247,22 +284,32 @@ def finish_kernel(
             tl.store(out_stats + 17, 0.0)
         store_mean(out_stats + 18, filtered, tokens, HAS_FACTORS)
         out_losses += 1
-        store_f32(out_losses, weight * tl.sum(kl_loss, 0))
+        kl_part = (weight * tl.sum(kl_loss, 0)).to(tl.float32)
+        tl.store(out_losses, kl_part)
+        loss += times(kl_scale, kl_part)
     if HAS_VALUES:
         wrong, spread = all_m2(count, error_mean, error_m2), all_m2(count, target_mean, target_m2)
         unspread = tl.where(wrong > 0.0, INF, float("nan"))
         unexplained = tl.where(spread == 0.0, unspread, wrong / tl.where(spread == 0.0, 1.0, spread))
         store_f32(out_stats + 9, 1.0 - unexplained)
-        store_f32(out_losses + 1, 0.5 * weight * tl.sum(value_loss, 0))
+        of_values = (0.5 * weight * tl.sum(value_loss, 0)).to(tl.float32)
+        loss += times(value_scale, of_values)
     else:
         tl.store(out_stats + 9, 0.0)
-        tl.store(out_losses + 1, 0.0)
+        of_values = tl.full([], 0.0, tl.float32)
+    tl.store(out_losses + 1, of_values)
+    if out_value is not None:
+        tl.store(out_value, of_values)
     if HAS_ENTROPY:
         if ENTROPY_MODE is not None:
             weight = weight_of(counts, programs, entropy_normalizer, length, ENTROPY_MODE, ADDED)
-        store_f32(out_losses + 2, weight * tl.sum(entropy_loss, 0))
+        entropy_part = (weight * tl.sum(entropy_loss, 0)).to(tl.float32)
+        tl.store(out_losses + 2, entropy_part)
+        loss += times(entropy_scale, entropy_part)
     else:
         tl.store(out_losses + 2, 0.0)
+    if out_total is not None:
+        tl.store(out_total, loss)
 
 
 @triton.jit
@@ -275,10 +322,9 @@ def upstream(x):
 
 
 @triton.jit
-def scaled_copy(x, scale, out, t, count):
+def scaled_copy(x, scale, out, t, inside):
     if out is not None:
-        inside = t < count
-        tl.store(out + t, scale.to(tl.float32) * tl.load(x + t, mask=inside, other=0.0), mask=inside)
+        tl.store(out + t, scale.to(tl.float32) * loaded(x, t, inside), mask=inside)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -287,11 +333,18 @@ def product_kernel(
     grad_entropy, count, out_log_probs, out_values, out_entropy, PIECE: tl.constexpr,
 ):  # fmt: skip
     """The saved gradients times what came from above; that of the values is total_factor total + value_factor value."""
-    t = tl.program_id(0).to(tl.int64) * PIECE + tl.arange(0, PIECE)
+    first = tl.program_id(0).to(tl.int64) * PIECE
+    t = first + tl.arange(0, PIECE)
     total, value = upstream(grad_loss), upstream(grad_value_loss)
-    scaled_copy(grad_log_probs, total + upstream(grad_policy_loss), out_log_probs, t, count)
-    scaled_copy(grad_values, total_factor * total + value_factor * value, out_values, t, count)
-    scaled_copy(grad_entropy, total, out_entropy, t, count)
+    of_policy, of_values = total + upstream(grad_policy_loss), total_factor * total + value_factor * value
+    if first + PIECE <= count:
+        scaled_copy(grad_log_probs, of_policy, out_log_probs, t, None)
+        scaled_copy(grad_values, of_values, out_values, t, None)
+        scaled_copy(grad_entropy, total, out_entropy, t, None)
+    else:
+        scaled_copy(grad_log_probs, of_policy, out_log_probs, t, t < count)
+        scaled_copy(grad_values, of_values, out_values, t, t < count)
+        scaled_copy(grad_entropy, total, out_entropy, t, t < count)
 
 
 def _bytes(mask):
@@ -325,8 +378,12 @@ def _counts(t, s, clamp, weighings):
     return counts, programs, lengths, sequences
 
 
-def walk(tensors: Tensors, settings: Settings, more: bool):
-    """(losses, the three gradients, stats) of policy_fwd; without `more` of ppo_fwd: no KL, fewer metrics."""
+def walk(tensors: Tensors, settings: Settings, more: bool, scales=None, apart=(None, None, None)):
+    """(losses, the three gradients, stats) of policy_fwd; without `more` of ppo_fwd: no KL, fewer metrics.
+
+    scales of KL, values and entropy: `apart`, each 0-d or None, take the sum of the losses, the policy's and the
+    values'.
+    """
     s = settings
     t = Tensors(*(None if x is None else x.contiguous() for x in tensors))._replace(mask=_bytes(tensors.mask))
     shape, tokens = t.mask.shape, t.mask.numel()
@@ -355,7 +412,8 @@ def walk(tensors: Tensors, settings: Settings, more: bool):
     )  # fmt: skip
     _launch.run(
         finish_kernel, 1, totals, count, t.normalizer, t.entropy_normalizer, counts, programs, max(shape[1], 1),
-        losses, stats, **modes, HAS_POLICY=t.log_probs is not None, HAS_KL=t.ref_log_probs is not None,
+        *(scales or (0.0, 0.0, 0.0)), losses, stats, *apart, **modes,
+        HAS_POLICY=t.log_probs is not None, HAS_KL=t.ref_log_probs is not None,
         HAS_FACTORS=t.weights is not None, HAS_VALUES=t.values is not None, HAS_ENTROPY=t.entropy is not None,
         MORE=more, MERGED=MERGED, ADDED=ADDED, num_warps=8,
     )  # fmt: skip
@@ -364,6 +422,13 @@ def walk(tensors: Tensors, settings: Settings, more: bool):
 
 def policy_fwd(tensors, settings):
     return walk(tensors, settings, more=True)
+
+
+def policy_total_fwd(tensors, settings):
+    """policy_fwd, and before its results the loss that `total_loss` makes of them, in the same launches."""
+    total = tensors.mask.new_empty((), dtype=torch.float32)
+    scales = settings.kl_coef, settings.value_scale, settings.entropy_scale
+    return total, *walk(tensors, settings, True, [float(x) for x in scales], (total, None, None))
 
 
 def policy_bwd(grad_loss, grad_policy_loss, grad_value_loss, grad_log_probs, grad_values, grad_entropy, vf_coef):

@@ -1,11 +1,24 @@
 """The PPO loss: the walk of triton/policy.py with the clipped objective and without a KL."""
 
+import torch
+
 from ..reference.policy import Settings, Tensors
 from ..reference.ppo import AGG_MODES
 from .policy import policy_bwd, walk
 
 
-def ppo_fwd(
+def ppo_fwd(*inputs):
+    return walk(*_settings(*inputs), more=False)
+
+
+def ppo_total_fwd(*inputs, vf_coef, entropy_coef):
+    """ppo_fwd with policy + vf_coef value - entropy_coef entropy, policy and value loss, each 0-d, for its losses."""
+    parts = [inputs[0].new_empty((), dtype=torch.float32) for _ in range(3)]
+    scales = (0.0, float(vf_coef), -float(entropy_coef))
+    return *parts, *walk(*_settings(*inputs), more=False, scales=scales, apart=parts)[1:]
+
+
+def _settings(
     log_probs, old_log_probs, advantages, mask, values, old_values, returns, entropy, normalizer,
     cliprange, cliprange_high, dual_clip, cliprange_value, loss_agg_mode, value_scale=1.0, entropy_scale=1.0,
 ):  # fmt: skip
@@ -24,7 +37,7 @@ def ppo_fwd(
         loss_agg_mode=mode,
         entropy_agg_mode=mode,
     )
-    return walk(tensors, settings, more=False)
+    return tensors, settings
 
 
 ppo_bwd = policy_bwd

@@ -153,7 +153,7 @@ def by_token(x, lengths, at, inside, HAS_LENGTHS: tl.constexpr):
     return x, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def preference_fwd_kernel(
     chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, count, anchor, beta, a, b, ideal_gap,
     power, loss, grad_chosen, grad_rejected, chosen_rewards, rejected_rewards, KIND: tl.constexpr,
@@ -186,7 +186,7 @@ def preference_fwd_kernel(
     tl.store(rejected_rewards + at, beta * bad, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chosen_count", "count"])
 def kto_fwd_kernel(
     chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, chosen_count, count, kl, beta,
     chosen_weight, rejected_weight, loss, grad_chosen, grad_rejected, chosen_rewards, rejected_rewards,
@@ -217,7 +217,7 @@ def kto_fwd_kernel(
     tl.store(rejected_rewards + behind, beta * ratio, mask=undesirable)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rejected_offset", "chosen_count", "rejected_count"])
 def preference_bwd_kernel(
     grad_loss, rejected_offset, grad_chosen, grad_rejected, chosen_count, rejected_count, out_chosen, out_rejected,
     BLOCK: tl.constexpr,

@@ -21,8 +21,10 @@ FLAGS = [
     "-Wextra",
     "-Werror",
     "-Wno-unknown-pragmas",
+    "-fsanitize=alignment",
+    "-fno-sanitize-recover=alignment",
 ]
-MACROS = ["-DRK_ISA=device", "-DRK_BASELINE=1", '-DRK_ARCHITECTURES="cpu"']
+MACROS = ["-DRK_ISA=device", "-DRK_BASELINE=1", '-DRK_ARCHITECTURES="cpu"', "-DRK_PTX=0"]
 
 
 def build() -> Path | None:
@@ -52,6 +54,8 @@ def build() -> Path | None:
     module = folder / "_cuda.so"
     if not module.exists() or module.stat().st_mtime < max(path.stat().st_mtime for path in objects):
         partial = module.with_suffix(f".{os.getpid()}")
-        subprocess.run([COMPILER, "-shared", *map(str, objects), "-o", str(partial)], check=True)
+        subprocess.run(
+            [COMPILER, "-shared", "-fsanitize=alignment", *map(str, objects), "-o", str(partial)], check=True
+        )
         partial.replace(module)
     return module

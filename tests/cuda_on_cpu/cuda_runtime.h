@@ -1,8 +1,11 @@
 // CUDA's blocks on a CPU, for tests: csrc/cuda compiles against this instead of the toolkit's headers.
 //
 // The threads of a block are fibers that take turns on one thread of the CPU; a fiber runs until it waits for its warp
-// or its block. Blocks come one after the other, the last first, so that nothing may lean on their order. A wait that
-// can never end, because some threads have left or wait for something else, ends the process with a message.
+// or its block, and a warp as far as it comes before another one starts. RLHF_KERNELS_FIBERS says in which order threads
+// and warps are taken: "down" (the default) from the last to the first, "up" from the first, "random" shuffled for each
+// turn. What needs a barrier that is not there shows in one of them. Blocks come one after the other, in the same order. A wait that can never end, because some
+// threads have left or wait for something else, ends the process with a message, and so does a word that is read or
+// written where it is not aligned (build.py). Shared memory is filled with 0xff before each block.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -11,8 +14,12 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <random>
+#include <string>
 #include <vector>
 
 #define __global__
@@ -21,7 +28,7 @@
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ __attribute__((section("rk_shared"))) static
 
 struct Index {
     unsigned x;
@@ -30,13 +37,36 @@ struct Index {
 namespace on_cpu {
 
 enum Waits { FOR_NOTHING, FOR_WARP, FOR_BLOCK, LEFT };
-constexpr int LANES = 32, MOST_WORDS = 8;
+constexpr int LANES = 32;
 constexpr size_t STACK = 256 << 10;
 
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
     Waits waits;
+};
+
+// The numbers from 0 to count - 1 as the order has them.
+struct Order {
+    enum { DOWN, UP, RANDOM } kind = DOWN;
+    std::vector<int64_t> numbers;
+    std::minstd_rand random;
+
+    explicit Order(int64_t count) : numbers((size_t)count) {
+        const char* asked = getenv("RLHF_KERNELS_FIBERS");
+        const std::string name = asked ? asked : "down";
+        if (name != "down" && name != "up" && name != "random") {
+            fprintf(stderr, "cuda_on_cpu: RLHF_KERNELS_FIBERS=%s, expected down, up or random\n", asked);
+            abort();
+        }
+        kind = name == "up" ? UP : name == "random" ? RANDOM : DOWN;
+        std::iota(numbers.begin(), numbers.end(), 0);
+        if (kind == DOWN) std::reverse(numbers.begin(), numbers.end());
+    }
+    const std::vector<int64_t>& turn() {
+        if (kind == RANDOM) std::shuffle(numbers.begin(), numbers.end(), random);
+        return numbers;
+    }
 };
 
 struct Block {
@@ -71,30 +101,42 @@ inline bool release(int begin, int end, Waits what) {
     return true;
 }
 
-inline void run_block(int threads) {
-    for (int i = 0; i < threads; ++i) {
-        Fiber& fiber = block.fibers[i];
-        fiber.waits = FOR_NOTHING;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = STACK;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, enter, 0);
-    }
-    for (;;) {
-        bool moved = false, all_left = true;
-        for (int i = threads - 1; i >= 0; --i) {
-            if (block.fibers[i].waits == FOR_NOTHING) {
-                moved = true;
-                block.current = i;
-                swapcontext(&block.scheduler, &block.fibers[i].context);
-            }
-            all_left = all_left && block.fibers[i].waits == LEFT;
+__attribute__((noinline)) inline void prepare(Fiber& fiber) {
+    fiber.waits = FOR_NOTHING;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = STACK;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+}
+
+extern "C" __attribute__((visibility("hidden"))) char __start_rk_shared[], __stop_rk_shared[];
+
+struct Orders {
+    Order blocks, warps, lanes;
+};
+
+// Runs a warp as far as it comes without the others; whether all its threads have left.
+inline bool run_warp(int first, Order& lanes) {
+    do {
+        for (const int64_t lane : lanes.turn()) {
+            block.current = first + (int)lane;
+            Fiber& fiber = block.fibers[block.current];
+            if (fiber.waits == FOR_NOTHING) swapcontext(&block.scheduler, &fiber.context);
         }
-        if (all_left) return;
-        for (int i = 0; i < threads; i += LANES) moved = release(i, i + LANES, FOR_WARP) || moved;
-        moved = release(0, threads, FOR_BLOCK) || moved;
-        if (!moved) {
+    } while (release(first, first + LANES, FOR_WARP));
+    for (int i = first; i < first + LANES; ++i)
+        if (block.fibers[i].waits != LEFT) return false;
+    return true;
+}
+
+inline void run_block(int threads, Orders& orders) {
+    memset(__start_rk_shared, 0xff, (size_t)(__stop_rk_shared - __start_rk_shared));
+    for (int i = 0; i < threads; ++i) prepare(block.fibers[i]);
+    for (bool all_left = false; !all_left;) {
+        all_left = true;
+        for (const int64_t warp : orders.warps.turn()) all_left = run_warp((int)warp * LANES, orders.lanes) && all_left;
+        if (!release(0, threads, FOR_BLOCK) && !all_left) {
             fprintf(stderr, "cuda_on_cpu: block %u waits for ever: its threads do not meet at the same barrier\n",
                     block_index.x);
             abort();
@@ -102,7 +144,13 @@ inline void run_block(int threads) {
     }
 }
 
+// Kernels launched and memory set so far: what would be nodes of a graph.
+extern "C" {
+__attribute__((visibility("default"))) inline int64_t cuda_on_cpu_nodes = 0;
+}
+
 inline void run(std::function<void()> body, int64_t blocks, int threads) {
+    ++cuda_on_cpu_nodes;
     if (threads % LANES != 0 || threads > 1024 || blocks > 0x7fffffff) {
         fprintf(stderr, "cuda_on_cpu: %lld blocks of %d threads\n", (long long)blocks, threads);
         abort();
@@ -112,9 +160,10 @@ inline void run(std::function<void()> body, int64_t blocks, int threads) {
     block.body = std::move(body);
     block_size.x = (unsigned)threads;
     grid_size.x = (unsigned)blocks;
-    for (int64_t i = blocks; i-- > 0;) {
+    Orders orders = {Order(blocks), Order(threads / LANES), Order(LANES)};
+    for (const int64_t i : orders.blocks.turn()) {
         block_index.x = (unsigned)i;
-        run_block(threads);
+        run_block(threads, orders);
     }
 }
 
@@ -141,6 +190,13 @@ inline void whole(unsigned mask) {
     if (mask == 0xffffffffu) return;
     fprintf(stderr, "cuda_on_cpu: only whole warps are supported\n");
     abort();
+}
+
+// As ex2.approx.ftz, at its worst: 2 ulp too much, but for whole x, and 0 where it would be subnormal.
+inline float power_of_two(float x) {
+    const float power = exp2f(x);
+    if (power < 1.17549435e-38f) return 0.0f;
+    return x == rintf(x) || !(power < 1e38f) ? power : power * (1.0f + 2.384185791e-7f);
 }
 
 inline int lane() { return block.current % LANES; }
@@ -231,8 +287,14 @@ typedef int cudaError_t;
 typedef struct Stream* cudaStream_t;
 constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) {
+    fprintf(stderr, "cuda_on_cpu: a device is set that is current\n");
+    abort();
+}
+constexpr int CUDART_VERSION = 0;
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* to, int byte, size_t count, cudaStream_t) {
+    ++on_cpu::cuda_on_cpu_nodes;
     return memset(to, byte, count), cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -185,6 +185,11 @@ def build(dtype: torch.dtype = torch.float32) -> dict[str, Call]:
             lambda s: numbers_of(rk.bradley_terry_loss(s, ranks.reshape(-1), cu_groups, reduction="none")),
             [randn(8)],
         ),
+        "plackett_luce_loss of each prompt": Call(
+            "bradley_terry",
+            lambda s: numbers_of(rk.plackett_luce_loss(s, ranks.reshape(-1), cu_groups, reduction="none")),
+            [randn(8)],
+        ),
         "plackett_luce_loss": Call(
             "bradley_terry", lambda s: numbers_of(rk.plackett_luce_loss(s, ranks)), [randn(2, 4)]
         ),
