@@ -229,7 +229,7 @@ def _named(metrics, counted):
     return {counted if name == "pairs" else name: x for name, x in found.items()}
 
 
-@torch.library.custom_op("rlhf_kernels::ranking_metrics", mutates_args=())
+@custom_op("ranking_metrics")
 def ranking_metrics(stats: Tensor) -> Tensor:
     """Metrics [7] of stats [P, 8]; the contract is in reference/bradley_terry.py."""
     return _metrics_of(dispatch.pick("bradley_terry", stats), stats)
@@ -247,7 +247,7 @@ def _(stats):
 _ranking_metrics = direct(ranking_metrics)
 
 
-@torch.library.custom_op("rlhf_kernels::ranking_fwd", mutates_args=())
+@custom_op("ranking_fwd")
 def ranking_fwd(
     scores: Tensor,
     ranks: Tensor,
@@ -279,7 +279,7 @@ def ranking_fwd(
     return loss.sum() / divisor, grad, metrics
 
 
-@torch.library.custom_op("rlhf_kernels::ranking_bwd", mutates_args=())
+@custom_op("ranking_bwd")
 def ranking_bwd(grad_value: Tensor, grad: Tensor, metrics: Tensor) -> Tensor:
     """Upstream gradient of the loss times the saved gradient [S] over the divisor among the metrics."""
     backend = dispatch.pick("bradley_terry", grad)
