@@ -336,11 +336,11 @@ class Counts:
 
 
 def entries(launch: Launch) -> float | None:
-    """How many entries a thread takes a turn, if the program has a size in entries."""
+    """How many entries a thread takes a turn, if the program has a size in entries and they occupy its threads."""
     sizes = dict(launch.constants)
     tile = sizes["ROWS"] * sizes["COLUMNS"] if {"ROWS", "COLUMNS"} <= set(sizes) else None
     size = sizes.get("BLOCK", sizes.get("PIECE", tile))
-    return None if size is None else size / (32 * launch.warps)
+    return None if size is None or size < 32 * launch.warps else size / (32 * launch.warps)
 
 
 def counts(launch: Launch, target: str) -> Counts:

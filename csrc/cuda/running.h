@@ -1,7 +1,7 @@
 // Statistics of the entries that a thread has met: the maximum, and sums over all others told from it.
 //
 // Entries are compared in pairs, the larger ones again, and so on: the last winner is the maximum, and every loser goes
-// into the sums, ties among them. So the maximum's own 1 is left out, as RowStats wants it, without a test of any entry.
+// into the sums, ties among them. So the maximum's own 1 is left out, as RowStats wants it, and no entry is tested.
 // exp(z - max) is 2^(factor (x - max)), factor = log2(e) / temperature: a common offset of the entries changes nothing.
 #pragma once
 #include "rows.h"

@@ -90,11 +90,10 @@ def put_count(totals, pieces, field: tl.constexpr, true):
 
 
 @triton.jit
-def put_four(totals, pieces, first: tl.constexpr, count: tl.constexpr, a, b, c, d):
-    """The sums of `count` of four, in fields from `first` on; the program's threads meet once for all of them."""
-    sums = tl.reshape(tl.sum(tl.join(tl.join(a, c), tl.join(b, d)), 0), [4])
-    field = tl.arange(0, 4)
-    tl.store(totals + (first + field) * pieces, sums.to(tl.float64), mask=field < count)
+def put_two(totals, pieces, first: tl.constexpr, one, other):
+    """The sums of two, in neighbouring fields; the program's threads meet once for both."""
+    sums = tl.sum(tl.join(one, other), 0)
+    tl.store(totals + (first + tl.arange(0, 2)) * pieces, sums.to(tl.float64))
 
 
 @triton.jit
@@ -119,6 +118,7 @@ def policy_part(
     """d / d log_prob of objective and KL, and what is kept of them."""
     log_prob, old = kept_of(log_probs, t, inside, keep), kept_of(old_log_probs, t, inside, keep)
     raw, log_ratio, stuck = held_ratio(log_prob, old, clamp)
+    put(totals, pieces, KL, tl.sum(raw * raw, 0))
     if MORE:
         put(totals, pieces, LOG_RATIO, tl.sum(raw, 0))
         put(totals, pieces, KL3, tl.sum(k3(-raw), 0))
@@ -133,7 +133,7 @@ def policy_part(
         log_prob, old, log_ratio, stuck, kept_of(advantages, t, inside, keep), of_sequence, slope_length, coefficient,
         a, b, c, TERM,
     )  # fmt: skip
-    clipped = ((low | high) & keep).to(tl.float32)
+    put_two(totals, pieces, CLIPPED, ((low | high) & keep).to(tl.float32), (bounded & keep).to(tl.float32))
     if MORE:
         put_count(totals, pieces, ABOVE, high & keep)
     put(totals, pieces, RATIO_MAX, tl.max(tl.where(keep, ratio, 0.0), 0))
@@ -150,8 +150,7 @@ def policy_part(
         put(totals, pieces, FACTOR, tl.sum(factor, 0))
         put(totals, pieces, FACTOR_M2, tl.sum(factor * factor, 0))
         put_count(totals, pieces, FILTERED, (factor == 0.0) & keep)
-    part = tl.where(keep, share * loss, 0.0)
-    put_four(totals, pieces, POLICY_LOSS, 4, part, raw * raw, clipped, (bounded & keep).to(tl.float32))
+    put(totals, pieces, POLICY_LOSS, tl.sum(tl.where(keep, share * loss, 0.0), 0))
     grad = weights * slope
     if ref_log_probs is not None:
         gap = log_prob - kept_of(ref_log_probs, t, inside, keep)
@@ -173,7 +172,8 @@ def value_part(
     before = value if old_values is None else kept_of(old_values, t, inside, keep)
     error, square, slope, held = value_term(value, before, target, reach)
     part = tl.where(keep, share * square, 0.0)
-    put_four(totals, pieces, VALUE_LOSS, 3, part, (held & keep).to(tl.float32), value, tl.zeros_like(value))
+    put_two(totals, pieces, VALUE_LOSS, part, (held & keep).to(tl.float32))
+    put(totals, pieces, VALUE, tl.sum(value, 0))
     pilot = one_of(returns, one)
     put_moments(totals, pieces, error, one_of(values, one) - pilot, keep, count, ERROR)
     put_moments(totals, pieces, target, pilot, keep, count, TARGET)
