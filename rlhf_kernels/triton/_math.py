@@ -12,10 +12,13 @@ ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
-def row_at(row, T, batch_stride, stride):
-    """Where row b T + t of what `planes` returned begins; in 32 bits, because rows are fewer than programs may be."""
+def row_at(row, T, batch_stride, stride, UNIT: tl.constexpr = 1):
+    """Where row b T + t of what `planes` returned begins; in 32 bits, because rows are fewer than programs may be.
+
+    UNIT divides it. That is said here: about what a function returned it would be forgotten (Triton 3.6).
+    """
     row = row.to(tl.int32)
-    return (row // T).to(tl.int64) * batch_stride + (row % T).to(tl.int64) * stride
+    return tl.multiple_of((row // T).to(tl.int64) * batch_stride + (row % T).to(tl.int64) * stride, UNIT)
 
 
 @triton.jit

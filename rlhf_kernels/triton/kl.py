@@ -135,8 +135,8 @@ def statistics_kernel(
     gap = tl.zeros([LANES], tl.float32)
     widest = tl.zeros([LANES], tl.float32)
     lanes = tl.arange(0, BLOCK)
-    a += tl.multiple_of(row_at(row, T, batch_a, stride_a), UNIT)
-    b += tl.multiple_of(row_at(row, T, batch_b, stride_b), UNIT)
+    a += row_at(row, T, batch_a, stride_a, UNIT)
+    b += row_at(row, T, batch_b, stride_b, UNIT)
     scale_2 = scale * LOG2_E
     whole = first + (end - first) // BLOCK * BLOCK
     for start in range(first, whole, BLOCK):
@@ -245,8 +245,8 @@ def gradient_kernel(
     row, first = program // blocks, program % blocks * BLOCK
     lanes = tl.arange(0, BLOCK)
     inside = lanes < tl.multiple_of(vocab - first, UNIT)
-    a += tl.multiple_of(row_at(row, T, batch_a, stride_a), UNIT) + first
-    b += tl.multiple_of(row_at(row, T, batch_b, stride_b), UNIT) + first
+    a += row_at(row, T, batch_a, stride_a, UNIT) + first
+    b += row_at(row, T, batch_b, stride_b, UNIT) + first
     x_a = widened(tl.load(a + lanes, mask=inside, other=NEG_INF))
     x_b = widened(tl.load(b + lanes, mask=inside, other=NEG_INF))
     divergence, upstream = tl.load(kl + row), tl.load(grad + row) * scale

@@ -52,7 +52,7 @@ def statistics_kernel(
     end = tl.minimum(first + PART, vocab)
     if HAS_LABELS:  # an ignored row is not read
         end = tl.where(tl.load(labels + row) == ignore_index, first, end)
-    logits += tl.multiple_of(row_at(row, T, batch_stride, stride), UNIT)
+    logits += row_at(row, T, batch_stride, stride, UNIT)
     scale = scale_of(row, temperatures, scale)
     lane_max = tl.full([LANES], NEG_INF, tl.float32)
     rest = tl.zeros([LANES], tl.float32)
@@ -133,14 +133,14 @@ def gradient_kernel(
     row, first = program // blocks, program % blocks * BLOCK
     lanes = tl.arange(0, BLOCK)
     inside = lanes < tl.multiple_of(vocab - first, UNIT)
-    place = out + tl.multiple_of(row_at(row, T, out_batch_stride, out_stride), UNIT) + first + lanes
+    place = out + row_at(row, T, out_batch_stride, out_stride, UNIT) + first + lanes
     label = tl.full([], -1, tl.int64)
     kept = row >= 0
     if HAS_LABELS:
         label = tl.load(labels + row)
         kept = label != ignore_index
     if kept:
-        source = logits + tl.multiple_of(row_at(row, T, batch_stride, stride), UNIT) + first + lanes
+        source = logits + row_at(row, T, batch_stride, stride, UNIT) + first + lanes
         x = widened(tl.load(source, mask=inside))
         scale = scale_of(row, temperatures, scale)
         grad, through_entropy, other, each, own_entropy = 0.0, None, None, None, None
