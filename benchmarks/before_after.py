@@ -83,8 +83,9 @@ def short_table(groups: list[dict]) -> list[str]:
     kinds = [kind for kind in TRAINERS if (kind, "fp32") in found and (kind, "bf16") in found]
     if not kinds:
         return []
+    names = " | ".join(kind.upper() for kind in kinds)
     lines = [
-        f"| a step of TRL's trainer, fp32; bf16, `fast` | {' | '.join(kind.upper() for kind in kinds)} |",
+        f"| a step of TRL's trainer, fp32; bf16 with `precision='fast'` | {names} |",
         "|---" * (len(kinds) + 1) + "|",
     ]
     for other, text in (("trl", "TRL as it is takes"), ("trl-labels", "TRL on labels alone takes")):
@@ -94,7 +95,7 @@ def short_table(groups: list[dict]) -> list[str]:
         )
         lines.append(f"| {text} | {' | '.join(times)} |")
     peaks = (_peaks(found[kind, "fp32"], ("ours", "trl-labels", "trl")) for kind in kinds)
-    lines.append(f"| MiB: ours, on labels, as it is | {' | '.join(peaks)} |")
+    lines.append(f"| MiB, fp32: ours, labels, as it is | {' | '.join(peaks)} |")
     return ["", *lines]
 
 

@@ -50,8 +50,7 @@ UNMEASURED = (
 )  # fmt: skip
 SHORT_TEXT = (
     "fp32, forward + backward where not said otherwise. ms is ours; then, how many times as long the others take.",
-    "All rows, goals, memory, errors and curves: [docs/benchmarks.md](docs/benchmarks.md); other trainers:",
-    "[docs/integrations/measured.md](docs/integrations/measured.md), `make bench-integrations`.",
+    "All rows: [docs/benchmarks.md](docs/benchmarks.md), [in other trainers](docs/integrations/measured.md).",
 )
 SHORT_HEAD = "| call | shape | ms | eager | compile | others | goals |\n|---|---|---|---|---|---|---|"
 NOTHING = "Nothing is measured yet; `make bench` fills this part."
@@ -251,7 +250,7 @@ def _machine(data: dict) -> list[str]:
     text = (
         f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {told['threads']} threads, "
         f"torch {told['torch']}, commit {told['commit']}, {days}: `make bench` "
-        "(`ppo_iteration`: `OP=train_ppo`; other trainers: `OP=integrations`, CPU time)."
+        "(`ppo_iteration`: `OP=train_ppo`; TRL's trainers: `make bench-integrations`)."
     )
     whole = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), text)  # code is not broken
     return [line.replace("\0", " ") for line in textwrap.wrap(whole, 118, break_on_hyphens=False)]

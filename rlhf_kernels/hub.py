@@ -108,7 +108,9 @@ def check_replaceable(folder: Path) -> None:
     """FileExistsError unless the folder is absent, empty, or holds what `write` wrote and nothing else."""
     if not folder.exists():
         return
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file, expected a folder")
+    found = {path.name for path in folder.iterdir()}
     if (folder / "build").is_dir():
         found |= {f"build/{path.name}" for path in (folder / "build").iterdir()}
     strange = sorted(found - WRITTEN - {f"build/{variant}" for variant in VARIANTS})
@@ -156,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         ids = write(options.folder)
-    except (FileExistsError, RuntimeError) as reason:
+    except (OSError, RuntimeError) as reason:
         parser.error(str(reason))
     for variant, name in ids.items():
         print(f"{Path(options.folder) / 'build' / variant}: torch.ops.{name}")

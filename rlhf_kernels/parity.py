@@ -184,7 +184,11 @@ def main(arguments: list[str] | None = None) -> int:
         peer = importlib.import_module(f".integrations._parity_{options.peer}", __package__)
         peer.check()
     except (ImportError, RuntimeError) as reason:
-        parser.error(str(reason))
+        parser.error(f"{options.peer} cannot be compared: {reason}")
+    try:
+        torch.empty(0, device=options.device)
+    except (AssertionError, RuntimeError) as reason:
+        parser.error(f"--device is {options.device}: {str(reason).splitlines()[0]}")
     dtype, shape = DTYPES[options.dtype], options.shape
     print(
         f"{peer.NAME}: {shape.rows} rows, {shape.vocab} tokens, width {shape.hidden}, "

@@ -111,8 +111,9 @@ class RankedRewardTrainer(RewardTrainer):
     A row is `prompt` (a string or messages; none where the completions are whole texts or dialogues), `completions` and
     `ranks` (lower is better, equal is a tie) or `scores` (higher is better), and may hold `margin`, `tools` and
     `chat_template_kwargs` as TRL's pairs do; it becomes ids as they do. Rows that are tokenised hold `completions_ids`
-    and `ranks`, integers from 0. A response of more than `max_length` tokens is left out of its row, and a row that
-    keeps no two responses of different rank is left out; both are counted in a warning, but for streamed rows.
+    and `ranks`, integers from 0. A response that with its prompt and the end of text has more than `max_length` tokens
+    is left out of its row, and a row that keeps no two responses of different rank is left out; both are counted in a
+    warning, but for streamed rows.
 
     Metrics are TRL's, means over the batches: accuracy (equal scores count half) and margin over all pairs of a batch,
     min_reward, mean_reward and max_reward over its responses, num_tokens. `predict` gives the scores, [rows, K], -100
@@ -123,7 +124,8 @@ class RankedRewardTrainer(RewardTrainer):
             K sequences. A `data_collator` takes prepared rows and gives what the trainer's own does. `compute_metrics`
             is refused: transformers would not call it, since rankings have no labels.
     Raises:
-        ValueError: a row is not as above, by its number, or holds `weight` or `margins`, which are not taken here.
+        ValueError: a row is not as above, by its number, or holds `weight` or `margins`, which are not taken here; no
+            row is left.
         RuntimeError: TRL is another version than those tested, or what this class replaces takes other arguments.
     """
 
@@ -143,12 +145,12 @@ class RankedRewardTrainer(RewardTrainer):
             if "completions_ids" not in columns:
                 if "completions" not in columns:
                     raise ValueError(
-                        f"the {dataset_name} dataset has the columns {', '.join(columns)}, expected completions and "
-                        "ranks (or scores); TRL's RewardTrainer takes chosen and rejected"
+                        f"the {dataset_name} dataset has the columns {', '.join(columns) or 'none'}, expected "
+                        "`completions` with `ranks` or `scores`; pairs of `chosen` and `rejected` are for RewardTrainer"
                     )
                 dataset = dataset.map(
-                    _tokenized, fn_kwargs={"processing_class": processing_class}, with_indices=True,
-                    remove_columns=columns, **shared,
+                    _tokenized, fn_kwargs={"processing_class": processing_class, "dataset_name": dataset_name},
+                    with_indices=True, remove_columns=columns, **shared,
                 )  # fmt: skip
             before = dataset
             if args.max_length is not None:
@@ -157,7 +159,18 @@ class RankedRewardTrainer(RewardTrainer):
             dataset = dataset.filter(_has_pair, **shared)
         if isinstance(dataset, Dataset):
             _tell(dataset_name, args.max_length, before, responses, dataset)
+            if len(dataset) == 0:
+                raise ValueError(
+                    f"the {dataset_name} dataset has no row left of {len(before)}: none has two responses of different "
+                    f"rank of at most max_length={args.max_length} tokens, prompt and end of text included"
+                )
         return dataset
+
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix="test"):
+        """Scores [rows, K], -100 where a row has fewer responses, of rows as those to train on."""
+        if "completions_ids" not in data_utils.get_dataset_column_names(test_dataset):
+            test_dataset = self._prepare_dataset(test_dataset, self.processing_class, self.args, "test")
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
@@ -205,14 +218,14 @@ class RankedRewardTrainer(RewardTrainer):
         into["margin"].append(margin / pairs)
 
 
-def _tokenized(row, number, processing_class):
+def _tokenized(row, number, processing_class, dataset_name):
     """A ranked row as {completions_ids, ranks, margin}."""
     try:
         ranks = _ranks(row)
         ids = [_ids(row, place, processing_class) for place in range(len(ranks))]
         margin = {"margin": _margin(row["margin"])} if "margin" in row else {}
     except ValueError as error:
-        raise ValueError(f"row {number}: {error}") from None
+        raise ValueError(f"row {number} of the {dataset_name} dataset: {error}") from None
     return {"completions_ids": ids, "ranks": ranks, **margin}
 
 
@@ -243,12 +256,14 @@ def _margin(value):
 
 
 def _is_finite(value):
-    return isinstance(value, Real) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _ids(row, place, processing_class):
     """Token ids of a row's prompt and one of its completions, as TRL makes them of a chosen or rejected text."""
     prompt, completion = row.get("prompt"), row["completions"][place]
+    if not (prompt is None or isinstance(prompt, str) or _are_messages(prompt)):
+        raise ValueError(f"`prompt` must be a string or a list of messages, got {prompt!r}")
     if not isinstance(completion, str | list):
         raise ValueError(f"`completions[{place}]` must be a string or a list of messages, got {completion!r}")
     if isinstance(completion, str) and isinstance(prompt, list):
@@ -263,6 +278,10 @@ def _ids(row, place, processing_class):
     tools = json.loads(tools) if isinstance(tools, str) else tools
     options = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
     return data_utils._tokenize(processing_class, (prompt or []) + completion, **options)["input_ids"]
+
+
+def _are_messages(value):
+    return isinstance(value, list) and all(isinstance(message, dict) for message in value)
 
 
 def _shortened(row, max_length):

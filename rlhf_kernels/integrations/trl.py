@@ -30,7 +30,7 @@ from .._checks import check_in
 from .._linear_checks import PRECISIONS, check_lora
 from ..logprobs import entropy_from_logits as our_entropy
 from ..logprobs import logprobs_and_entropy_from_logits, logprobs_from_logits
-from ..model_head import active_lora, has_lora
+from ..model_head import active_lora
 from ._patch import Patches, check_signatures
 
 TESTED = ("1.16.0",)
@@ -52,8 +52,7 @@ _TRAINERS = ("sft", "dpo", "kto", "rloo")  # whose heads may have an adapter; GR
 _models: weakref.WeakSet = weakref.WeakSet()  # whose heads were fused while enabled, or that a callback has met
 
 
-class _Options:
-    precision, results = "exact", "float32"
+_options = [("exact", "float32")]  # (precision, results): the default, and those of each enable() in force
 
 
 class _Scores(torch.autograd.Function):
@@ -137,9 +136,9 @@ class _Head:
         low, up = _adapter(hidden, weight)
         found = _Scores.apply(
             hidden, weight, bias, low, up, targets.long(), temperature / logit_scale, softcap, tuple(outputs),
-            _Options.precision == "fast", self.utils.maybe_gather_lm_head_ctx,
+            _options[-1][0] == "fast", self.utils.maybe_gather_lm_head_ctx,
         )  # fmt: skip
-        if _Options.results == "float32":
+        if _options[-1][1] == "float32":
             return found
         return tuple(x.to(hidden.dtype) if x is not None and x.is_floating_point() else x for x in found)
 
@@ -161,7 +160,7 @@ def _adapter(hidden, weight):
 
 
 def _as_results(x, like):
-    return x if _Options.results == "float32" else x.to(like.dtype)
+    return x if _options[-1][1] == "float32" else x.to(like.dtype)
 
 
 def selective_log_softmax(
@@ -222,11 +221,13 @@ def _replacements():
 
 
 def _unserved(layers: type) -> type:
-    """Stands for peft's layers in `isinstance(head, ...)`, but for those whose adapter the head here takes."""
+    """Stands for peft's layers in `isinstance(head, ...)`: the head here takes theirs, or raises and says why not."""
 
     class Kind(type):
         def __instancecheck__(cls, layer):
-            return isinstance(layer, layers) and not has_lora(layer)
+            if isinstance(layer, layers):
+                active_lora(layer)
+            return False
 
     return Kind(layers.__name__, (), {})
 
@@ -240,7 +241,7 @@ _patches = Patches("trl", TESTED, _replacements)
 
 
 def enable(*, precision: str = "exact", results: str = "float32") -> None:
-    """Let TRL score tokens with these kernels, until as many disable().
+    """Let TRL score tokens with these kernels, until as many disable(); the last enable() in force has its options.
 
     Args:
         precision: "exact", the default, or "fast": products of bf16 inputs rounded to bf16, as TRL's are; see
@@ -255,24 +256,24 @@ def enable(*, precision: str = "exact", results: str = "float32") -> None:
     check_in("precision", precision, PRECISIONS)
     check_in("results", results, RESULTS)
     _patches.enable()
-    _Options.precision, _Options.results = precision, results
+    _options.append((precision, results))
 
 
 def disable() -> None:
     """Take back one enable(); with the last one TRL has its own functions again."""
     _patches.disable()
+    if len(_options) > 1:
+        _options.pop()
 
 
 @contextmanager
 def patched(*, precision: str = "exact", results: str = "float32"):
     """TRL on these kernels inside a `with`; arguments and errors as `enable`."""
-    before = _Options.precision, _Options.results
     enable(precision=precision, results=results)
     try:
         yield
     finally:
         disable()
-        _Options.precision, _Options.results = before
 
 
 class KernelsCallback(TrainerCallback):

@@ -125,7 +125,7 @@ def test_tables():
     assert before_after.short_table(GROUPS)[-3:] == [
         "| TRL as it is takes | 5 ×; 8 × |",
         "| TRL on labels alone takes | 2.33 ×; 4 × |",
-        "| MiB: ours, on labels, as it is | 30, 70, 150 |",
+        "| MiB, fp32: ours, labels, as it is | 30, 70, 150 |",
     ]
     skipped = [{**GROUPS[0], "rows": {name: {"skipped": "no TRL"} for name in GROUPS[0]["rows"]}}]
     assert before_after.page(skipped) == before_after.short_table(skipped) == []

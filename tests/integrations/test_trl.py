@@ -118,9 +118,13 @@ def test_everything_comes_back():
         late = importlib.import_module("trl.experimental.orpo.orpo_trainer")
         assert late.selective_log_softmax is rk_trl.selective_log_softmax
         with rk_trl.patched(precision="fast"):
-            assert rk_trl._Options.precision == "fast"
-        assert rk_trl._Options.precision == "exact"
+            with rk_trl.patched(results="input"):
+                assert rk_trl._options[-1] == ("exact", "input")
+            assert rk_trl._options[-1] == ("fast", "float32")
+        assert rk_trl._options[-1] == ("exact", "float32")
         assert cpo_trainer.selective_log_softmax is rk_trl.selective_log_softmax
+    rk_trl.disable()  # one too many
+    assert rk_trl._options == [("exact", "float32")]
     assert {name: getattr(trl_utils, name) for name in NAMES} == before
     assert cpo_trainer.selective_log_softmax is late.selective_log_softmax is before["selective_log_softmax"]
 
@@ -345,7 +349,7 @@ def test_a_lora_adapter_on_the_head_counts(make, tmp_path):
 
 def test_an_adapter_that_is_no_product_is_refused(tmp_path):
     lora = LoraConfig(target_modules=["lm_head"], r=2, lora_dropout=0.5, task_type="CAUSAL_LM")
-    with rk_trl.patched(), pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+    with rk_trl.patched(), pytest.raises(NotImplementedError, match="without dropout, bias or DoRA"):
         step(sft, {}, tmp_path, lora)
 
 

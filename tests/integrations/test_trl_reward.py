@@ -217,6 +217,8 @@ def test_scores_and_metrics_of_a_batch(tmp_path):
     scores = [[trainer.model(torch.tensor([x])).logits.item() for x in row["completions_ids"]] for row in prepared]
     for row, found in zip(scores, trainer.predict(trainer.train_dataset).predictions, strict=True):
         assert found.tolist() == pytest.approx(row + [-100.0] * (9 - len(row)), rel=1e-5)
+    raw = trainer.predict(Dataset.from_list(RANKED)).predictions
+    assert raw.tolist() == trainer.predict(trainer.train_dataset).predictions.tolist()
     log, _ = step(trainer)
     gaps = [
         s[i] - s[j]
@@ -249,19 +251,19 @@ def test_what_is_too_long_leaves_its_row(tmp_path, caplog):
 
 
 BAD = {
-    "the train dataset has the columns chosen, rejected, expected completions and ranks": {
+    "the train dataset has the columns chosen, rejected, expected `completions` with `ranks` or": {
         "chosen": "a",
         "rejected": "b",
     },
-    "row 1: `ranks` must be a list as long": {"ranks": [0]},
-    "row 1: `ranks` must hold finite": {"ranks": [0.0, float("nan")]},
-    "row 1: `completions` must be a list of at least two": {"completions": ["a"], "ranks": [0]},
-    "row 1: either `ranks` or `scores` must be given, got neither": {"ranks": None},
-    "row 1: either `ranks` or `scores` must be given, got ranks and scores": {"scores": [1.0, 0.0]},
-    r"row 1: `completions\[0\]` must be a string or a list of messages, got None": {"completions": [None, "a"]},
-    "row 1: `margin` must be a finite number, got inf": {"margin": float("inf")},
-    "row 1: `weight` is not taken here": {"weight": 2.0},
-    "row 1: `margins` is not taken here": {"margins": [[0.0, 1.0], [1.0, 0.0]]},
+    "row 1 of the train dataset: `ranks` must be a list as long": {"ranks": [0]},
+    "row 1 of the train dataset: `ranks` must hold finite": {"ranks": [0.0, float("nan")]},
+    "row 1 of the train dataset: `completions` must be a list of at least two": {"completions": ["a"], "ranks": [0]},
+    "row 1 of the train dataset: either `ranks` or `scores` must be given, got neither": {"ranks": None},
+    "row 1 .*: either `ranks` or `scores` must be given, got ranks and scores": {"scores": [1.0, 0.0]},
+    r"row 1 .*: `completions\[0\]` must be a string or a list of messages, got None": {"completions": [None, "a"]},
+    "row 1 of the train dataset: `margin` must be a finite number, got inf": {"margin": float("inf")},
+    "row 1 of the train dataset: `weight` is not taken here": {"weight": 2.0},
+    "row 1 of the train dataset: `margins` is not taken here": {"margins": [[0.0, 1.0], [1.0, 0.0]]},
 }
 
 
@@ -270,6 +272,21 @@ def test_bad_rows(message, tmp_path):
     good = {"prompt": "a ", "completions": ["b", "c"], "ranks": [0.0, 1.0]}
     bad = BAD[message]  # a set has the columns of its first row
     rows = [bad] if "chosen" in bad else [dict.fromkeys(bad) | good, good | bad]
+    with pytest.raises(ValueError, match=message):
+        make(rk_trl.RankedRewardTrainer, rows, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    (
+        ([{"prompt": 3, "completions": ["b", "c"], "ranks": [0, 1]}], "`prompt` must be a string or a list"),
+        ([{"prompt": ["a"], "completions": ["b", "c"], "ranks": [0, 1]}], "`prompt` must be a string or a list"),
+        ([{"prompt": "a ", "completions": ["b", "c"], "ranks": [True, False]}], "`ranks` must hold finite numbers"),
+        ([{"prompt": "a ", "completions": ["b", "c"], "ranks": [1, 1]}], "no row left of 1: none has two responses"),
+    ),
+    ids=("number", "strings", "bools", "ties"),
+)
+def test_rows_alike(rows, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         make(rk_trl.RankedRewardTrainer, rows, tmp_path)
 

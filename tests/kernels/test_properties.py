@@ -115,7 +115,7 @@ def tensors_of(result):
     return [tensor for part in parts if part is not None for tensor in tensors_of(part)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def check(assert_close_to_fp64):
     def compare(actual, expected, dtype, scale):
         assert torch.equal(actual.isnan(), expected.isnan()), "NaN in one of the two only"
