@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ImportError, RuntimeError) as reason:
         parser.error(f"{options.peer} cannot be compared: {reason}")
     try:
-        torch.empty(0, device=options.device)
+        torch.empty(0, dtype=torch.float32, device=options.device)
     except (AssertionError, RuntimeError) as reason:
         parser.error(f"--device is {options.device}: {str(reason).splitlines()[0]}")
     dtype, shape = DTYPES[options.dtype], options.shape

@@ -152,6 +152,8 @@ RANK = textwrap.dedent("""
     rows = scores.view(6, 2)[:2] if rank == 0 else scores.view(6, 2)[2:]
     found += [group_advantages(rows, estimator=e, **options).flatten() for e in ("reinforce++-baseline", "batch_mean")]
     torch.save(found, f"{folder}/out{rank}.pt")
+    del options  # a group that outlives its destruction may abort the process at its end
+    dist.barrier()
     dist.destroy_process_group()
 """)
 
