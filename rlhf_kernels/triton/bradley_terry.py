@@ -452,7 +452,7 @@ def bradley_terry_fwd(scores, ranks, cu_groups, margins, ties_half):
     columns = margins.shape[1] if form == 2 else 0
     _launch.run(
         bradley_terry_fwd_kernel, prompts, scores, ranks, cu_groups, prompts, scores.shape[0], margins, columns,
-        *outputs, TIES=ties_half, MARGINS=form, **OPTIONS,
+        *outputs, TIES=ties_half, MARGINS=form, registers=_launch.FREE, **OPTIONS,
     )  # fmt: skip
     return outputs
 
