@@ -7,6 +7,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 NEG_INF = tl.constexpr(float("-inf"))
 FLOOR = tl.constexpr(-1e30)  # of a fall of the maximum: its exp is 0, and times a sum it stays finite
+NEVER = tl.constexpr(-200.0)  # of log p + entropy where p is 0 in fp32: times any gradient it stays finite
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # stands for a maximum of nothing but -inf: what is less it stays -inf
 ALL = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -198,7 +199,7 @@ def log_prob_gradient(z, row_max, log_sum, entropy, grad, grad_entropy):
     if grad_entropy is None:
         return exp_f32(log_p) * -grad
     else:
-        surprise = tl.maximum(log_p + entropy, FLOOR, propagate_nan=ALL)
+        surprise = tl.maximum(log_p + entropy, NEVER, propagate_nan=ALL)
         return exp_f32(log_p) * tl.fma(tl.zeros_like(z) - grad_entropy, surprise, -grad)
 
 

@@ -225,7 +225,7 @@ def log_probs_of(x, row_max, log_sum, scale, SCALED: tl.constexpr):
 def uncapped(d, x, softcap, CAPPED: tl.constexpr):
     """A gradient of softcap * tanh(y / softcap) as one of y."""
     if CAPPED:
-        t = x / softcap
+        t = tl.maximum(x / softcap, -1.0)  # of -inf, whose gradient is 0
         d = d * (1.0 - t * t)
     return d
 
