@@ -98,16 +98,16 @@ def pytest_configure(config):
         peer = os.environ["PEER"]
         drop_in = importlib.import_module(f"rlhf_kernels.integrations.{peer}")
         if peer == "trl":
-            drop_in._Head.apply = _counted("head", drop_in._Head.apply)
+            drop_in._Head.apply = counted(_calls, "head", drop_in._Head.apply)
             reward = importlib.import_module("rlhf_kernels.integrations._trl_reward")
-            reward.pair_loss = _counted("pair loss", reward.pair_loss)
+            reward.pair_loss = counted(_calls, "pair loss", reward.pair_loss)
             drop_in.enable()
             return
         if peer == "verl":
             drop_in.REPLACED["verl.trainer.ppo.core_algos"].update(_under_verls_names(drop_in))
         for attributes in drop_in.REPLACED.values():
             for name, function in attributes.items():
-                attributes[name] = _counted(name, function)
+                attributes[name] = counted(_calls, name, function)
         drop_in.enable()
         _replace_by_path(drop_in.REPLACED)
 
@@ -120,13 +120,15 @@ def _under_verls_names(drop_in):
     return losses | {f"{name}_outcome_advantage": estimator for name, estimator in named.items()}
 
 
-def _counted(name, function):
+def counted(calls, name, function):
+    """The function, whose calls are counted under this name."""
+
     @functools.wraps(function)
-    def counted(*args, **kwargs):
-        _calls[name] += 1
+    def call(*args, **kwargs):
+        calls[name] += 1
         return function(*args, **kwargs)
 
-    return counted
+    return call
 
 
 def _replace_by_path(replaced):

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from rlhf_kernels.integrations import openrlhf
 
 pytest.importorskip("openrlhf", reason="OpenRLHF is not installed: make test-integrations-openrlhf")
+from tests.integrations.peer_tests import counted
 from tests.tiny import model_folder, word_tokenizer
 
 STUBS = str(Path(__file__).parent / "stubs")
@@ -58,17 +59,9 @@ def one_rank():
 def called(monkeypatch):
     """How often each of our functions has been called."""
     calls = Counter()
-
-    def counted(name, function):
-        def call(*args, **kwargs):
-            calls[name] += 1
-            return function(*args, **kwargs)
-
-        return call
-
     for attributes in openrlhf.REPLACED.values():
         for name, function in attributes.items():
-            monkeypatch.setitem(attributes, name, counted(name, function))
+            monkeypatch.setitem(attributes, name, counted(calls, name, function))
     return calls
 
 

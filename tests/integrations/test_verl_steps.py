@@ -20,6 +20,7 @@ from rlhf_kernels.integrations import verl
 pytest.importorskip("verl", reason="verl is not installed: make test-integrations-verl")
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, LlamaForCausalLM
 
+from tests.integrations.peer_tests import counted
 from tests.tiny import model_folder, word_tokenizer
 
 # What the trainer's module imports and compute_advantage does not call.
@@ -91,19 +92,11 @@ def engine_of(folder, monkeypatch, kind="language_model", **options):
 def called(monkeypatch):
     """How often each of our functions has been called."""
     calls = Counter()
-
-    def counted(name, function):
-        def call(*args, **kwargs):
-            calls[name] += 1
-            return function(*args, **kwargs)
-
-        return call
-
     core = sys.modules["verl.trainer.ppo.core_algos"]
     for attributes in (*verl.REPLACED.values(), core.POLICY_LOSS_REGISTRY, core.ADV_ESTIMATOR_REGISTRY):
         for name, function in list(attributes.items()):
             if function.__module__ == verl.__name__:
-                monkeypatch.setitem(attributes, name, counted(name, function))
+                monkeypatch.setitem(attributes, name, counted(calls, name, function))
     return calls
 
 

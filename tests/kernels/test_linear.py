@@ -179,6 +179,36 @@ def test_kl(backend_name, dtype, direction, assert_close_to_fp64):
     assert torch.equal(same, torch.zeros(2, 4))
 
 
+@pytest.mark.parametrize("direction", ("reverse", "forward"))
+def test_kl_of_banned_entries_under_a_softcap(backend_name, direction, assert_close_to_fp64):
+    """Entries that both sides ban, and softcap * tanh of the others: gradients as float64 autograd of the equations."""
+    banned = torch.tensor([0, 3])
+    leaves = [normal(5, 6).requires_grad_(), normal(11, 6, seed=1).requires_grad_()]
+    others = [normal(5, 4, seed=2), normal(11, 4, seed=3)]
+    bias = torch.zeros(11).index_fill(0, banned, -math.inf)
+    kl = rk.linear_kl(*leaves, *others, bias=bias, ref_bias=bias, softcap=2.0, direction=direction)
+    leaves64 = [x.detach().double().requires_grad_() for x in leaves]
+    sides = [2.0 * torch.tanh((h @ w.t()) / 2.0) for h, w in (leaves64, [x.double() for x in others])]
+    allowed = torch.ones(11, dtype=torch.bool).index_fill(0, banned, False)
+    policy, ref = (x[:, allowed].log_softmax(-1) for x in sides)
+    first, second = (policy, ref) if direction == "reverse" else (ref, policy)
+    kl64 = (first.exp() * (first - second)).sum(-1)
+    assert_close_to_fp64(kl, kl64, torch.float32)
+    for grad, grad64 in zip(gradients(leaves, kl), gradients(leaves64, kl64), strict=True):
+        assert_close_to_fp64(grad, grad64, torch.float32, scale=2)
+
+
+def test_large_gradients_of_an_entropy_with_banned_entries(backend_name):
+    """An impossible entry has no gradient, however large the entropy's is: as that of its log near certainty."""
+    bias = torch.tensor([0.0, 0.0, -math.inf, 0.0])
+    hidden = torch.zeros(2, 3).requires_grad_()
+    weight = normal(4, 3).requires_grad_()
+    entropy = rk.linear_logprobs(hidden, weight, torch.tensor([0, 1]), bias=bias, return_entropy=True)[1]
+    found = torch.autograd.grad(entropy, (hidden, weight), torch.full((2,), 1e15))
+    assert entropy.tolist() == pytest.approx([math.log(3)] * 2, rel=1e-6)  # the other logits are all 0
+    assert found[0].abs().max() <= 1e15 * 1e-6 and torch.equal(found[1], torch.zeros(4, 3))
+
+
 def test_gradcheck(backend_name, served):
     served(torch.float64)
     inputs, leaves = with_leaves(reference.example_inputs("rich", dtype=torch.float64), torch.float64)
