@@ -87,8 +87,12 @@ class PPOConfig:
         at_least(0),
     )
     rollout_gap_limit: float | None = option(0.1, "Stop there. None: never.", at_least(0))
-    rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = option(
-        "none", "Weights for an engine's samples: token_truncate, token_mask, sequence_truncate or sequence_mask."
+    rollout_correction: Literal[
+        "none", "token", "sequence", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = option(
+        "none",
+        "Weights for an engine's samples: token (token_truncate; truncated importance sampling), token_mask, sequence "
+        "(sequence_truncate) or sequence_mask.",
     )
     rollout_correction_low: float | None = option(None, "Lower bound of the weights. None: none.", above(0))
     rollout_correction_high: float | None = option(2.0, "Upper bound of the weights. None: none.", above(0))
@@ -216,6 +220,8 @@ class PPOConfig:
         self.dtype = str(self.dtype).removeprefix("torch.")
         self.output_dir = os.path.expanduser(self.output_dir)
         check(self)
+        if self.rollout_correction in ("token", "sequence"):
+            self.rollout_correction += "_truncate"
         if self.bf16 and self.dtype != "float32":
             raise ValueError(
                 f"bf16: got True with dtype {self.dtype}, want dtype float32: its weights are what is rounded"

@@ -83,18 +83,25 @@ def kl_term(args, coef: float) -> KLTerm | None:
 def importance_weights(args, experience) -> tuple[torch.Tensor | None, dict]:
     """(weights [B, T] of an engine's samples or None, metrics), from the log-probs that it gave.
 
+    Without `rollout_correction` the one metric is the effective sample size that the bare ratios of the tokens would
+    leave; {} where the engine gave no log-probs.
+
     Raises:
-        RolloutError: the engine gave none.
+        RolloutError: the engine gave none, and the settings ask for weights.
     """
-    if args.rollout_correction == "none":
-        return None, {}
-    given = experience.rollouts.log_probs
+    given, asked = experience.rollouts.log_probs, args.rollout_correction != "none"
     if given is None:
+        if not asked:
+            return None, {}
         engine = args.rollout_engine
         raise RolloutError(
             f"rollout_correction: got {args.rollout_correction}, but the engine {engine} gives no log-probs"
         )
-    theirs = padded_log_probs(given, experience.mask).to(experience.log_probs.dtype)
+    theirs = padded_log_probs(given, experience.mask)
+    if not asked:
+        bare = kernels.importance_weights(experience.log_probs.double(), theirs, experience.mask).metrics
+        return None, {"rollout/effective_sample_size": bare["effective_sample_size"]}
+    theirs = theirs.to(experience.log_probs.dtype)
     level, _, mode = args.rollout_correction.partition("_")
     found = kernels.importance_weights(
         experience.log_probs, theirs, experience.mask, level=level, mode=mode, low=args.rollout_correction_low,

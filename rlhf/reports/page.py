@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from . import plots
+from .engine import engine_figures
 from .health import NOT_MEASURED, Check, health, minus
 from .runs import COLUMNS, Report, cell, finite, pair_rows
 
@@ -80,6 +81,7 @@ def figures(report: Report) -> list[plots.Figure]:
             caption="Share of the variance of the returns: 1 is perfect, 0 no better than their mean.",
             zero=True,
         ),
+        *engine_figures(report),
         *_reward_model(report),
         *_lengths(report),
         *_losses(report),

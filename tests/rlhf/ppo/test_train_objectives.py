@@ -1,6 +1,7 @@
 """PPO with other objectives, without a value network, with the KL in the loss: gradients by autograd on logits."""
 
 import json
+import math
 import re
 
 import pytest
@@ -9,9 +10,10 @@ from transformers import HfArgumentParser
 
 from rlhf.metrics import Averages
 from rlhf.ppo import PPOConfig
+from rlhf.ppo.iteration import Experience
 from rlhf.ppo.objective import importance_weights, objective_of
 from rlhf.reports.report import write_report
-from rlhf.rollouts.sampling import RolloutError
+from rlhf.rollouts.sampling import RolloutError, Rollouts
 from rlhf_kernels import CISPO, DPPO, GSPO, Clip, ClipCov
 from tests.tiny_ppo import ROOT, bananas, equal, experience_of, perturb, weights
 
@@ -189,6 +191,42 @@ def test_an_engines_samples_are_weighted(home, kind):
     found, _ = gradient(trainer, experience)
     for exact, (name, grad) in zip(torch.autograd.grad(loss, list(trainer.policy.parameters())), found.items()):
         torch.testing.assert_close(grad.double(), exact, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_short_names_are_the_truncating_ones(home):
+    """A run that was told `token` goes on with `token_truncate`, and says so."""
+    options = {"rollout_engine": "generate", "max_steps": 1, "save_steps": 1}
+    for short in ("token", "sequence"):
+        given, meant = (PPOConfig(rollout_correction=name, **options) for name in (short, f"{short}_truncate"))
+        assert given == meant and given.rollout_correction == f"{short}_truncate"
+    home.trainer(rollout_correction="token", **options).train()
+    config = json.loads((home.path / "run" / "run.json").read_text())["config"]
+    assert config["rollout_correction"] == "token_truncate"
+    options |= {"max_steps": 2, "resume_from_checkpoint": "true"}
+    assert home.trainer(rollout_correction="token_truncate", **options).step == 1
+    assert home.trainer(rollout_correction="token", **options).step == 1
+    with pytest.raises(ValueError, match=r"^rollout_correction: .* run with 'token_truncate', this run has 'sequence_"):
+        home.trainer(rollout_correction="sequence", **options)
+
+
+@pytest.mark.parametrize("kind", ["none", "token"])
+def test_the_effective_sample_size_is_always_told(home, kind):
+    """Ratios 4, 1, 1/2 of three tokens: bare (5.5)^2 / (3 * 17.25); held at 2: (3.5)^2 / (3 * 5.25)."""
+    mask = torch.tensor([[True, True], [True, False]])
+    trained = torch.tensor([[0.4, 0.3], [0.1, 0.0]]).log()
+    rollouts = Rollouts([[5], [6]], [[4, 5], [6]], [False, False], [[math.log(0.1), math.log(0.3)], [math.log(0.2)]])
+    experience = Experience(rollouts, mask, trained, trained, trained)
+    args = home.config(rollout_engine="generate", rollout_correction=kind)
+    weights, metrics = importance_weights(args, experience)
+    assert (weights is None) == (kind == "none")
+    wanted = 5.5**2 / (3 * 17.25) if kind == "none" else 3.5**2 / (3 * 5.25)
+    assert float(metrics["rollout/effective_sample_size"]) == pytest.approx(wanted, rel=1e-6)
+    if kind == "none":
+        assert len(metrics) == 1
+        rollouts.log_probs = None
+        assert importance_weights(args, experience) == (None, {})
+    else:
+        assert float(metrics["rollout/truncated_fraction"]) == pytest.approx(1 / 3)
 
 
 def test_a_corrected_run(home):

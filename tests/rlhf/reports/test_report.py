@@ -10,9 +10,10 @@ import pytest
 from rlhf.reports import health, plots, report, runs
 
 
-def write_run(folder, stage="ppo", rows=(), summary=None, samples=()):
+def write_run(folder, stage="ppo", rows=(), summary=None, samples=(), config=None):
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"stage": stage, "config": {"seed": 0}, "summary": summary or {}}))
+    run = {"stage": stage, "config": {"seed": 0} | (config or {}), "summary": summary or {}}
+    (folder / "run.json").write_text(json.dumps(run))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
 
@@ -129,6 +130,34 @@ def test_report_escapes_what_models_write(tmp_path):
     )
     page = report.write_report(tmp_path / "one").read_text(encoding="utf-8")
     assert "<script>" not in page and "&lt;script&gt;alert(1)" in page
+
+
+ENGINE = {"gap (nats)": "logprob_gap_mean", "ESS (share)": "effective_sample_size"}
+
+
+def engine_rows(count=12):
+    """Each number another one, so that a mix-up shows."""
+    names = ("logprob_gap_mean", "effective_sample_size", "truncated_fraction", "filtered_fraction")
+    extra = [{f"rollout/{name}": 0.1 * k + 0.001 * i for k, name in enumerate(names)} for i in range(count)]
+    return [row | more for row, more in zip(ppo_rows(count), extra, strict=True)]
+
+
+@pytest.mark.parametrize("kind, share", [("token_truncate", "truncated"), ("sequence_mask", "filtered")])
+def test_samples_of_an_engine_have_their_figure(tmp_path, monkeypatch, kind, share):
+    write_run(tmp_path / "run", rows=engine_rows(), config={"rollout_correction": kind})
+    drawn, original = [], plots.lines
+    monkeypatch.setattr(plots, "lines", lambda panels, **text: (drawn.append(panels), original(panels, **text))[1])
+    page = report.write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "<h3>Samples of the rollout engine</h3>" in page and "so much of the batch would say as much" in page
+    (panels,) = [dict(panels) for panels in drawn if "ESS (share)" in dict(panels)]
+    wanted = ENGINE | {"clipped (share)": f"{share}_fraction"}
+    assert {label: named["PPO"] for label, named in panels.items()} == {
+        label: (list(range(1, 13)), [row[f"rollout/{name}"] for row in engine_rows()]) for label, name in wanted.items()
+    }
+
+
+def test_a_run_without_an_engine_has_no_such_figure(page):
+    assert "rollout engine" not in page
 
 
 def verdict(folder, check, **options):
