@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from rlhf.rollouts.sampling import transformers_engine
 
@@ -53,6 +54,65 @@ class Stale(Server):
 
 class TopP(Server):
     top_p = 0.8
+
+
+class Elsewhere(Server):
+    """As in another process: weights, generator and threads of its own. `meanwhile` is called first in each call."""
+
+    concurrent = True
+
+    def __init__(self):
+        super().__init__()
+        self.meanwhile = lambda: None
+
+    def update_weights(self, policy):
+        if self.model is None:
+            with torch.random.fork_rng([]):
+                config = copy.deepcopy(policy.config)
+                self.model = AutoModelForCausalLM.from_config(config, dtype=policy.dtype, attn_implementation="eager")
+        self.load({name: weight.detach().clone() for name, weight in policy.named_parameters()})
+        self.updates += 1
+
+    def load(self, weights):
+        self.model.load_state_dict(weights, strict=False)  # tied heads have no name of their own
+
+    def __call__(
+        self, model, tokenizer, prompt_ids, *, response_length, temperature, stop_token_ids, samples_per_prompt, seed
+    ):
+        self.meanwhile()
+        shape, generator = (len(prompt_ids), samples_per_prompt, response_length), torch.Generator().manual_seed(seed)
+        completions = transformers_engine(
+            self.model, tokenizer, prompt_ids, response_length=response_length, temperature=temperature,
+            stop_token_ids=stop_token_ids, samples_per_prompt=samples_per_prompt, batch_size=None,
+            noise=torch.rand(shape, dtype=torch.float64, generator=generator),
+        )  # fmt: skip
+        for completion in completions[::-1]:
+            self.tell_log_probs(completion, temperature)
+            yield completion
+
+
+class Late(Elsewhere):
+    """Loads the weights that it was given the time before: one iteration late, without sampling ahead."""
+
+    before = None
+
+    def load(self, weights):
+        super().load(self.before or weights)
+        self.before = weights
+
+
+class Forgetful(Elsewhere):
+    """Takes weights, and loads the first alone."""
+
+    def load(self, weights):
+        if self.updates == 0:
+            super().load(weights)
+
+
+class Unready(Elsewhere):
+    """Says nothing of being elsewhere."""
+
+    concurrent = False
 
 
 def silent(model, tokenizer, prompt_ids, *, seed, **settings):

@@ -25,6 +25,7 @@ PAD, EOS, STOP, BANANA = 0, 2, 3, 4
 PHASES = ("rollout", "score", "evaluate", "update")
 TIMINGS = ("time", "eps", "tokens_per_sec", *(f"time/{phase}" for phase in PHASES))
 TIMINGS += tuple(f"throughput/{phase}_tokens_per_sec" for phase in PHASES)
+TIMINGS += ("rollout/seconds_waited", "rollout/seconds_sampled")
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -5,7 +5,8 @@
 `rng_state.pth` (of every process) and `trainer_state.json`: counters, the KL controller, the cursors of prompts and
 pretraining texts, and the settings. Within an iteration they also hold `experience.safetensors` and `iteration.json`:
 the responses with their log-probs, values, scores and advantages, and the metrics up to there. The order of the
-minibatches that are left follows from the seed, the iteration and the epoch.
+minibatches that are left follows from the seed, the iteration and the epoch. With `rollout_ahead` there is `ahead.json`
+too, the samples of the next iteration: they are waited for.
 """
 
 import contextlib
@@ -19,7 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from .. import models
 from ..checkpoint import atomic_directory, rng_state, set_rng_state
+from ..rollouts.ahead import load_ahead, save_ahead
 from ..same_run import check_same_run, digest
+from .ahead import samples_ahead
 from .iteration import load_iteration, save_iteration
 from .sharding import cut_like, gathered, trained_weights, whole_state
 
@@ -37,6 +40,7 @@ DATA = ("dataset_name", "ptx_dataset_name")
 
 def save_checkpoint(trainer, directory: Path) -> None:
     """Write everything that the next step depends on; called by every process."""
+    ahead = gather_object([samples_ahead(trainer)])  # waits for them
     begun, main = trainer.begun, trainer.accelerator.is_main_process
     ranks = gather_object([(rng_state(), begun and begun.averages.state())])
     with atomic_directory(directory, replace=True) if main else contextlib.nullcontext() as folder, models.quiet():
@@ -53,6 +57,7 @@ def save_checkpoint(trainer, directory: Path) -> None:
         trainer.tokenizer.save_pretrained(folder)
         if begun is not None:
             save_iteration(begun, [averages for _, averages in ranks], folder)
+        save_ahead(ahead, folder)
         torch.save(trainer.scheduler.state_dict(), folder / "scheduler.pt")
         torch.save({"ranks": [rng for rng, _ in ranks]}, folder / "rng_state.pth")
         state = {
@@ -100,6 +105,7 @@ def load_checkpoint(trainer, directory: Path) -> None:
     if (directory / "within_budget.safetensors").exists():
         weights = load_file(directory / "within_budget.safetensors")
         trainer.within_budget = _cut_like(weights, trained_weights(trainer.policy))
+    trainer.ahead = load_ahead(directory, trainer.rank)
     trainer.begun = load_iteration(directory, trainer.rank, trainer.accelerator.device)
     _load_optimizer(trainer.optimizer, torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu"))
     trainer.scheduler.load_state_dict(torch.load(directory / "scheduler.pt", weights_only=True))

@@ -96,6 +96,12 @@ class PPOConfig:
     )
     rollout_correction_low: float | None = option(None, "Lower bound of the weights. None: none.", above(0))
     rollout_correction_high: float | None = option(2.0, "Upper bound of the weights. None: none.", above(0))
+    rollout_ahead: int = option(
+        0,
+        "1: an engine that samples elsewhere (`concurrent`) draws the next iteration's samples while this one trains, "
+        "from weights one iteration old.",
+        within(0, 1),
+    )
     # rewards
     reward_function: str | None = option(None, "file.py:name, math_answer, regex, json_schema, unit_test; or several.")
     reward_weights: list[float] | None = option(
@@ -230,6 +236,11 @@ class PPOConfig:
             raise ValueError(
                 f"rollout_correction: got {self.rollout_correction}, want none with rollout_engine builtin, whose "
                 "samples are the trainer's own"
+            )
+        if self.rollout_ahead and self.rollout_engine in ("builtin", "generate", "generate_batch"):
+            raise ValueError(
+                f"rollout_ahead: got 1 with rollout_engine {self.rollout_engine}, which reads the weights that train; "
+                "want an engine that samples elsewhere"
             )
         bounds = self.rollout_correction_low, self.rollout_correction_high
         if None not in bounds and bounds[0] > bounds[1]:

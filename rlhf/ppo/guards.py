@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..checkpoint import atomic_directory
+from ..rollouts.engines import gap_complaint, log_prob_gap
 from ..rollouts.sampling import RolloutError
 from .sharding import local, trained_weights
 
@@ -140,7 +141,10 @@ def stop_if_not_finite(trainer, numbers: dict, experience, averages, rows=None) 
     bad = [name for name, count in zip(tensors, counts, strict=True) if count]
     if not bad:
         return
-    message, folder = f"iteration {trainer.step + 1}: {', '.join(bad)} became NaN or infinite", _folder(trainer)
+    message, folder = (
+        f"iteration {trainer.step + 1}: {', '.join(bad)} became NaN or infinite",
+        _folder(trainer, trainer.step + 1),
+    )
     try:
         _save_batch(trainer, folder, bad, tensors, experience, averages, rows)
     except OSError as error:
@@ -148,26 +152,60 @@ def stop_if_not_finite(trainer, numbers: dict, experience, averages, rows=None) 
     raise FloatingPointError(f"{message}; the batch is in {folder}, and no checkpoint holds a step made from it")
 
 
+def compare_engine(trainer, experience, older: bool) -> dict[str, float]:
+    """Return how far the log-probs that the rollout engine gave lie from the trainer's; {} where it gave none.
+
+    Args:
+        older: the samples come from the weights of one iteration before, so that a step of training lies between the
+            two; beyond the limit that is told, and nothing is raised.
+    Raises:
+        RolloutError: farther than `rollout_gap_limit`.
+    """
+    if experience.rollouts.log_probs is None:
+        return {}
+    limit, warning = trainer.args.rollout_gap_limit, trainer.args.rollout_gap_warning
+    gap = log_prob_gap(experience.rollouts.log_probs, experience.log_probs, experience.mask)
+    beyond, told = gap_complaint(gap, limit), gap_complaint(gap, limit if older else warning)
+    if beyond and not older:
+        raise RolloutError(f"{beyond}; rollout_gap_limit sets the limit")
+    if told and older:
+        told += "; samples drawn ahead are one iteration old: its steps are large, or no new weights reach the engine"
+    if told:
+        trainer.guards.warn(trainer.step + 1, "rollout_gap", told)
+    return gap
+
+
 @contextlib.contextmanager
-def prompts_kept(trainer, prompts: list[dict]):
-    """Write the prompts to `bad_batch-<iteration>` where sampling their responses fails."""
+def prompts_kept(trainer, prompts: list[dict], iteration: int | None = None):
+    """Write the prompts to `bad_batch-<iteration>` where sampling their responses fails.
+
+    Args:
+        iteration: that of the prompts, counted from 1; None = the one that the trainer is in.
+    Raises:
+        RolloutError: what the engine did wrong, with the iteration and the folder. Other errors stay what they are, and
+            get a note of both.
+    """
+    iteration = trainer.step + 1 if iteration is None else iteration
     try:
         yield
-    except RolloutError as error:
-        folder = _folder(trainer)
+    except Exception as error:
+        folder = _folder(trainer, iteration)
         rows = [{"prompt": row["prompt"], "prompt_ids": row["prompt_ids"]} for row in prompts]
         where = f"its prompts are in {folder}"
         try:
             with atomic_directory(folder, replace=True) as directory:
-                _write(directory, {"iteration": trainer.step + 1, "bad": [str(error)], "responses": rows})
+                _write(directory, {"iteration": iteration, "bad": [str(error)], "responses": rows})
         except OSError as failure:
             where = f"its prompts could not be written ({failure})"
-        raise RolloutError(f"iteration {trainer.step + 1}: {error}; {where}") from error
+        if isinstance(error, RolloutError):
+            raise RolloutError(f"iteration {iteration}: {error}; {where}") from error
+        error.add_note(f"while sampling for iteration {iteration}; {where}")
+        raise
 
 
-def _folder(trainer):
+def _folder(trainer, iteration: int):
     rank = f"-rank{trainer.rank}" if trainer.world > 1 else ""
-    return trainer.output_dir / f"bad_batch-{trainer.step + 1}{rank}"
+    return trainer.output_dir / f"bad_batch-{iteration}{rank}"
 
 
 def refuse_bad_weights(trainer) -> None:

@@ -20,12 +20,14 @@ from ..models.adapters import merged, merged_whole
 from ..models.sequences import Batch, by_length, cheapest_cut, join, policy_loss, response_values, text_loss
 from ..processes import agreed_signal
 from ..rewards.scoring import Scorer, reward_functions
-from ..rollouts.engines import gap_complaint, load_engine, log_prob_gap
-from ..rollouts.sampling import RolloutError, Rollouts
+from ..rollouts.ahead import Ahead
+from ..rollouts.engines import load_engine
+from ..rollouts.sampling import Rollouts
 from ..settings import refuse
 from ..training.stage import once
 from ..training.steps import WeightsMoved
 from . import sharding
+from .ahead import check_ahead
 from .callbacks import Callbacks
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import PPOConfig
@@ -91,6 +93,7 @@ class PPORun:
         resume = checkpoint.resolve_checkpoint(args.output_dir, args.resume_from_checkpoint)
         self.output_dir = Path(args.output_dir)
         self.engine = load_engine(args.rollout_engine, batch_size=args.local_rollout_batch_size)
+        check_ahead(args, self.engine)  # 22
         self.guards = HealthGuards(args)  # 18
         self._load_data(train_dataset)
         if self.accelerator.is_main_process:
@@ -108,7 +111,7 @@ class PPORun:
         self.prompt_cursor = Cursor(len(self.prompts), args.seed)
         self.step, self.episode, self.seconds, self.stopped, self.tokens_trained = 0, 0, {}, None, 0
         self.contract = self.within_budget = self.begun = self.moved = None
-        self.signals = Noted()
+        self.signals, self.ahead = Noted(), Ahead()
         if resume is not None:
             load_checkpoint(self, resume)
         else:
@@ -194,9 +197,9 @@ class PPORun:
         shape = (prompts * self.world, self.args.num_responses, self.args.response_length)
         return sampling_noise(self.args.seed, self.step, shape)[self._share(prompts)]  # 13
 
-    def engine_seed(self) -> int:
-        """Return the seed of another rollout engine, of this iteration and process."""
-        return int(draws(self.args.seed, 2, self.step, self.rank).integers(2**31 - 1))  # 13
+    def engine_seed(self, iteration: int) -> int:
+        """Return the seed of another rollout engine, of an iteration (counted from 0) and this process."""
+        return int(draws(self.args.seed, 2, iteration, self.rank).integers(2**31 - 1))  # 13
 
     def minibatches(self, begun: Iteration) -> Iterator[list[int]]:
         """Yield this process's rows of each optimizer step that is left of the iteration."""
@@ -253,31 +256,18 @@ class PPORun:
     def _count_tokens(self, rollouts: Rollouts, rows) -> int:
         return sum(len(rollouts.prompt_ids[row]) + len(rollouts.response_ids[row]) for row in rows)
 
-    def _throughput(self, rollouts: Rollouts) -> dict[str, float]:
+    def _throughput(self, rollouts: Rollouts, sampling: float | None = None) -> dict[str, float]:
         """Tokens a second of each phase, all processes together: those sampled; those of prompts and responses, a
         prompt counted with each of its responses; and those that optimizer steps were made from.
+
+        Args:
+            sampling: seconds that the samples took where that is not the time of the phase: they were drawn ahead.
         """
         seen = self._count_tokens(rollouts, range(len(rollouts.response_ids)))
         sampled, trained = sum(map(len, rollouts.response_ids)), self.world * self.tokens_trained
+        seconds = self.seconds | ({} if sampling is None else {"rollout": sampling})
         tokens = {"rollout": sampled, "score": seen, "evaluate": seen, "update": trained}
-        return {f"throughput/{phase}_tokens_per_sec": tokens[phase] / spent for phase, spent in self.seconds.items()}
-
-    def compare_engine(self, experience) -> dict[str, float]:
-        """Return how far the log-probs that the rollout engine gave lie from the trainer's; {} where it gave none.
-
-        Raises:
-            RolloutError: farther than `rollout_gap_limit`.
-        """
-        if experience.rollouts.log_probs is None:
-            return {}
-        gap = log_prob_gap(experience.rollouts.log_probs, experience.log_probs, experience.mask)
-        complaint = gap_complaint(gap, self.args.rollout_gap_limit)
-        if complaint:
-            raise RolloutError(f"{complaint}; rollout_gap_limit sets the limit")
-        complaint = gap_complaint(gap, self.args.rollout_gap_warning)
-        if complaint:
-            self.guards.warn(self.step + 1, "rollout_gap", complaint)
-        return gap
+        return {f"throughput/{phase}_tokens_per_sec": tokens[phase] / spent for phase, spent in seconds.items()}
 
     def weights_moved(self, updates: int) -> dict[str, float]:
         """Return the share of 16-bit weights that the first iteration's optimizer steps have moved; {} later on."""

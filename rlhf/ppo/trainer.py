@@ -47,10 +47,16 @@ Departures and details (each number stands again at its line, here or in run.py)
 21. With an advantage other than gae a response is compared with others, of its prompt or of the batch; there is no
     value network, no value loss, and `whiten_advantages` has no meaning. The KL may be a term of the loss instead of
     the rewards, and the objective any of `rlhf_kernels.policy_loss`.
+22. With `rollout_ahead` an engine that samples elsewhere draws the samples of the next iteration while this one trains,
+    from the weights that this one began with (ahead.py). 2 stays: old log-probs are those of the policy whose turn it
+    is, and the first ratio is 1; that the samples are one iteration older is for 16 to weigh. `rollout_gap_limit` ends
+    the run in the first iteration only, where sampler and trainer have the same weights; later it warns.
 """
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,8 +69,9 @@ from ..interrupt import deferred
 from ..metrics import Averages
 from ..models.sequences import response_log_probs, response_values
 from ..rollouts.sampling import Rollouts, sample
+from .ahead import next_samples
 from .config import PPOConfig
-from .guards import finite_experience, prompts_kept, stop_if_not_finite
+from .guards import compare_engine, finite_experience, prompts_kept, stop_if_not_finite
 from .iteration import Experience, Iteration
 from .objective import advantages_without_values, importance_weights, kl_term, objective_of
 from .run import PPORun
@@ -147,19 +154,19 @@ class PPOTrainer(PPORun):
         self.kl.update(metrics["objective/kl"], episodes)  # 10
         self.step, self.episode = self.step + 1, self.episode + episodes
         self._log_samples(begun.experience)
-        return {**metrics, **self.weights_moved(begun.updates), **self._counters(begun.experience.rollouts)}
+        return {**metrics, **self.weights_moved(begun.updates), **self._counters(begun.experience.rollouts, metrics)}
 
     def begin(self) -> Iteration:
         """Sample, score, and estimate the advantages of the responses that this iteration learns from."""
         self.seconds, self.tokens_trained, averages = {}, 0, Averages()
-        rows = self.next_prompts()
-        rollouts = self.sample(rows)
+        older = bool(self.ahead)
+        rows, rollouts = next_samples(self, averages)  # 22
         raw_scores = self.score(rows, rollouts, averages)
         experience = self.gather(self.evaluate(rollouts), rows, raw_scores)  # 13
         scores = self.shape_scores(experience.raw_scores, experience.rollouts)
         self.estimate_advantages(experience, scores, averages)
         stop_if_not_finite(self, finite_experience(experience, scores), experience, averages)  # 18
-        averages.add(self.compare_engine(experience), 1)  # 16
+        averages.add(compare_engine(self, experience, older), 1)  # 16
         experience.weights, found = importance_weights(self.args, experience)
         averages.add(found, 1)
         self.check_kl_budget(averages)  # 11
@@ -167,17 +174,22 @@ class PPOTrainer(PPORun):
         self.save_inside(begun)
         return begun
 
-    @timed("rollout")
     @in_run_precision  # 20
     def sample(self, rows: list[dict]) -> Rollouts:
-        args, prompts = self.args, rows[:: self.args.num_responses]
+        prompts = rows[:: self.args.num_responses]
+        draw = self.sampling(prompts, self.engine, self.engine_seed(self.step), noise=self.noise(len(prompts)))
         with prompts_kept(self, prompts), self.sharding.whole(self.policy):  # 18, 19
-            return sample(
-                self.policy, self.tokenizer, [row["prompt_ids"] for row in prompts],
-                response_length=args.response_length, temperature=args.temperature, stop_token_ids=self.stop_ids,
-                samples_per_prompt=args.num_responses, batch_size=args.local_rollout_batch_size,
-                noise=self.noise(len(prompts)), engine=self.engine, seed=self.engine_seed(),
-            )  # fmt: skip
+            return draw()
+
+    def sampling(self, prompts: list[dict], engine, seed: int, noise=None) -> Callable[[], Rollouts]:
+        """What draws the responses to these prompts when it is called."""
+        args = self.args
+        return functools.partial(
+            sample, self.policy, self.tokenizer, [row["prompt_ids"] for row in prompts],
+            response_length=args.response_length, temperature=args.temperature, stop_token_ids=self.stop_ids,
+            samples_per_prompt=args.num_responses, batch_size=args.local_rollout_batch_size, noise=noise,
+            engine=engine, seed=seed,
+        )  # fmt: skip
 
     @timed("score")
     @in_run_precision  # 20
@@ -321,11 +333,11 @@ class PPOTrainer(PPORun):
             averages.add(_token_means(found), batch.response_mask.sum())
         averages.add({name: total * self.world for name, total in sums.totals().items()}, 1)
 
-    def _counters(self, rollouts: Rollouts) -> dict[str, float]:
+    def _counters(self, rollouts: Rollouts, metrics: dict[str, float]) -> dict[str, float]:
         seconds = sum(self.seconds.values())
         times = {f"time/{phase}": value for phase, value in self.seconds.items()}
         rates = {"eps": len(rollouts.ended) / seconds, "tokens_per_sec": sum(map(len, rollouts.response_ids)) / seconds}
-        rates |= self._throughput(rollouts)
+        rates |= self._throughput(rollouts, metrics.get("rollout/seconds_sampled"))
         return {"episode": self.episode, **rates, **times}
 
 

@@ -156,8 +156,21 @@ def test_samples_of_an_engine_have_their_figure(tmp_path, monkeypatch, kind, sha
     }
 
 
+def test_samples_drawn_ahead_have_their_figure(tmp_path, monkeypatch):
+    more = [{"rollout/seconds_waited": 0.5 * i, "rollout/seconds_sampled": 9.0 + i} for i in range(5)]
+    rows = [row | times for row, times in zip(ppo_rows(5), more, strict=True)]
+    write_run(tmp_path / "run", rows=rows)
+    drawn, original = [], plots.lines
+    monkeypatch.setattr(plots, "lines", lambda panels, **text: (drawn.append(panels), original(panels, **text))[1])
+    page = report.write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "<h3>Samples drawn ahead</h3>" in page and "<h3>Samples of the rollout engine</h3>" not in page
+    (panel,) = [named for panels in drawn for label, named in panels if label == "seconds"]
+    steps = [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert panel == {"waited": (steps, [0, 0.5, 1, 1.5, 2]), "sampled": (steps, [9, 10, 11, 12, 13])}
+
+
 def test_a_run_without_an_engine_has_no_such_figure(page):
-    assert "rollout engine" not in page
+    assert "rollout engine" not in page and "drawn ahead" not in page
 
 
 def verdict(folder, check, **options):
