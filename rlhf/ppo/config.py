@@ -91,17 +91,11 @@ class PPOConfig:
         "none", "token", "sequence", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = option(
         "none",
-        "Weights for an engine's samples: token (token_truncate; truncated importance sampling), token_mask, sequence "
-        "(sequence_truncate) or sequence_mask.",
+        "Weights for an engine's samples: token (truncated), token_mask, sequence (truncated), sequence_mask.",
     )
     rollout_correction_low: float | None = option(None, "Lower bound of the weights. None: none.", above(0))
     rollout_correction_high: float | None = option(2.0, "Upper bound of the weights. None: none.", above(0))
-    rollout_ahead: int = option(
-        0,
-        "1: an engine that samples elsewhere (`concurrent`) draws the next iteration's samples while this one trains, "
-        "from weights one iteration old.",
-        within(0, 1),
-    )
+    rollout_ahead: int = option(0, "1: a concurrent engine draws the next samples early.", within(0, 1))
     # rewards
     reward_function: str | None = option(None, "file.py:name, math_answer, regex, json_schema, unit_test; or several.")
     reward_weights: list[float] | None = option(

@@ -49,8 +49,9 @@ Departures and details (each number stands again at its line, here or in run.py)
     the rewards, and the objective any of `rlhf_kernels.policy_loss`.
 22. With `rollout_ahead` an engine that samples elsewhere draws the samples of the next iteration while this one trains,
     from the weights that this one began with (ahead.py). 2 stays: old log-probs are those of the policy whose turn it
-    is, and the first ratio is 1; that the samples are one iteration older is for 16 to weigh. `rollout_gap_limit` ends
-    the run in the first iteration only, where sampler and trainer have the same weights; later it warns.
+    is, and the first ratio is 1; that the samples are one iteration older is for 16 to weigh, in the loss alone: the
+    KL of 10 and 11 is the mean over these samples. `rollout_gap_limit` ends the run in the first iteration only, where
+    sampler and trainer have the same weights; later it warns.
 """
 
 import contextlib
