@@ -31,6 +31,7 @@ from triton.compiler import ASTSource
 
 from benchmarks import machine_code
 from rlhf_kernels._native import KL_ESTIMATORS
+from rlhf_kernels.reference.bradley_terry import KINDS
 from rlhf_kernels.reference.policy import ESTIMATORS, KL_GRADIENTS, TERMS, Settings, Tensors
 from rlhf_kernels.reference.ppo import AGG_MODES
 from rlhf_kernels.triton import _launch
@@ -86,6 +87,10 @@ def bradley_terry(op) -> None:
         op.plackett_luce_fwd(new(total, dtype=dtype), ranks, cu_groups)
     op.bradley_terry_bwd(new(prompts), new(total), cu_groups)
     op.ranking_metrics_fwd(new(prompts, 8))
+    for kind in KINDS:
+        op.ranking_fwd(new(total), ranks, None, 9, prompts, None, kind, 0.0, None)
+        op.ranking_fwd(new(total), ranks, cu_groups, 0, prompts, None, kind, 0.0, new(1)[0])
+    op.ranking_bwd(new(1)[0], new(total), new(1)[0])
     op.bradley_terry_fwd(new(1), new(1, dtype=I64), new(2, dtype=I64), new(1, 1), False)
     op.plackett_luce_fwd(new(1), new(1, dtype=I64), new(2, dtype=I64))
     op.bradley_terry_bwd(new(1), new(1), new(2, dtype=I64))

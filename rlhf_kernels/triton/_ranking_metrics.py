@@ -1,4 +1,4 @@
-"""The metrics of ranking losses from the statistics of all prompts, in one launch."""
+"""The metrics of ranking losses, and the loss of the whole batch, from what all prompts gave, in one launch."""
 
 import torch
 import triton
@@ -31,10 +31,13 @@ def least(x):
 
 
 @triton.jit(do_not_specialize=["prompts"])
-def metrics_kernel(stats, prompts, out, ROWS: tl.constexpr):
-    """reference.bradley_terry.METRICS of stats [P, 8]; one program, so that prompts are added in one order."""
+def metrics_kernel(stats, loss, prompts, normalizer, number, value, out, ROWS: tl.constexpr):
+    """reference.bradley_terry.METRICS of stats [P, 8]; one program, so that prompts are added in one order.
+
+    loss [P], if not None: its sum over the divisor, which is then normalizer or else number, if there is one.
+    """
     nothing = tl.zeros([ROWS], tl.float64)
-    pairs, strict, correct, margin, responses, rewards, some = (nothing,) * 7
+    pairs, strict, correct, margin, responses, rewards, some, total = (nothing,) * 8
     low, high = tl.full([ROWS], INF, tl.float32), tl.full([ROWS], INF, tl.float32)
     for start in range(0, prompts, ROWS):
         row = start + tl.arange(0, ROWS).to(tl.int64)
@@ -48,6 +51,8 @@ def metrics_kernel(stats, prompts, out, ROWS: tl.constexpr):
         rewards += column(stats, row, prompts, 5, 0.0)
         low = tl.minimum(low, column(stats, row, prompts, 6, INF), propagate_nan=ALL)
         high = tl.minimum(high, -column(stats, row, prompts, 7, -INF), propagate_nan=ALL)
+        if loss is not None:
+            total += tl.load(loss + row, mask=row < prompts, other=0.0)
     of_strict, of_responses = tl.sum(strict, 0), tl.sum(responses, 0)
     tl.store(out, quotient(tl.sum(correct, 0), of_strict))
     tl.store(out + 1, quotient(tl.sum(margin, 0), of_strict))
@@ -55,10 +60,24 @@ def metrics_kernel(stats, prompts, out, ROWS: tl.constexpr):
     tl.store(out + 3, quotient(tl.sum(rewards, 0), of_responses))
     tl.store(out + 4, tl.where(of_responses > 0.0, -least(high), float("nan")))
     tl.store(out + 5, tl.sum(pairs, 0).to(tl.float32))
-    tl.store(out + 6, tl.maximum(tl.sum(some, 0), 1.0).to(tl.float32))
+    divisor = tl.maximum(tl.sum(some, 0), 1.0)
+    if loss is not None:
+        if normalizer is not None:
+            divisor = tl.load(normalizer).to(tl.float64)
+        else:
+            divisor = tl.where(number > 0.0, number, divisor)
+        tl.store(value, (tl.sum(total, 0) / divisor).to(tl.float32))
+    tl.store(out + 6, divisor.to(tl.float32))
 
 
 def ranking_metrics_fwd(stats):
     out = stats.new_empty(len(METRICS), dtype=torch.float32)
-    _launch.run(metrics_kernel, 1, stats.contiguous(), stats.shape[0], out, ROWS=ROWS)
+    _launch.run(metrics_kernel, 1, stats.contiguous(), None, stats.shape[0], None, 0.0, None, out, ROWS=ROWS)
     return out
+
+
+def whole_loss(loss, stats, number, normalizer):
+    """(0-d loss of all prompts, metrics), as reference.bradley_terry says of ranking_fwd."""
+    value, out = (stats.new_empty(size, dtype=torch.float32) for size in ((), len(METRICS)))
+    _launch.run(metrics_kernel, 1, stats, loss, stats.shape[0], normalizer, float(number), value, out, ROWS=ROWS)
+    return value, out

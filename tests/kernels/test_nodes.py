@@ -1,7 +1,7 @@
 """How many nodes a step would have as a CUDA graph: kernels of ours, fills of memory, and PyTorch's own kernels.
 
-Counted without a GPU: ours where they are launched (tests/cuda_on_cpu), PyTorch's as the operators that reach it, but
-for those that only make views or memory.
+Counted without a GPU: ours where they are launched (by tests/cuda_on_cpu, or for Triton's interpreter), PyTorch's as
+the operators that reach it, but for those that only make views or memory.
 """
 
 import ctypes
@@ -9,15 +9,12 @@ import ctypes
 import pytest
 import torch
 from torch._library.custom_ops import OPDEFS
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import rlhf_kernels as rk
-from rlhf_kernels import _checks, _native, bradley_terry, dispatch, policy, ppo
+from rlhf_kernels import _checks, _native, _presence, bradley_terry, dispatch, policy, ppo
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-    pytest.mark.skipif(_native.missing_cuda() is not None, reason=f"no CUDA launchers: {_native.missing_cuda()}"),
-]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 MEMORY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "unbind", "lift_fresh"}
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal"}
 
@@ -48,15 +45,41 @@ class Counted(TorchDispatchMode):
         return results
 
 
-def nodes(call, monkeypatch):
+@pytest.fixture(params=("cuda", "triton"))
+def backend(request):
+    missing = _presence.missing(request.param)
+    if missing is not None:
+        pytest.skip(f"{request.param} is missing: {missing}")
+    return request.param
+
+
+def launches(backend, monkeypatch):
+    """A function that returns how many kernels and fills of ours have been launched."""
+    if backend == "cuda":
+        count = ctypes.c_int64.in_dll(ctypes.CDLL(_native._load_cuda()[0].__file__), "cuda_on_cpu_nodes")
+        return lambda: count.value
+    from rlhf_kernels.triton import _launch
+
+    launched, run = [], _launch.run
+
+    def recorded(kernel, *args, **options):
+        launched.append(kernel)
+        with _disable_current_modes():  # the interpreter is made of operators too
+            run(kernel, *args, **options)
+
+    monkeypatch.setattr(_launch, "run", recorded)
+    return lambda: len(launched)
+
+
+def nodes(call, backend, monkeypatch):
     """(kernels and fills of ours, PyTorch's operators) of one call, as on a GPU, where no value is read."""
     for module in (_checks, ppo, policy, bradley_terry):
         monkeypatch.setattr(module, "reads_values", lambda tensor: False)
-    count = ctypes.c_int64.in_dll(ctypes.CDLL(_native._load_cuda()[0].__file__), "cuda_on_cpu_nodes")
-    before = count.value
-    with dispatch.backend("cuda"), Counted() as counted:
+    count = launches(backend, monkeypatch)
+    before = count()
+    with dispatch.backend(backend), Counted() as counted:
         call()
-    return count.value - before, counted.operators
+    return count() - before, counted.operators
 
 
 def tokens(count):
@@ -95,15 +118,15 @@ def value_step():
 
 
 @pytest.mark.parametrize("step", (ppo_step, policy_step, value_step))
-def test_a_loss_of_tokens_is_four_nodes(step, monkeypatch):
-    """The mask's count, the walk, autograd's 1, and the product of the backward."""
-    ours, operators = nodes(step(), monkeypatch)
-    assert (ours, operators) == (3, ["ones_like"])
+def test_a_loss_of_tokens_is_four_nodes_or_five(step, backend, monkeypatch):
+    """The mask's count, the walk, in Triton its end, autograd's 1, and the product of the backward."""
+    ours, operators = nodes(step(), backend, monkeypatch)
+    assert (ours, operators) == (4 if backend == "triton" else 3, ["ones_like"])
 
 
 @pytest.mark.parametrize("losses", (rk.bradley_terry_loss, rk.plackett_luce_loss))
-def test_a_ranking_loss_is_four_nodes(losses, monkeypatch):
-    """A counter's zero, the pairs with loss and metrics, autograd's 1, and the product of the backward."""
+def test_a_ranking_loss_is_four_nodes(losses, backend, monkeypatch):
+    """The pairs, loss and metrics (in CUDA a counter's zero and both in one), autograd's 1, the backward's product."""
     scores, ranks = torch.randn(20, 9).requires_grad_(), torch.arange(9).expand(20, 9).contiguous()
-    ours, operators = nodes(lambda: losses(scores, ranks).loss.backward(), monkeypatch)
+    ours, operators = nodes(lambda: losses(scores, ranks).loss.backward(), backend, monkeypatch)
     assert (ours, operators) == (3, ["ones_like"])
