@@ -1,10 +1,11 @@
 """The policy loss of any objective, its gradients and its metrics, in one pass over the tokens; ppo_loss too.
 
-Tokens lie flat and are cut into pieces of PIECE, which a program holds in registers: it writes their gradients and what
-they add up to, in fp32, with deviations taken around the piece's own mean. One last program adds the pieces up in fp64,
-in a fixed order. Where a token's weight depends on how many tokens or sequences are kept, a first kernel counts them:
-tokens in pieces of COUNTED or, if sequences matter, by rows. That kernel also makes the numbers of a sequence that some
-objectives need. What is absent is None, and what is compiled has no code for it.
+Tokens lie flat and are cut into pieces of PIECE, of which a program takes up to ROUNDS: it writes their gradients, and
+every lane of 4 tokens adds up what it meets, in fp32, with deviations taken around one of its tokens. Only then do the
+program's threads meet, and merge the deviations around their common mean. One last program adds the programs up in
+fp64, in a fixed order. Where a token's weight depends on how many tokens or sequences are kept, a first kernel counts
+them: tokens in pieces of COUNTED or, if sequences matter, by rows. That kernel also makes the numbers of a sequence
+that some objectives need. What is absent is None, and what is compiled has no code for it.
 """
 
 import torch
@@ -44,12 +45,18 @@ from ._policy_pieces import (
     add_field,
     add_moments,
     all_m2,
+    finish_policy,
+    finish_values,
     kept_of,
+    lane_count,
+    lane_sum,
     loaded,
     mean_of,
     policy_part,
     put,
+    put_four,
     share_of,
+    shared,
     store_f32,
     store_mean,
     value_part,
@@ -57,7 +64,9 @@ from ._policy_pieces import (
 )  # fmt: skip
 from ._policy_terms import GMPO, KL_COV, SEQUENCE, exp_double, gmpo_held, held_ratio, times
 
-PIECE = 2048  # tokens of a program
+PIECE = 1024  # tokens that a program holds in registers at a time, 4 a thread
+ROUNDS, PROGRAMS = 8, 1056  # most pieces of a program, so that there are not fewer programs: eight for each of 132 SMs
+PRODUCT = 2048  # tokens of a program of the backward
 COUNTED = 8192  # tokens that a program counts where rows do not matter
 TILE, SEQUENCE_TILE = 4096, 2048  # of a mask, that it counts at a time; where it also reads log-probs
 ADDED = 1024  # counts that a program adds at a time
@@ -115,84 +124,98 @@ def count_kernel(
 
 @triton.jit
 def take_piece(
-    mask, log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, values, old_values, returns,
-    entropy, normalizer, entropy_normalizer, counts, programs, lengths, sequences, length, a, b, c, clamp,
-    kl_coef, kl_low, kl_high, kl_cap, kl_ratio_cap, reach, value_scale, entropy_scale, grad_log_probs, grad_values,
-    grad_entropy, pieces, totals, first, inside, TERM: tl.constexpr, KL_ESTIMATOR: tl.constexpr,
-    KL_GRADIENT: tl.constexpr, MODE: tl.constexpr, ENTROPY_MODE: tl.constexpr, MORE: tl.constexpr,
-    PIECE: tl.constexpr, ADDED: tl.constexpr,
+    tally, mask, log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, values, old_values,
+    returns, entropy, weight, entropy_weight, lengths, sequences, length, a, b, c, clamp, kl_coef, kl_low, kl_high,
+    kl_cap, kl_ratio_cap, reach, value_scale, entropy_scale, grad_log_probs, grad_values, grad_entropy, first, inside,
+    TERM: tl.constexpr, KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr, MODE: tl.constexpr,
+    ENTROPY_MODE: tl.constexpr, MORE: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a piece, and the numbers that are kept of it; totals [FIELDS, pieces] fp64.
+    """The gradients of a piece, and the lanes' tally with it.
 
     ENTROPY_MODE None: the entropy is weighed as the loss. inside None: all of its tokens are.
     """
+    count, policy, ratios, of_values, errors, targets, of_entropy = tally
     lanes = tl.arange(0, PIECE)
     t = first + lanes
     keep = loaded(mask, t, inside) != 0
-    count = tl.sum(keep.to(tl.float32), 0)
-    nearest = tl.min(tl.where(keep, lanes, PIECE), 0)
-    one = first + tl.where(nearest < PIECE, nearest, 0)  # a kept token, if there is one
-    put(totals, pieces, COUNT, count)
-    row, row_of_one = t, one
+    row = t
     if lengths is not None or sequences is not None:
         row = first // length + ((first % length).to(tl.int32) + lanes) // length
-        row_of_one = one // length
-    weight = weight_of(counts, programs, normalizer, length, MODE, ADDED).to(tl.float32)
     share = share_of(lengths, row, keep, MODE)
-    weights = weight * share
-
+    weights = shared(share, weight)
     if log_probs is not None:
-        grad = policy_part(
-            log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, sequences, t, row, one,
-            row_of_one, inside, keep, count, weights, share, a, b, c, clamp, kl_coef, kl_low, kl_high, kl_cap,
-            kl_ratio_cap, pieces, totals, TERM, KL_ESTIMATOR, KL_GRADIENT, MORE,
+        grad, policy, ratios = policy_part(
+            policy, ratios, log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, sequences, t,
+            row, inside, keep, count, weights, share, a, b, c, clamp, kl_coef, kl_low, kl_high, kl_cap, kl_ratio_cap,
+            TERM, KL_ESTIMATOR, KL_GRADIENT, MORE,
         )  # fmt: skip
         tl.store(grad_log_probs + t, tl.where(keep, grad, 0.0), mask=inside)
     if values is not None:
-        grad = value_part(
-            values, old_values, returns, t, one, inside, keep, count, weights, share, reach, value_scale, pieces, totals
-        )
+        grad, of_values, errors, targets = value_part(
+            of_values, errors, targets, values, old_values, returns, t, inside, keep, count, weights, share, reach,
+            value_scale,
+        )  # fmt: skip
         tl.store(grad_values + t, tl.where(keep, grad, 0.0), mask=inside)
     if entropy is not None:
         x = kept_of(entropy, t, inside, keep)
         if ENTROPY_MODE is not None:
             share = share_of(lengths, row, keep, ENTROPY_MODE)
-            weight = weight_of(counts, programs, entropy_normalizer, length, ENTROPY_MODE, ADDED).to(tl.float32)
-            weights = weight * share
-        tl.store(grad_entropy + t, entropy_scale * weights, mask=inside)
-        put(totals, pieces, ENTROPY_LOSS, tl.sum(tl.where(keep, share * x, 0.0), 0))
-        put(totals, pieces, ENTROPY, tl.sum(x, 0))
+            weights = shared(share, entropy_weight)
+        tl.store(grad_entropy + t, tl.where(keep, entropy_scale * weights, 0.0), mask=inside)
+        of_entropy = of_entropy[0] + lane_sum(shared(share, x)), of_entropy[1] + lane_sum(x)
+    return count + lane_count(keep), policy, ratios, of_values, errors, targets, of_entropy
 
 
-@triton.jit(do_not_specialize=["programs", "tokens", "length", "pieces"])
+@triton.jit(do_not_specialize=["programs", "tokens", "length", "pieces", "rounds"])
 def loss_kernel(
     mask, log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, values, old_values, returns,
     entropy, normalizer, entropy_normalizer, counts, programs, lengths, sequences, tokens, length, a, b, c, clamp,
     kl_coef, kl_low, kl_high, kl_cap, kl_ratio_cap, reach, value_scale, entropy_scale, grad_log_probs, grad_values,
-    grad_entropy, pieces, totals, TERM: tl.constexpr, KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr,
+    grad_entropy, pieces, rounds, totals, TERM: tl.constexpr, KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr,
     MODE: tl.constexpr, ENTROPY_MODE: tl.constexpr, MORE: tl.constexpr, PIECE: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """A piece each, the last of which may end early: only there are loads and stores under a mask."""
+    """`rounds` pieces each, the last of which may end early: only there are loads and stores under a mask.
+
+    totals [FIELDS, pieces] fp64; here `pieces` are the programs' parts of the tokens.
+    """
     program = tl.program_id(0).to(tl.int64)
     totals += program
-    first = program * PIECE
-    if first + PIECE <= tokens:
-        take_piece(
-            mask, log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, values, old_values,
-            returns, entropy, normalizer, entropy_normalizer, counts, programs, lengths, sequences, length, a, b, c,
-            clamp, kl_coef, kl_low, kl_high, kl_cap, kl_ratio_cap, reach, value_scale, entropy_scale, grad_log_probs,
-            grad_values, grad_entropy, pieces, totals, first, None, TERM, KL_ESTIMATOR, KL_GRADIENT, MODE, ENTROPY_MODE,
-            MORE, PIECE, ADDED,
+    first = program * PIECE * rounds
+    weight = weight_of(counts, programs, normalizer, length, MODE, ADDED).to(tl.float32)
+    entropy_weight = weight
+    if ENTROPY_MODE is not None:
+        entropy_weight = weight_of(counts, programs, entropy_normalizer, length, ENTROPY_MODE, ADDED).to(tl.float32)
+    nothing = tl.zeros([PIECE // 4], tl.float32)
+    none = nothing, nothing, nothing
+    tally = nothing, (nothing,) * 13, none, none, none, none, (nothing, nothing)
+    end = tl.minimum(first + PIECE * rounds, tokens)
+    whole = (end - first) // PIECE
+    for _ in range(whole.to(tl.int32)):
+        tally = take_piece(
+            tally, mask, log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, values, old_values,
+            returns, entropy, weight, entropy_weight, lengths, sequences, length, a, b, c, clamp, kl_coef, kl_low,
+            kl_high, kl_cap, kl_ratio_cap, reach, value_scale, entropy_scale, grad_log_probs, grad_values, grad_entropy,
+            first, None, TERM, KL_ESTIMATOR, KL_GRADIENT, MODE, ENTROPY_MODE, MORE, PIECE,
         )  # fmt: skip
-    else:
-        inside = first + tl.arange(0, PIECE) < tokens
-        take_piece(
-            mask, log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, values, old_values,
-            returns, entropy, normalizer, entropy_normalizer, counts, programs, lengths, sequences, length, a, b, c,
-            clamp, kl_coef, kl_low, kl_high, kl_cap, kl_ratio_cap, reach, value_scale, entropy_scale, grad_log_probs,
-            grad_values, grad_entropy, pieces, totals, first, inside, TERM, KL_ESTIMATOR, KL_GRADIENT, MODE,
-            ENTROPY_MODE, MORE, PIECE, ADDED,
+        first += PIECE
+    if first < end:
+        tally = take_piece(
+            tally, mask, log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, values, old_values,
+            returns, entropy, weight, entropy_weight, lengths, sequences, length, a, b, c, clamp, kl_coef, kl_low,
+            kl_high, kl_cap, kl_ratio_cap, reach, value_scale, entropy_scale, grad_log_probs, grad_values, grad_entropy,
+            first, first + tl.arange(0, PIECE) < end, TERM, KL_ESTIMATOR, KL_GRADIENT, MODE, ENTROPY_MODE, MORE, PIECE,
         )  # fmt: skip
+    count, policy, ratios, of_values, errors, targets, of_entropy = tally
+    kept = tl.sum(count, 0)
+    put(totals, pieces, COUNT, kept)
+    if log_probs is not None:
+        finish_policy(policy, ratios, count, kept, pieces, totals, MORE)
+    if values is not None or entropy is not None:
+        put_four(totals, pieces, VALUE_LOSS, *of_values, of_entropy[0])
+    if values is not None:
+        finish_values(of_values, errors, targets, count, kept, pieces, totals)
+    if entropy is not None:
+        put(totals, pieces, ENTROPY, tl.sum(of_entropy[1], 0))
 
 
 @triton.jit(do_not_specialize=["pieces", "programs", "length"])
@@ -392,7 +415,8 @@ def walk(tensors: Tensors, settings: Settings, more: bool, scales=None, apart=(N
     weighings = [(mode, t.normalizer)] if alike else [(mode, t.normalizer), (entropy_mode, t.entropy_normalizer)]
     clamp = None if s.log_ratio_clamp == float("inf") else s.log_ratio_clamp
     counts, programs, lengths, sequences = _counts(t, s, clamp, weighings)
-    count = pieces(tokens, PIECE)
+    rounds = min(max(tokens // (PIECE * PROGRAMS), 1), ROUNDS)
+    count = pieces(tokens, PIECE * rounds)
 
     def new(*shape, dtype=torch.float32):
         return t.mask.new_empty(shape, dtype=dtype)
@@ -406,9 +430,9 @@ def walk(tensors: Tensors, settings: Settings, more: bool, scales=None, apart=(N
         loss_kernel, count, t.mask, t.log_probs, t.old_log_probs, t.advantages, t.ref_log_probs, t.weights,
         coefficients, t.values, t.old_values, t.returns, t.entropy, t.normalizer, t.entropy_normalizer, counts,
         programs, lengths, sequences, tokens, shape[1], s.a, s.b, s.c, clamp, s.kl_coef, s.kl_low, s.kl_high, s.kl_cap,
-        s.kl_ratio_cap, s.cliprange_value, s.value_scale, s.entropy_scale, *grads, count, totals, TERM=int(s.term),
-        KL_ESTIMATOR=int(s.kl_estimator), KL_GRADIENT=int(s.kl_gradient), **modes, MORE=more, PIECE=PIECE, ADDED=ADDED,
-        num_warps=8, registers=FREE,
+        s.kl_ratio_cap, s.cliprange_value, s.value_scale, s.entropy_scale, *grads, count, rounds, totals,
+        TERM=int(s.term), KL_ESTIMATOR=int(s.kl_estimator), KL_GRADIENT=int(s.kl_gradient), **modes, MORE=more,
+        PIECE=PIECE, ADDED=ADDED, num_warps=8, registers=FREE,
     )  # fmt: skip
     _launch.run(
         finish_kernel, 1, totals, count, t.normalizer, t.entropy_normalizer, counts, programs, max(shape[1], 1),
@@ -437,7 +461,7 @@ def policy_bwd(grad_loss, grad_policy_loss, grad_value_loss, grad_log_probs, gra
     count = max(x.numel() for x in grads)
     factors = (1.0 / vf_coef, 1.0) if vf_coef else (1.0, 0.0)
     _launch.run(
-        product_kernel, pieces(count, PIECE), grad_loss, grad_policy_loss, grad_value_loss, *factors, *grads, count,
-        *(x if x.numel() else None for x in products), PIECE=PIECE, num_warps=8,
+        product_kernel, pieces(count, PRODUCT), grad_loss, grad_policy_loss, grad_value_loss, *factors, *grads, count,
+        *(x if x.numel() else None for x in products), PIECE=PRODUCT, num_warps=8,
     )  # fmt: skip
     return tuple(products)
