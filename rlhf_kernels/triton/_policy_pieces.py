@@ -51,20 +51,11 @@ def weight_of(counts, programs, normalizer, length, MODE: tl.constexpr, ADDED: t
 
 @triton.jit
 def share_of(lengths, row, keep, MODE: tl.constexpr):
-    """Part of a kept token in its row's weight; None where all have the same, 1."""
+    """Part of a kept token in its row's weight."""
     if MODE == SEQ_MEAN_TOKEN_MEAN:
         return 1.0 / tl.load(lengths + row, mask=keep, other=1).to(tl.float32)
     else:
-        return None
-
-
-@triton.jit
-def shared(share, x):
-    """share times x."""
-    if share is None:
-        return x
-    else:
-        return share * x
+        return 1.0
 
 
 @triton.jit
@@ -224,7 +215,7 @@ def policy_part(
         weighed += lane_sum(factor)
         weighed_2 += lane_sum(factor * factor)
         dropped += lane_count((factor == 0.0) & keep)
-    losses += lane_sum(tl.where(keep, shared(share, loss), 0.0))
+    losses += lane_sum(tl.where(keep, share * loss, 0.0))
     grad = weights * slope
     if ref_log_probs is not None:
         gap = log_prob - kept_of(ref_log_probs, t, inside, keep)
@@ -232,7 +223,7 @@ def policy_part(
             gap, log_ratio, stuck, kl_low, kl_high, kl_cap, kl_ratio_cap, KL_ESTIMATOR, KL_GRADIENT
         )
         grad += kl_coef * weights * slope
-        kl_losses += lane_sum(tl.where(keep, shared(share, value), 0.0))
+        kl_losses += lane_sum(tl.where(keep, share * value, 0.0))
         kls += lane_sum(tl.where(keep, value, 0.0))
     sums = losses, squares, clipped, bounded, peaks, above, log_ratios, k3s, kl_losses, kls, weighed, weighed_2, dropped
     return grad, sums, ratios
@@ -262,7 +253,7 @@ def value_part(
     value, target = kept_of(values, t, inside, keep), kept_of(returns, t, inside, keep)
     before = value if old_values is None else kept_of(old_values, t, inside, keep)
     error, square, slope, held = value_term(value, before, target, reach)
-    losses += lane_sum(tl.where(keep, shared(share, square), 0.0))
+    losses += lane_sum(tl.where(keep, share * square, 0.0))
     holds += lane_count(held & keep)
     level += lane_sum(value)
     errors, targets = lane_moments(errors, error, keep, count), lane_moments(targets, target, keep, count)

@@ -56,7 +56,6 @@ from ._policy_pieces import (
     put,
     put_four,
     share_of,
-    shared,
     store_f32,
     store_mean,
     value_part,
@@ -142,7 +141,7 @@ def take_piece(
     if lengths is not None or sequences is not None:
         row = first // length + ((first % length).to(tl.int32) + lanes) // length
     share = share_of(lengths, row, keep, MODE)
-    weights = shared(share, weight)
+    weights = weight * share
     if log_probs is not None:
         grad, policy, ratios = policy_part(
             policy, ratios, log_probs, old_log_probs, advantages, ref_log_probs, factors, coefficients, sequences, t,
@@ -160,9 +159,9 @@ def take_piece(
         x = kept_of(entropy, t, inside, keep)
         if ENTROPY_MODE is not None:
             share = share_of(lengths, row, keep, ENTROPY_MODE)
-            weights = shared(share, entropy_weight)
+            weights = entropy_weight * share
         tl.store(grad_entropy + t, tl.where(keep, entropy_scale * weights, 0.0), mask=inside)
-        of_entropy = of_entropy[0] + lane_sum(shared(share, x)), of_entropy[1] + lane_sum(x)
+        of_entropy = of_entropy[0] + lane_sum(share * x), of_entropy[1] + lane_sum(x)
     return count + lane_count(keep), policy, ratios, of_values, errors, targets, of_entropy
 
 
