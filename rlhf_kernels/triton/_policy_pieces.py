@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from ..reference.ppo import AGG_MODES
+from ._math import INF
 from ._policy_terms import (
     LARGEST,
     SEQUENCE,
@@ -97,6 +98,12 @@ def lane_spread(x):
 
 
 @triton.jit
+def finite(x):
+    """x, or 0 where it is not finite."""
+    return tl.where(tl.abs(x) <= LARGEST, x, 0.0)
+
+
+@triton.jit
 def lane_moments(moments, x, keep, count):
     """(a kept one, sums of the distances from it and of their squares) of each lane, with four more tokens of each.
 
@@ -107,8 +114,7 @@ def lane_moments(moments, x, keep, count):
     x_0, x_1, x_2, x_3 = four(x)
     keep_0, keep_1, keep_2, _ = four(keep)
     first = tl.where(keep_0, x_0, tl.where(keep_1, x_1, tl.where(keep_2, x_2, x_3)))
-    first = tl.where(tl.abs(first) <= LARGEST, first, 0.0)
-    pilot = tl.where(count == 0.0, first, pilot)
+    pilot = tl.where(count == 0.0, finite(first), pilot)
     gap = tl.where(keep, x - lane_spread(pilot), 0.0)
     return pilot, gaps + lane_sum(gap), squares + lane_sum(gap * gap)
 
@@ -141,7 +147,8 @@ def lane_means(moments, count):
     pilot, gaps, squares = moments
     some = count > 0.0
     gap = gaps / tl.where(some, count, 1.0)
-    return tl.where(some, pilot + gap, 0.0), squares - gaps * gap
+    m2 = tl.where(squares == INF, INF, squares - gaps * gap)  # squares that overflow, of a finite mean
+    return tl.where(some, pilot + gap, 0.0), m2
 
 
 @triton.jit
@@ -153,12 +160,6 @@ def of_some(x, count, other):
 def mean_about(pilot, excess, tokens):
     """The mean in fp64, of a sum of distances from the pilot."""
     return pilot.to(tl.float64) + excess.to(tl.float64) / tl.where(tokens == 0.0, 1.0, tokens).to(tl.float64)
-
-
-@triton.jit
-def finite(x):
-    """x, or 0 where it is not finite."""
-    return tl.where(tl.abs(x) <= LARGEST, x, 0.0)
 
 
 @triton.jit
