@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 GOES_ON = "(resume_from_checkpoint goes on with the same run only)"
 SAMPLED = 64
@@ -22,11 +23,15 @@ def digest(rows) -> str:
 
 @torch.no_grad()
 def weights_digest(model) -> str:
-    """A short name of a model's weights, from a few numbers of each of them: of other weights it is another one."""
+    """A short name of a model's weights, from a few numbers of each of them: of other weights it is another one.
+
+    Of weights that FSDP2 has cut all processes call, and get the name of the whole ones.
+    """
     found = hashlib.sha256(str(getattr(model.config, "reward_bias", None)).encode())
     for name, weight in model.named_parameters():
         found.update(f"{name} {list(weight.shape)}".encode())
         if not weight.is_meta:
+            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
             some = weight.flatten()[:: max(1, weight.numel() // SAMPLED)]
             found.update(some.double().cpu().numpy().tobytes())
     return found.hexdigest()[:16]

@@ -15,7 +15,7 @@ from .forward import (
     supports_packing,
     token_scores,
 )
-from .growing import make_room
+from .growing import make_room, tokens_without_room
 from .loading import (
     DEMO_MODEL,
     as_policy,
@@ -42,9 +42,11 @@ from .parts import (
     unwrapped,
 )
 from .saving import check_saving, save_model
+from .slices import NotSliced
 
 __all__ = [
     "DEMO_MODEL",
+    "NotSliced",
     "all_finite",
     "as_policy",
     "as_reward_model",
@@ -80,6 +82,7 @@ __all__ = [
     "supports_packing",
     "text_config",
     "token_scores",
+    "tokens_without_room",
     "unwrapped",
     "with_tokens",
 ]

@@ -81,6 +81,19 @@ def hidden_states(model, input_ids, attention_mask=None, position_ids=None):
     return trunk(model)(**inputs).last_hidden_state
 
 
+def _hidden_in_forward(model, *inputs):
+    """`hidden_states`, of a language model that FSDP2 has cut by what its head reads in the model's own forward."""
+    if not isinstance(model, FSDPModule):
+        return hidden_states(model, *inputs)
+    read, head = [], model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    try:
+        model(**model_inputs(model, *inputs))
+    finally:
+        handle.remove()
+    return read[0]
+
+
 @contextlib.contextmanager
 def _told(name, model):
     """What a model's own code raises at a text, as one line."""
@@ -131,8 +144,8 @@ def supports_packing(model, longest=None):
     positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4]], device=model.device)
     mask = torch.ones(7, 7, dtype=torch.bool, device=model.device).tril()
     mask[5:, 3:5] = False
-    packed = hidden_states(model, ids, mask[None, None], positions)[0]
-    alone = [hidden_states(model, ids[:, rows])[0] for rows in ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6])]
+    packed = _hidden_in_forward(model, ids, mask[None, None], positions)[0]
+    alone = [_hidden_in_forward(model, ids[:, rows])[0] for rows in ([0, 1, 2, 3, 4], [0, 1, 2, 5, 6])]
     model.train(was_training)
     gap = max((packed[:5] - alone[0]).abs().max(), (packed[5:] - alone[1][3:]).abs().max())
     return bool(gap <= 8 * torch.finfo(packed.dtype).eps ** 0.5 * packed.abs().max())

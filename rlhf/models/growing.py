@@ -8,6 +8,12 @@ from .parts import embedded_ids, quiet, unwrapped
 SPREAD = 0.02
 
 
+def tokens_without_room(model, tokenizer):
+    """The tokens of chatml that a tokenizer has and its model does not embed."""
+    old, vocabulary = embedded_ids(model), tokenizer.get_vocab()
+    return [token for token in TURN_TOKENS if vocabulary.get(token, -1) >= old]
+
+
 def make_room(model, tokenizer, seed, name="model", *, adapters=False):
     """Grow a model's embeddings, and its head, so that they have the tokens of chatml; the same seed: the same rows.
 
@@ -22,7 +28,7 @@ def make_room(model, tokenizer, seed, name="model", *, adapters=False):
         ValueError: the model has adapters, or will get them.
     """
     inner, old, vocabulary = unwrapped(model), embedded_ids(model), tokenizer.get_vocab()
-    missing = [token for token in TURN_TOKENS if vocabulary.get(token, -1) >= old]
+    missing = tokens_without_room(model, tokenizer)
     if not missing:
         return 0
     size = max(vocabulary[token] for token in missing) + 1

@@ -22,9 +22,10 @@ from ..data import end_of_turn_ids, with_chat_template
 from .adapters import merged
 from .classifiers import classifier_of, saved_class
 from .dropout import disable_dropout, set_residual_dropout
-from .forward import check_causal, check_score_head, is_classifier, score_head
+from .forward import check_causal, check_score_head, is_classifier, reshard, score_head
 from .image_text import freeze_other_parts, language_auto_class, text_model
 from .parts import quiet, refuse_compiled, text_config, trunk_name, unwrapped, without_weights
+from .slices import fill, load_slices
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "base"
@@ -154,8 +155,12 @@ def _config_of(path, trust_remote_code):
         raise ValueError(f"model {str(path)!r} has a config.json that cannot be read: {error}") from None
 
 
-def _load(model_class, path, config, *, dtype, attn_implementation, trust_remote_code):
-    """Load quietly, and return (model, names of the weights that the folder did not hold)."""
+def _load(model_class, path, config, *, dtype, attn_implementation, trust_remote_code, cut=None, change=None):
+    """Load quietly, and return (model, names of the weights that the folder did not hold).
+
+    Args:
+        cut, change: as in `load_slices`, which is tried first; a model that must load whole comes back unchanged.
+    """
     folder = resolve_model_path(path, trust_remote_code=trust_remote_code)
     if attn_implementation is None and getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
         attn_implementation = "eager"  # the one that caps
@@ -163,6 +168,12 @@ def _load(model_class, path, config, *, dtype, attn_implementation, trust_remote
         if dtype not in DTYPES:
             raise ValueError(f"dtype: got {dtype!r}, wants one of {', '.join(DTYPES)}")
         dtype = getattr(torch, dtype)
+    if cut is not None:
+        slices = {"dtype": dtype, "attn_implementation": attn_implementation, "change": change}
+        with quiet():
+            model = load_slices(model_class, folder, config, cut, **slices)
+        if model is not None:
+            return model, []
     options = {
         "dtype": dtype,
         "attn_implementation": attn_implementation,
@@ -215,7 +226,7 @@ def _check_loads_again(auto_class, config, name):
         )
 
 
-def load_policy(path, *, dtype=torch.float32, attn_implementation=None, trust_remote_code=False, dropout=0.0):
+def load_policy(path, *, dtype=torch.float32, attn_implementation=None, trust_remote_code=False, dropout=0.0, cut=None):
     """A causal language model in train mode, with residual dropout `dropout` (0 in RL; paper: 0.2 in SFT), no other.
 
     Of a model that takes images too, where AutoModelForCausalLM does not load it: its text model alone, or the whole.
@@ -223,12 +234,14 @@ def load_policy(path, *, dtype=torch.float32, attn_implementation=None, trust_re
     Args:
         path: as in `resolve_model_path`.
         attn_implementation: of transformers; None = SDPA where the model supports it, else eager.
+        cut: as in `rlhf.models.slices.load_slices`: each process reads its own slices, where that can be done; where
+            not, the model comes back whole. None = whole.
     Raises:
         ValueError: as `resolve_model_path`; the model cannot be loaded; it lacks weights; it does not support
             `attn_implementation`.
     """
     options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    model, missing = _load_language_model(path, **options)
+    model, missing = _load_language_model(path, cut=cut, **options)
     if missing:
         raise ValueError(f"model {str(path)!r} is not a complete language model: it lacks {', '.join(missing[:3])}")
     return as_policy(model, f"model {str(path)!r}", dropout=dropout)
@@ -250,17 +263,18 @@ def as_policy(model, name="model", *, dropout=0.0):
     if type(config).__module__.startswith("transformers."):
         _check_loads_again(language_auto_class(config), config, name)
     check_causal(model, name)
+    reshard(model)
     disable_dropout(model)
     if dropout:
         set_residual_dropout(model, dropout)
     return model.train()
 
 
-def load_reward_model(path, *, dtype=torch.float32, attn_implementation=None, trust_remote_code=False):
+def load_reward_model(path, *, dtype=torch.float32, attn_implementation=None, trust_remote_code=False, cut=None):
     """A trained reward model, without dropout. Its calibration comes with it (`config.reward_bias`, 0 when absent).
 
     Args:
-        path, attn_implementation: as in `load_policy`.
+        path, attn_implementation, cut: as in `load_policy`.
     """
     config = _config_of(path, trust_remote_code)
     model_class = saved_class(config, config.architectures or ())
@@ -276,6 +290,7 @@ def load_reward_model(path, *, dtype=torch.float32, attn_implementation=None, tr
         dtype=dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        cut=cut,
     )
     if missing:
         raise ValueError(
@@ -297,6 +312,7 @@ def as_reward_model(model, name="reward_model"):
     if model.config.num_labels != 1:
         raise ValueError(f"{name} has {model.config.num_labels} labels, a reward model has 1")
     check_score_head(model, name)
+    reshard(model)
     disable_dropout(model)
     if not hasattr(model.config, "reward_bias"):
         model.config.reward_bias = 0.0
@@ -304,7 +320,7 @@ def as_reward_model(model, name="reward_model"):
 
 
 def reward_model_from_policy(
-    policy, seed, *, dtype=torch.float32, attn_implementation=None, trust_remote_code=False, pad_token_id=None
+    policy, seed, *, dtype=torch.float32, attn_implementation=None, trust_remote_code=False, pad_token_id=None, cut=None
 ):
     """A reward model to train: the policy's trunk under a new scalar head, drawn from N(0, 1/sqrt(d + 1)) with `seed`.
 
@@ -313,22 +329,23 @@ def reward_model_from_policy(
     Args:
         policy: path of a language model, or the model itself, whose weights are copied in its own dtype (adapters of
             PEFT merged into them). Any architecture: see `rlhf.models.classifiers`.
+        cut: as in `load_policy`, of a path.
     """
     if isinstance(policy, nn.Module):
         refuse_compiled(policy, "model")
         language_model = _copy_of(policy)
     else:
         options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-        language_model, missing = _load_language_model(policy, **options)
+        language_model, missing = _load_language_model(policy, cut=cut, change=classifier_of, **options)
         missing = [weight for weight in missing if weight.startswith(f"{trunk_name(language_model)}.")]
         if missing:
             raise ValueError(f"model {str(policy)!r} is not a complete language model: it lacks {missing[0]}")
-    model = classifier_of(language_model)
+    model = language_model if is_classifier(language_model) else classifier_of(language_model)
     head = score_head(model)
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(head.weight.shape, generator=generator, dtype=torch.float32)
     with torch.no_grad():
-        head.weight.copy_(draw / math.sqrt(head.weight.shape[1] + 1))
+        fill(head.weight, draw / math.sqrt(head.weight.shape[1] + 1))
         if head.bias is not None:
             head.bias.zero_()
     model.config.reward_bias = 0.0

@@ -14,6 +14,7 @@ from ..rollouts.sampling import warn_ignored_sampling_settings
 from ..same_run import weights_digest
 from .config import PPOConfig
 from .prompts import fit_prompts
+from .sharding import unseen
 
 PATHS = {"model": "sft_model_path", "reward_model": "reward_model_path", "value_model": "value_model_path"}
 
@@ -80,6 +81,7 @@ class Given:
         return models.load_tokenizer(path or args.sft_model_path, trust_remote_code=args.trust_remote_code, **tokens)
 
 
+@unseen("FSDP_CPU_RAM_EFFICIENT_LOADING")  # with it, other libraries leave all processes but one without weights
 def load_networks(run, resume: Path | None) -> None:
     """Fill in policy, reference, reward_model and value of the run, its stop tokens, and how prompts are shared.
 
@@ -91,7 +93,7 @@ def load_networks(run, resume: Path | None) -> None:
     args, given = run.args, run.given
     options = {
         "dtype": getattr(torch, args.dtype), "attn_implementation": args.attn_implementation,
-        "trust_remote_code": args.trust_remote_code,
+        "trust_remote_code": args.trust_remote_code, "cut": _cut(run),
     }  # fmt: skip
     whole = None if args.use_peft else resume
     _make_room(run, model=given.model, ref_model=given.ref_model, value_model=given.value_model)
@@ -132,6 +134,19 @@ def load_networks(run, resume: Path | None) -> None:
     for model in own:
         if model is not None:
             run.sharding(model)  # 19
+
+
+def _cut(run):
+    """What cuts a network before its weights are read, so that each process reads its slices alone; None without."""
+    if run.sharding.mesh is None or run.args.use_peft:
+        return None  # adapters are tried, and put on, where the weights are whole
+
+    def cut(model):
+        if run.args.chat_template and models.tokens_without_room(model, run.tokenizer):
+            raise models.NotSliced("its embeddings grow by the tokens of chat_template")
+        run.sharding(model)
+
+    return cut
 
 
 def _make_room(run, **networks):

@@ -45,7 +45,7 @@ def start(args) -> tuple[Accelerator, "Sharding"]:
     plugin = _plugin() if wanted else None
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # it is kept for the process, and an earlier run had another precision
-    with _unseen(SHARDING["FSDP"], "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
+    with unseen(SHARDING["FSDP"], "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"):
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=precision)
     check_processes(accelerator.num_processes, accelerator.distributed_type, sharded_by_caller=wanted)
     if plugin is None:
@@ -62,7 +62,7 @@ def start(args) -> tuple[Accelerator, "Sharding"]:
 
 
 @contextlib.contextmanager
-def _unseen(*variables: str):
+def unseen(*variables: str):
     """The environment without the variables, inside the block."""
     values = {name: os.environ.pop(name) for name in variables if name in os.environ}
     try:
@@ -77,7 +77,6 @@ def _plugin() -> FullyShardedDataParallelPlugin:
     refused = {
         "fsdp_version": (plugin.fsdp_version != 2, plugin.fsdp_version, 2),
         "fsdp_offload_params": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), True, False),
-        "fsdp_cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, True, False),
         "fsdp_activation_checkpointing": (plugin.activation_checkpointing, True, False),
         "fsdp_ignored_modules": (plugin.ignored_modules is not None, repr(plugin.ignored_modules), "none"),
         "fsdp_auto_wrap_policy": (
@@ -108,6 +107,9 @@ class Sharding:
     def __call__(self, model) -> None:
         """Cut a network of transformers in place, possibly one with adapters, and move it to the device.
 
+        One that is cut already (`models.load_policy(..., cut=)` has it cut before its weights are read) stays as it is;
+        of a network on the meta device nothing moves.
+
         A language model is called as a whole, a reward or value model by its parts: `models.token_scores` calls trunk
         and head, so each of them is a root of its own.
 
@@ -117,6 +119,11 @@ class Sharding:
         if self.mesh is None:
             return
         model = unwrapped(model)
+        if _units(model):
+            reshard(model)
+            for unit in _units(model):  # what froze meanwhile is cut again behind a forward
+                unit.set_reshard_after_forward(self._reshards(unit), recurse=False)
+            return
         names = self.block_names or tuple(model._no_split_modules or ())
         blocks = [module for module in model.modules() if type(module).__name__ in names]
         if not blocks:
@@ -162,6 +169,8 @@ class Sharding:
 def _send_from_first(device: str, weights) -> None:
     """Give all processes the weights of the first one, as DDP does: each has drawn adapters of its own."""
     for weight in weights:
+        if weight.is_meta:
+            continue
         sent = weight.detach().to(device)
         torch.distributed.broadcast(sent, 0)
         weight.copy_(sent)
