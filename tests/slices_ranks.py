@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -81,6 +82,24 @@ def check_equal(folder, cut, log):
         ids = torch.tensor([[3, 5, 4, 7]])
         with torch.no_grad():
             assert torch.equal(expected(input_ids=ids).logits, found(input_ids=ids).logits)
+        check_saving(found, expected, folder)
+
+
+def check_saving(model, expected, folder):
+    """Whole files of at most 6 kB, or of one tensor; of the file of a save before nothing is left."""
+    saved, tokenizer = folder.parent.parent / "saved" / folder.name, models.load_tokenizer(folder)
+    for size in ("1GB", "6KB"):
+        models.save_cut_model(model, tokenizer, saved, main=dist.get_rank() == 0, max_file_size=size)
+    dist.barrier()
+    files = sorted(saved.glob("*.safetensors"))
+    assert len(files) > 1
+    for file in files:
+        tensors = load_file(file).values()
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors) <= 6000
+    again, info = type(expected).from_pretrained(saved, dtype=expected.dtype, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    same(expected.state_dict(), again.state_dict())
+    dist.barrier()
 
 
 def check_memory(folder, cut, ranks):
@@ -97,13 +116,22 @@ def check_memory(folder, cut, ranks):
     )
     del model
     with Peak("loading") as loading:
-        models.load_policy(folder, cut=cut, **options)
+        model = models.load_policy(folder, cut=cut, **options)
+    with Peak("saving") as saving:
+        tokenizer, saved = models.load_tokenizer(folder), folder.parent.parent / "saved" / folder.name
+        models.save_cut_model(model, tokenizer, saved, main=dist.get_rank() == 0, max_file_size="10MB")
     with Peak("usual") as usual:
         models.load_policy(folder, **options)
-    found = {"whole": whole, "held": held, "block": block, **{x.name: x.most for x in (reading, loading, usual)}}
+    found = {
+        "whole": whole,
+        "held": held,
+        "block": block,
+        **{x.name: x.most for x in (reading, loading, usual, saving)},
+    }
     print({name: f"{size / 2**20:.1f} MiB" for name, size in found.items()})
     assert abs(held - whole / ranks) < 0.01 * whole
     assert reading.most < whole / ranks + block
+    assert saving.most < 3 * 10e6 < whole / ranks, saving.most  # a file's worth, twice while safetensors writes it
     assert loading.most < whole / ranks + 4 * block < 0.95 * whole < usual.most
 
 

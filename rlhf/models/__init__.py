@@ -41,7 +41,7 @@ from .parts import (
     text_config,
     unwrapped,
 )
-from .saving import check_saving, save_model
+from .saving import check_saving, save_cut_model, save_cut_weights, save_model
 from .slices import NotSliced
 
 __all__ = [
@@ -74,6 +74,8 @@ __all__ = [
     "reshard",
     "resolve_model_path",
     "reward_model_from_policy",
+    "save_cut_model",
+    "save_cut_weights",
     "save_model",
     "sequence_scores",
     "set_residual_dropout",

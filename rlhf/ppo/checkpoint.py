@@ -7,24 +7,28 @@ pretraining texts, and the settings. Within an iteration they also hold `experie
 the responses with their log-probs, values, scores and advantages, and the metrics up to there. The order of the
 minibatches that are left follows from the seed, the iteration and the epoch. With `rollout_ahead` there is `ahead.json`
 too, the samples of the next iteration: they are waited for.
+
+A run that is sharded and asked for it writes `shards/` in place of networks, averages and the optimizer's moments: see
+`rlhf.ppo.shards`.
 """
 
-import contextlib
 import dataclasses
 import json
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 
 from .. import models
 from ..checkpoint import atomic_directory, rng_state, set_rng_state
+from ..disk import writing
 from ..rollouts.ahead import load_ahead, save_ahead
 from ..same_run import check_same_run, digest
 from .ahead import samples_ahead
 from .iteration import load_iteration, save_iteration
-from .sharding import cut_like, gathered, trained_weights, whole_state
+from .sharding import cut_like, gathered, is_cut, trained_weights, whole_state
+from .shards import holds_shards, load_shards, save_shards
 
 MAY_CHANGE = (
     "sft_model_path", "reward_model_path", "value_model_path", "dataset_name", "dataset_config", "dataset_train_split",
@@ -43,15 +47,14 @@ def save_checkpoint(trainer, directory: Path) -> None:
     ahead = gather_object([samples_ahead(trainer)])  # waits for them
     begun, main = trainer.begun, trainer.accelerator.is_main_process
     ranks = gather_object([(rng_state(), begun and begun.averages.state())])
-    with atomic_directory(directory, replace=True) if main else contextlib.nullcontext() as folder, models.quiet():
-        _save_network(trainer.policy, folder)
-        if trainer.value is not None:
-            _save_network(trainer.value, folder and folder / "value")
-        averages = {"ema": trainer.ema and trainer.ema.weights, "within_budget": trainer.within_budget}
-        for name, weights in averages.items():
-            if weights is not None:
-                _save_tensors(weights, folder and folder / f"{name}.safetensors", save_file)
-        _save_tensors(trainer.optimizer.state_dict(), folder and folder / "optimizer.pt", torch.save)
+    with atomic_directory(directory, replace=True) if main else writing(directory) as folder, models.quiet():
+        if trainer.sharding.shards:
+            save_shards(trainer, Path(broadcast_object_list([str(folder)])[0]))
+            if main:
+                groups = trainer.optimizer.state_dict()["param_groups"]
+                torch.save({"state": {}, "param_groups": groups}, folder / "optimizer.pt")
+        else:
+            _save_whole(trainer, folder)
         if not main:
             return
         trainer.tokenizer.save_pretrained(folder)
@@ -69,8 +72,23 @@ def save_checkpoint(trainer, directory: Path) -> None:
         (folder / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
+def _save_whole(trainer, folder: Path | None) -> None:
+    """Called by every process, with a folder by the one that writes."""
+    _save_network(trainer.policy, folder)
+    if trainer.value is not None:
+        _save_network(trainer.value, folder and folder / "value")
+    averages = {"ema": trainer.ema and trainer.ema.weights, "within_budget": trainer.within_budget}
+    for name, weights in averages.items():
+        if weights is not None:
+            _save_tensors(weights, folder and folder / f"{name}.safetensors", save_file)
+    _save_tensors(trainer.optimizer.state_dict(), folder and folder / "optimizer.pt", torch.save)
+
+
 def _save_network(network, folder: Path | None) -> None:
-    """Called by every process, with a folder by the one that writes. One network at a time is whole in its memory."""
+    """Called by every process, with a folder by the one that writes."""
+    if is_cut(network) and not hasattr(network, "get_base_model"):
+        models.save_cut_weights(network, folder)
+        return
     state = whole_state(network, keep=folder is not None)
     if folder is not None:
         network.save_pretrained(folder, state_dict=state)
@@ -83,7 +101,7 @@ def _save_tensors(tensors: dict, file: Path | None, write) -> None:
 
 
 def load_checkpoint(trainer, directory: Path) -> None:
-    """Put back what `save_checkpoint` wrote; the networks were loaded from the checkpoint when they were made.
+    """Put back what `save_checkpoint` wrote; whole networks were loaded from the checkpoint when they were made.
 
     Raises:
         ValueError: this run has other settings, data or processes than the one that wrote it; names what differs.
@@ -100,16 +118,24 @@ def load_checkpoint(trainer, directory: Path) -> None:
     trainer.guards.load(state["guards"])
     if trainer.texts:
         trainer.texts.load(state["ptx"])
+    optimizer = torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu")
+    if holds_shards(directory):
+        trainer.optimizer.load_state_dict(optimizer | {"state": load_shards(trainer, directory)})
+    else:
+        _load_whole(trainer, directory, optimizer)
+    trainer.ahead = load_ahead(directory, trainer.rank)
+    trainer.begun = load_iteration(directory, trainer.rank, trainer.accelerator.device)
+    trainer.scheduler.load_state_dict(torch.load(directory / "scheduler.pt", weights_only=True))
+    set_rng_state(torch.load(directory / "rng_state.pth", weights_only=True)["ranks"][trainer.rank])
+
+
+def _load_whole(trainer, directory: Path, optimizer: dict) -> None:
     if trainer.ema is not None:
         trainer.ema.weights = _cut_like(load_file(directory / "ema.safetensors"), trainer.ema.weights)
     if (directory / "within_budget.safetensors").exists():
         weights = load_file(directory / "within_budget.safetensors")
         trainer.within_budget = _cut_like(weights, trained_weights(trainer.policy))
-    trainer.ahead = load_ahead(directory, trainer.rank)
-    trainer.begun = load_iteration(directory, trainer.rank, trainer.accelerator.device)
-    _load_optimizer(trainer.optimizer, torch.load(directory / "optimizer.pt", weights_only=True, map_location="cpu"))
-    trainer.scheduler.load_state_dict(torch.load(directory / "scheduler.pt", weights_only=True))
-    set_rng_state(torch.load(directory / "rng_state.pth", weights_only=True)["ranks"][trainer.rank])
+    _load_optimizer(trainer.optimizer, optimizer)
 
 
 def _cut_like(whole: dict, like: dict) -> dict:

@@ -15,6 +15,7 @@ from ..same_run import weights_digest
 from .config import PPOConfig
 from .prompts import fit_prompts
 from .sharding import unseen
+from .shards import holds_shards
 
 PATHS = {"model": "sft_model_path", "reward_model": "reward_model_path", "value_model": "value_model_path"}
 
@@ -95,6 +96,7 @@ def load_networks(run, resume: Path | None) -> None:
         "dtype": getattr(torch, args.dtype), "attn_implementation": args.attn_implementation,
         "trust_remote_code": args.trust_remote_code, "cut": _cut(run),
     }  # fmt: skip
+    resume = None if holds_shards(resume) else resume  # the slices are read when all else is there
     whole = None if args.use_peft else resume
     _make_room(run, model=given.model, ref_model=given.ref_model, value_model=given.value_model)
     run.reference = None if args.use_peft else _reference(args, given, options)

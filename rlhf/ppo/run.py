@@ -363,11 +363,9 @@ class PPORun:
 
     def _hand_on(self, network, folder: Path) -> None:
         main = self.accelerator.is_main_process
-        if self.sharding.mesh is None:
-            model, state = merged(network)  # 17
-        elif self.args.use_peft:
-            model, state = merged_whole(network)  # 17, 19
-        else:
-            model, state = network, sharding.whole_state(network, keep=main)  # 19
+        if self.sharding.mesh is not None and not self.args.use_peft:
+            models.save_cut_model(network, self.tokenizer, folder, main=main)  # 19
+            return
+        model, state = merged(network) if self.sharding.mesh is None else merged_whole(network)  # 17, 19
         if main:
             models.save_model(model, self.tokenizer, folder, state)

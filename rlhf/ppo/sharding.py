@@ -4,7 +4,8 @@ Each process holds a slice of every weight, frozen ones too, of its gradient and
 transformer block, or what is left of a network) is whole while it computes. accelerate would wrap one network, while
 PPO calls each by itself, and it ignores FSDP on a CPU; so it is kept out, and the same code runs on gloo and on GPUs.
 
-Files hold whole tensors, the same as those of a run that is not sharded.
+Files hold whole tensors, the same as those of a run that is not sharded; but for checkpoints, where the config asks for
+SHARDED_STATE_DICT: see `rlhf.ppo.shards`.
 """
 
 import contextlib
@@ -58,7 +59,7 @@ def start(args) -> tuple[Accelerator, "Sharding"]:
         )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     names = tuple(plugin.transformer_cls_names_to_wrap or ())
-    return accelerator, Sharding(mesh, plugin.reshard_after_forward, names)
+    return accelerator, Sharding(mesh, plugin.reshard_after_forward, names, _asks_for_shards())
 
 
 @contextlib.contextmanager
@@ -89,6 +90,12 @@ def _plugin() -> FullyShardedDataParallelPlugin:
     return plugin
 
 
+def _asks_for_shards() -> bool:
+    """Whether checkpoints are written in slices; accelerate itself takes that for FSDP2 where nobody says anything."""
+    asked = os.environ.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    return FullyShardedDataParallelPlugin(state_dict_type=asked).state_dict_type.name == "SHARDED_STATE_DICT"
+
+
 @dataclass(frozen=True)
 class Sharding:
     """How a run's networks are cut; without a mesh they stay whole, and nothing here does anything.
@@ -98,11 +105,13 @@ class Sharding:
         reshard_after_forward: put a trained network's slices away after the forward, and fetch them again for the
             backward; False keeps it whole in between. Frozen networks are always cut again.
         block_names: classes of the modules that make a unit; empty = those of transformers' `_no_split_modules`.
+        shards: each process writes its own slices into a checkpoint, instead of the first one whole tensors.
     """
 
     mesh: DeviceMesh | None = None
     reshard_after_forward: bool = True
     block_names: tuple[str, ...] = ()
+    shards: bool = False
 
     def __call__(self, model) -> None:
         """Cut a network of transformers in place, possibly one with adapters, and move it to the device.
@@ -178,6 +187,11 @@ def _send_from_first(device: str, weights) -> None:
 
 def _units(model) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def is_cut(model) -> bool:
+    """Whether the weights of a network are in slices."""
+    return bool(_units(model))
 
 
 def trained_weights(model) -> dict[str, torch.nn.Parameter]:

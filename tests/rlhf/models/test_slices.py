@@ -39,6 +39,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_slices_are_those_of_the_whole_and_memory_is_a_share(folder, gloo_ranks, monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # so that glibc gives back what is freed, at once
     gloo_ranks("slices_ranks.py", 2, str(folder))
