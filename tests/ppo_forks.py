@@ -3,10 +3,13 @@
 PLAN is a JSON file: a list of runs {"options": settings of PPOConfig, "ranks": processes, "kills": how often all of
 them get SIGKILL at a random moment, "seed": of these moments, "environment": variables that are set}; the run before
 one with kills is the same without. After each kill the run is started again with `resume_from_checkpoint: true`, in the
-end until it is done. RESULT: for each run, what it was doing at each kill.
+end until it is done. In place of kills, "dies": [rank, what, n]: that process alone gets SIGKILL in its n-th "update",
+or when it has written its "slices" of a checkpoint for the n-th time, and the others end by themselves. RESULT: for
+each run, what it was doing at each kill.
 """
 
 import faulthandler
+import itertools
 import json
 import mmap
 import os
@@ -18,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.ppo import run as ppo_run
@@ -79,7 +83,25 @@ def moments(optimizer, weight):
     return [state for name, state in optimizer.state.get(weight, {}).items() if name != "step"]
 
 
-def child(options, rank, ranks, port, shared, environment):
+def die_in(what, count):
+    """Make this process kill itself in the `count`-th update, or when its slices of a checkpoint are on the disk."""
+    owner, name = (FileSystemWriter, "write_data") if what == "slices" else (PPOTrainer, "update")
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def deadly(*args, **kwargs):
+        last = next(calls) == count
+        if last and what != "slices":
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = original(*args, **kwargs)
+        if last:
+            done.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    setattr(owner, name, deadly)
+
+
+def child(options, rank, ranks, port, shared, environment, dies=None):
     code = 1
     try:
         os.environ |= environment
@@ -88,6 +110,8 @@ def child(options, rank, ranks, port, shared, environment):
             os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         watch(shared)
         note_rollouts(options["output_dir"], rank)
+        if dies and dies[0] == rank:
+            die_in(*dies[1:])
         trainer = PPOTrainer(PPOConfig(**options))
         trainer.train()
         note_weights(trainer, options["output_dir"], rank)
@@ -100,7 +124,7 @@ def child(options, rank, ranks, port, shared, environment):
         os._exit(code)
 
 
-def start(options, ranks, environment):
+def start(options, ranks, environment, dies=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -108,13 +132,19 @@ def start(options, ranks, environment):
     for rank in range(ranks):
         children.append(os.fork())
         if children[-1] == 0:
-            child(options, rank, ranks, port, shared if rank == 0 else bytearray(1), environment)
+            child(options, rank, ranks, port, shared if rank == 0 else bytearray(1), environment, dies)
     return children, shared
 
 
-def run(options, ranks=1, kills=0, seed=0, environment=(), seconds=0.0):
+def run(options, ranks=1, kills=0, seed=0, environment=(), seconds=0.0, dies=None):
     """Run to the end; `seconds` is what it takes unkilled, of which the kills together let about half go by."""
     moments, hits = random.Random(seed), []
+    if dies:
+        children, shared = start(options, ranks, dict(environment), dies)
+        ends = [os.waitpid(pid, 0)[1] for pid in children]
+        if not os.WIFSIGNALED(ends[dies[0]]) or not all(ends):
+            raise SystemExit(f"a process was to be killed, and the others to fail: {ends}")
+        options, hits = {**options, "resume_from_checkpoint": "true"}, [PHASES[shared[0]]]
     for kill in range(kills + 1):
         resume = {"resume_from_checkpoint": "true"} if kill else {}
         children, shared = start({**options, **resume}, ranks, dict(environment))

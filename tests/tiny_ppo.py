@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from rlhf import checkpoint, models
@@ -180,8 +182,12 @@ def farthest(first, second):
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
-def assert_same_run(home, first, second):
-    """Metrics (but for the time), samples, and every tensor of the final models and the last checkpoint, to the bit."""
+def assert_same_run(home, first, second, slices=False):
+    """Metrics (but for the time), samples, and every tensor of the final models and the last checkpoint, to the bit.
+
+    Args:
+        slices: the checkpoints are written in slices.
+    """
     for file in ("metrics.jsonl", "samples.jsonl"):
         rows = [
             [{name: value for name, value in row.items() if name not in TIMINGS} for row in home.rows(out, file)]
@@ -190,11 +196,10 @@ def assert_same_run(home, first, second):
         assert rows[0] == rows[1] and rows[0]
     last = [checkpoint.last_checkpoint(home.path / out).name for out in (first, second)]
     assert last[0] == last[1]
-    places = (
-        "model",
-        "value/model",
-        *(f"{last[0]}/{name}" for name in ("model", "value/model", "ema", "within_budget")),
-    )
+    written = () if slices else ("model", "value/model", "ema", "within_budget")
+    places = ("model", "value/model", *(f"{last[0]}/{name}" for name in written))
+    if slices:
+        assert equal(*(joined(home.path / out / last[0] / "shards") for out in (first, second)))
     for place in places:
         tensors = [load_file(home.path / out / f"{place}.safetensors") for out in (first, second)]
         assert equal(*tensors), place
@@ -203,6 +208,13 @@ def assert_same_run(home, first, second):
         assert same(*states), name
     texts = [json.loads((home.path / out / last[0] / "trainer_state.json").read_text()) for out in (first, second)]
     assert [text | {"seconds": None} for text in texts[:1]] == [text | {"seconds": None} for text in texts[1:]]
+
+
+def joined(shards):
+    """The whole tensors of a checkpoint that was written in slices."""
+    with tempfile.TemporaryDirectory() as folder:
+        dcp_to_torch_save(shards, f"{folder}/whole.pt")
+        return torch.load(f"{folder}/whole.pt", weights_only=True)
 
 
 def same(a, b):
