@@ -21,7 +21,7 @@ PINS = dict(
 )
 # Imported by what is used only where they are, or brought by transformers itself.
 OPTIONAL = {"triton", "datasets", "pyarrow", "peft", "jsonschema", "referencing", "vllm", "deepspeed", "gguf"}
-OPTIONAL |= {"tokenizers", "huggingface_hub", "jsonschema-specifications", "math-verify", "sympy"}
+OPTIONAL |= {"tokenizers", "huggingface_hub", "jsonschema-specifications", "math-verify", "sympy", "requests"}
 
 
 def required(*extras):

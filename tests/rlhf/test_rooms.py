@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ROOT / "rlhf"
 FLOORS = (  # a room or file imports from its own room and from floors before its own
     {"disk", "errors", "interrupt", "locks"},
-    {"checkpoint", "extras", "metrics", "own_code", "processes", "ranges", "same_run", "settings"},
+    {"checkpoint", "extras", "metrics", "own_code", "processes", "ranges", "same_run", "servers", "settings"},
     {"data", "environment", "stages"},
     {"models"},
     {"rollouts"},
