@@ -78,8 +78,20 @@ class PPOConfig:
     local_rollout_batch_size: int | None = option(None, "Rows sampled at a time on a process. None: all.", at_least(1))
     rollout_engine: str = option(
         "builtin",
-        "What samples: builtin, generate (transformers), generate_batch (its continuous batching, for GPUs), or "
-        "path/to/file.py:name, as rlhf.rollouts.sampling.RolloutEngine says.",
+        "What samples: builtin, generate (transformers), generate_batch (its continuous batching, for GPUs), vllm "
+        "(docs/rollouts.md), or path/to/file.py:name, as rlhf.rollouts.sampling.RolloutEngine says.",
+    )
+    vllm_server: list[str] | None = option(
+        None, "Servers of vLLM that are running, http://host:port each. None: vLLM runs in this process."
+    )
+    vllm_timeout: float = option(
+        300.0, "Seconds a server may take for an answer, and that one which died is waited for.", above(0)
+    )
+    vllm_weights_dir: str | None = option(
+        None, "Where weights are put for vLLM to load; its servers read it. None: output_dir/rollout_weights."
+    )
+    vllm_options: list[str] | None = option(
+        None, "Arguments of vllm.LLM in this process: gpu_memory_utilization=0.4, tensor_parallel_size=2, ..."
     )
     rollout_gap_warning: float | None = option(
         0.05,
@@ -236,6 +248,13 @@ class PPOConfig:
                 f"rollout_ahead: got 1 with rollout_engine {self.rollout_engine}, which reads the weights that train; "
                 "want an engine that samples elsewhere"
             )
+        for name in ("vllm_server", "vllm_weights_dir", "vllm_options"):
+            if getattr(self, name) is not None and self.rollout_engine != "vllm":
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)}, want none with rollout_engine {self.rollout_engine}"
+                )
+        if self.vllm_server is not None and self.vllm_options is not None:
+            raise ValueError("vllm_options: got some beside vllm_server, want none: a server has its own")
         bounds = self.rollout_correction_low, self.rollout_correction_high
         if None not in bounds and bounds[0] > bounds[1]:
             raise ValueError(

@@ -92,7 +92,7 @@ class PPORun:
         self.resumes = checkpoint.wants_resume(args.resume_from_checkpoint)
         resume = checkpoint.resolve_checkpoint(args.output_dir, args.resume_from_checkpoint)
         self.output_dir = Path(args.output_dir)
-        self.engine = load_engine(args.rollout_engine, batch_size=args.local_rollout_batch_size)
+        self.engine = load_engine(args.rollout_engine, batch_size=args.local_rollout_batch_size, settings=args)
         check_ahead(args, self.engine)  # 22
         self.guards = HealthGuards(args)  # 18
         self._load_data(train_dataset)
@@ -103,6 +103,8 @@ class PPORun:
         if self.accelerator.is_main_process:
             for network in self.trained().values():
                 models.check_saving(network, self.tokenizer, self.output_dir)
+        if hasattr(self.engine, "check"):
+            self.engine.check(self.policy, max(self.prompts.lengths) + args.response_length)
         self.scorer = Scorer(self, self.reward_functions)
         self.iterations = self._count_iterations()
         self._make_optimizer()

@@ -18,22 +18,28 @@ from ..own_code import load_named
 from .decoding import PADDED, cache_name, chunks, left_padded, reads_positions, run, way_of
 from .sampling import Completion, RolloutEngine, RolloutError
 
-ENGINES = ("builtin", "generate", "generate_batch")
+ENGINES = ("builtin", "generate", "generate_batch", "vllm")
 DIVERGED = "the policy's logits hold NaN or only -inf: the model has diverged"
 
 
-def load_engine(name: str, *, batch_size: int | None = None) -> RolloutEngine | None:
+def load_engine(name: str, *, batch_size: int | None = None, settings=None) -> RolloutEngine | None:
     """Return the engine that `--rollout_engine` names; None stands for the built-in sampler.
 
     Args:
-        name: builtin, generate, generate_batch, or path/to/file.py:name, a `RolloutEngine`; a class is called
+        name: builtin, generate, generate_batch, vllm, or path/to/file.py:name, a `RolloutEngine`; a class is called
             once, without arguments, and its object is the engine.
         batch_size: most rows at a time of `generate` and `generate_batch`; None = all.
+        settings: a `PPOConfig`, of which vllm reads `output_dir` and what begins with `vllm_`.
     Raises:
-        ValueError: no such engine, file or name in it; what it names cannot be called.
+        ValueError: no such engine, file or name in it; what it names cannot be called; vllm is not installed, or its
+            servers do not answer, or were started otherwise than it needs.
     """
     if name == "builtin":
         return None
+    if name == "vllm":
+        from .vllm import load_vllm
+
+        return load_vllm(settings)
     if name in ENGINES:
         return functools.partial({"generate": generate, "generate_batch": generate_batch}[name], batch_size=batch_size)
     engine = load_named("rollout_engine", name, ENGINES)

@@ -1,0 +1,114 @@
+"""The policy's weights on a disk, for vLLM to load: a folder for each version, written aside and renamed.
+
+A folder holds what `save_pretrained` writes of a policy: names and tied weights of a checkpoint, adapters merged; or
+the adapters alone. The version is its name, and is unlike those of any other run.
+"""
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch.distributed.fsdp import FSDPModule
+
+from ..checkpoint import atomic_directory, remove_directory
+from ..models import unwrapped
+from ..models.adapters import merged
+from ..models.parts import quiet
+from .sampling import RolloutError
+
+
+@dataclass(frozen=True)
+class Version:
+    """Weights of the policy as they were at some time: their name, and the folder that holds them."""
+
+    name: str
+    folder: str
+    adapters: bool = False  # the folder holds LoRA adapters alone
+
+
+class WeightFolders:
+    """Writes versions below `home`, numbered from 1, and removes those that are old.
+
+    Args:
+        own: the folder is this run's alone, so that what an earlier one has left there goes, too.
+    """
+
+    def __init__(self, home, *, own: bool):
+        self.home, self.own, self.number = Path(home).expanduser(), own, 0
+        self.run = secrets.token_hex(4)
+
+    def write(self, policy, *, adapters: bool = False, untied: bool = False) -> Version:
+        """The policy as it is now in a new folder; called by one process.
+
+        Args:
+            policy: a model of transformers, or of PEFT around one; if it is sharded (FSDP2), while it is whole.
+            adapters: write the adapters alone, as PEFT does.
+            untied: write weights that are tied under each of their names.
+        Raises:
+            WriteError: the folder cannot be written.
+        """
+        self.number += 1
+        name = f"rlhf-{self.run}-{self.number}"
+        folder = (self.home / name).resolve()
+        with atomic_directory(folder) as temporary, quiet():
+            if adapters:
+                policy.save_pretrained(temporary, state_dict=whole_state(policy), save_embedding_layers=False)
+            else:
+                model, state = merged(policy)
+                state = whole_state(model) if state is None else state
+                model.save_pretrained(temporary, state_dict=_untied(model, state) if untied else state)
+        return Version(name, str(folder), adapters)
+
+    def keep_only(self, version: Version) -> None:
+        """Remove all other versions."""
+        for folder in self.home.glob("rlhf-*-*" if self.own else f"rlhf-{self.run}-*"):
+            if folder.name != version.name:
+                remove_directory(folder)
+
+
+def whole_state(model) -> dict | None:
+    """The state dict of a network that is sharded and now whole, whose own `state_dict()` would cut it; else None."""
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return None
+    state = dict(model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                state[f"{prefix}.{name}" if prefix else name] = buffer
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _untied(model, state: dict | None) -> dict:
+    """The state with a copy of its own for each name of a weight that is tied to another."""
+    state = dict(model.state_dict() if state is None else state)
+    return state | {name: state[source].clone() for name, source in model.all_tied_weights_keys.items()}
+
+
+def on_first(work):
+    """What `work()` gives on the first process, on all of them; its error, too. All processes call."""
+    outcome = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = work()
+        except (OSError, ValueError, RuntimeError) as error:
+            if PartialState().num_processes == 1:
+                raise
+            outcome[1] = str(error)
+            broadcast_object_list(outcome)
+            raise
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise RolloutError(f"on the first process: {outcome[1]}")
+    return outcome[0]
+
+
+def vocabulary(policy) -> int:
+    """The number of token ids that a policy scores."""
+    return unwrapped(policy).get_output_embeddings().weight.shape[0]
+
+
+def is_tied(policy) -> bool:
+    """Whether weights of a policy have several names, as a head that is its embedding has."""
+    return bool(unwrapped(policy).all_tied_weights_keys)
