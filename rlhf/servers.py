@@ -71,12 +71,13 @@ class JsonClient:
         """What the server answers to a JSON body; see `ask`. It must be one that may come twice."""
         return self.ask("POST", path, body, **limits)
 
-    def ask(self, method: str, path: str, body=None, *, params=None, timeout=None, attempts=None):
+    def ask(self, method: str, path: str, body=None, *, params=None, text=False, timeout=None, attempts=None):
         """The server's answer, decoded from JSON; None where it is empty.
 
         Args:
             body: sent as JSON; None = nothing is sent.
             params: of the address, behind `?`.
+            text: the answer is text, and stays so.
             timeout, attempts: in place of the client's.
         Raises:
             Unreachable: no attempt got an answer.
@@ -87,13 +88,13 @@ class JsonClient:
             if attempt:
                 time.sleep(min(0.1 * 2 ** (attempt - 1), LONGEST_PAUSE))
             try:
-                return self._ask(method, path, body, params, self.timeout if timeout is None else timeout)
+                return self._ask(method, path, body, params, text, self.timeout if timeout is None else timeout)
             except Unreachable as error:
                 last = error
         tried = f" ({attempts} attempts)" if attempts > 1 else ""
         raise Unreachable(f"{last}{tried}", last.status) from last.__cause__
 
-    def _ask(self, method, path, body, params, timeout):
+    def _ask(self, method, path, body, params, text, timeout):
         place = f"{self.setting}: {method} {self.url}{path}"
         try:
             answer = self._session().request(
@@ -112,6 +113,8 @@ class JsonClient:
             if answer.status_code != 204 and answer.headers.get("Content-Length") != "0":
                 raise Unreachable(f"{place}: the answer broke off")
             return None
+        if text:
+            return answer.text
         try:
             return json.loads(answer.content)
         except ValueError as error:

@@ -204,8 +204,8 @@ class VllmServer:
         if version.adapters:
             old = [card["id"] for card in self.client.get("/v1/models")["data"] if card.get("parent")]
             for name in (name for name in old if name.startswith("rlhf-")):
-                ask("/v1/unload_lora_adapter", {"lora_name": name})
-            ask("/v1/load_lora_adapter", {"lora_name": version.name, "lora_path": version.folder})
+                ask("/v1/unload_lora_adapter", {"lora_name": name}, text=True)
+            ask("/v1/load_lora_adapter", {"lora_name": version.name, "lora_path": version.folder}, text=True)
         else:
             ask("/pause")
             ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": version.folder}})

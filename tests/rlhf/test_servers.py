@@ -51,6 +51,11 @@ def test_an_empty_answer_is_none():
         assert client(server).get("/health") is None
 
 
+def test_an_answer_may_be_text():
+    with Fake(in_turns((200, "Erfolg für a".encode()))) as server:
+        assert client(server).post("/load", {"x": 1}, text=True) == "Erfolg für a"
+
+
 @pytest.mark.parametrize("fault", [
     (500, {"error": "out of memory"}), (503, b"busy"), (429, {"detail": "slowly"}), Died(),
     Died(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{\"half\""), Died(b"HTTP/1.1 200"),
