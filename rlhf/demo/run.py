@@ -255,8 +255,9 @@ def run_demo(
     *,
     config: str | None = None,
     overwrite: bool = False,
+    ppo: dict | None = None,
 ) -> Path:
-    """Run (or continue) the demo and return the path of report.html. See `main` for the arguments."""
+    """Run (or continue) the demo and return the path of report.html. See `main`; `ppo`: settings of both PPO runs."""
     from ..evaluate import evaluate_policies, write_evaluation
     from ..reports.report import text_table, write_report
 
@@ -291,7 +292,7 @@ def run_demo(
         print("Half as fast again with huge pages: set THP_MEM_ALLOC_ENABLE=1 before starting.", flush=True)
     common = {"seed": seed, "disable_tqdm": not large}
     sft_options, reward_options, ppo_options = ({**common, **sections[name]} for name in ("sft", "reward", "ppo"))
-    ppo_options = {"response_length": demo.response_length, **ppo_options}
+    ppo_options = {"response_length": demo.response_length, **ppo_options, **(ppo or {})}
     files = stages.path / "data"
     base = stages.folder("base") if gguf else models.resolve_model_path(model or "demo")
 
@@ -375,6 +376,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output_dir", default=None, help="default: runs/demo, or runs/demo-MODEL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--config", help="YAML file instead of the preset demo.yaml (demo_llm.yaml for large models)")
+    parser.add_argument("--rollout_engine", help="what samples in PPO, as in rlhf ppo")
+    parser.add_argument("--vllm_server", nargs="+", help="its servers of vLLM")
     parser.add_argument("--overwrite", action="store_true", help="remove an earlier demo in output_dir")
     args = parser.parse_args(argv)
     name = "demo" if args.model in (None, "demo") else f"demo-{Path(args.model).name}"
@@ -386,6 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.seed,
             config=args.config,
             overwrite=args.overwrite,
+            ppo={name: vars(args)[name] for name in ("rollout_engine", "vllm_server") if vars(args)[name]},
         )
     except (ValueError, ModuleNotFoundError) as error:
         parser.exit(2, f"rlhf demo: {error}\n")

@@ -86,6 +86,11 @@ class VllmServer:
             )
         if rank is not None and self.max_lora_rank < rank:
             raise ValueError(f"vllm_server: {self.url} has max_lora_rank {self.max_lora_rank}, want at least {rank}")
+        if rank is not None and (told := self.client.get("/weight_info")["weight_version"]) != "default":
+            raise ValueError(
+                f"vllm_server: {self.url} has loaded other weights ({told}) since its start, want its first ones under "
+                "adapters; start it again"
+            )
         ask = parameters(samples=1, response_length=1, temperature=1.0, stop_token_ids=[], seed=0)
         try:
             self.client.post("/resume")

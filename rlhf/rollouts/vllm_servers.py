@@ -179,13 +179,14 @@ class _Rollout:
 
     def _put_back(self, prompt: int, error: Exception, server: VllmServer) -> None:
         with self.changed:
+            if server.up:
+                logger.warning("%s; what it was sampling is sampled again", error)
             server.up = False
             self.tries[prompt] += 1
             if self.tries[prompt] == ATTEMPTS:
                 raise RolloutError(f"prompt {prompt} was sampled {ATTEMPTS} times without success: {error}")
             self.waiting.appendleft(prompt)
             self.changed.notify_all()
-        logger.info("%s; prompt %d is sampled again", error, prompt)
 
     def _bring(self, server: VllmServer) -> None:
         """Wait until the server is up and has the weights of this rollout."""

@@ -463,6 +463,13 @@ class TestAdapters:
         assert gap(policy, draw(engine_of(tmp_path, *servers), policy)) < 1e-9
         assert [server.loads() for server in servers] == [1, 1] and not servers[0].adapters
 
+    def test_a_server_whose_first_weights_are_gone(self, start, adapted, tmp_path):
+        base, policy = adapted
+        server = self.serve(start, base)
+        server.version = "rlhf-other-3"
+        with pytest.raises(ValueError, match=r"has loaded other weights \(rlhf-other-3\) since its start"):
+            engine_of(tmp_path, server).check(policy, 18)
+
     def test_a_rank_that_a_server_does_not_take(self, start, adapted, tmp_path):
         base, policy = adapted
         with pytest.raises(ValueError, match="max_lora_rank 2, want at least 4"):
