@@ -88,7 +88,6 @@ class VllmInProcess:
                 raise RolloutError("rollout_engine: vLLM did not reset its prefix cache")
         self.llm.update_weight_version(version.name)
         self.version = version.name
-        on_first(lambda: None)  # all have read the folder
         on_first(lambda: self.weights.keep_only(version))
 
     def _start(self, folder: str, options: dict) -> None:

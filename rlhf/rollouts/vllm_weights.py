@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..checkpoint import atomic_directory, remove_directory
 from ..models import unwrapped
-from ..models.adapters import merged
+from ..models.adapters import merged, merged_whole
 from ..models.parts import quiet
 from .sampling import RolloutError
 
@@ -56,7 +56,7 @@ class WeightFolders:
             if adapters:
                 policy.save_pretrained(temporary, state_dict=whole_state(policy), save_embedding_layers=False)
             else:
-                model, state = merged(policy)
+                model, state = (merged_whole if is_sharded(policy) else merged)(policy)
                 state = whole_state(model) if state is None else state
                 model.save_pretrained(temporary, state_dict=_untied(model, state) if untied else state)
         return Version(name, str(folder), adapters)
@@ -68,9 +68,13 @@ class WeightFolders:
                 remove_directory(folder)
 
 
+def is_sharded(model) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def whole_state(model) -> dict | None:
     """The state dict of a network that is sharded and now whole, whose own `state_dict()` would cut it; else None."""
-    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+    if not is_sharded(model):
         return None
     state = dict(model.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -87,7 +91,11 @@ def _untied(model, state: dict | None) -> dict:
 
 
 def on_first(work):
-    """What `work()` gives on the first process, on all of them; its error, too. All processes call."""
+    """What `work()` gives on the first process, on all of them; its error, too.
+
+    All processes call; it begins when all are there, so that none is still sampling with the weights before.
+    """
+    PartialState().wait_for_everyone()
     outcome = [None, None]
     if PartialState().is_main_process:
         try:
