@@ -237,7 +237,8 @@ def test_a_run_of_two_processes_with_one_server(server, tmp_path):
 def wait_for(condition, process):
     deadline = time.monotonic() + 900
     while not condition():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
