@@ -13,7 +13,9 @@ class PPOConfig:
 
     # models and data
     sft_model_path: str = option("demo", "Policy to start from, and reference of the KL: a folder, or `demo`.")
-    reward_model_path: str | None = option(None, "Reward model folder. None only with a reward function.")
+    reward_model_path: str | None = option(
+        None, "Reward model folder. None only with a reward function or a reward server."
+    )
     value_model_path: str | None = option(
         None, "Value network to start from, or a language model, given a new head. None: the reward model (paper)."
     )
@@ -113,6 +115,14 @@ class PPOConfig:
     reward_weights: list[float] | None = option(
         None, "Factors of the reward model, if any, and of each function. None: all 1.", FINITE
     )
+    reward_server: str | None = option(
+        None, "Address of a server with the reward model, http://host:port: vllm serve MODEL --runner pooling."
+    )
+    reward_server_bias: float | None = option(
+        None, "Subtracted from the server's scores. None: reward_bias in the config of reward_model_path.", FINITE
+    )
+    reward_server_timeout: float = option(600.0, "Seconds in which the server must answer.", above(0))
+    reward_server_attempts: int = option(4, "How often it is asked, where no answer comes.", at_least(1))
     reward_tokenizer: Literal["same", "auto"] = option("same", "same: as the policy's, checked. auto: may be another.")
     kl_coef: float = option(0.05, "beta, the weight of the KL in the reward. Paper: 0.02.", at_least(0))
     kl_estimator: Literal["k1", "k2", "k3"] = option(
@@ -270,6 +280,8 @@ class PPOConfig:
         limits = self.reward_clip_range
         if limits is not None and not (len(limits) == 2 and limits[0] < limits[1]):
             raise ValueError(f"reward_clip_range: got {limits}, wants two numbers, low and high")
+        if self.reward_server_bias is not None and self.reward_server is None:
+            raise ValueError(f"reward_server_bias: got {self.reward_server_bias}, want none without reward_server")
         if self.lora_dropout:
             raise ValueError(
                 f"lora_dropout: got {self.lora_dropout}, wants 0: with dropout an unchanged policy's ratio is not 1"

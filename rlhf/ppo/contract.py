@@ -94,11 +94,17 @@ def check_contract(trainer) -> dict[str, float]:
         check("engine_log_probs", apart["rollout/logprob_gap_mean"], gap_complaint(apart, limit), limit)
     _check_ids(trainer, rows, rollouts, check)
     from_reward = args.value_model_path is None and trainer.given.value_model is None
-    if trainer.reward_model is not None and trainer.value is not None and from_reward:
+    served = trainer.reward_server is not None and args.reward_model_path is not None and trainer.own_tokens is None
+    if (trainer.reward_model is not None or served) and trainer.value is not None and from_reward:
         with torch.no_grad():
-            scores, values = (response_scores(model, batch) for model in (trainer.reward_model, trainer.value))
+            values = response_scores(trainer.value, batch)
+            if served:
+                scores = trainer.scorer.reward_model_scores(rows, rollouts)
+            else:
+                scores = response_scores(trainer.reward_model, batch)
         off = ((values - scores).abs() / scores.abs().clamp(min=1)).max()
-        check("value_at_end", off, "the value network's output at the last token is not the reward model's score")
+        meaning = "the value network's output at the last token is not the reward model's score"
+        check("value_at_end", off, meaning, rounding(torch.bfloat16) if served else tolerance)  # of a type of its own
     if failures:
         raise ContractError(f"the start-up check failed: {'; '.join(failures)}")
     return numbers
@@ -156,7 +162,7 @@ def _check_ids(trainer, rows, rollouts, check) -> None:
     check("prompt_ids", wrong, "prompts are not the ids that reward training gives them", 0)
     if trainer.own_tokens is not None:
         _check_own_ids(trainer, rows, rollouts, check)
-    from_path = trainer.reward_model is not None and trainer.given.reward_model is None
+    from_path = trainer.args.reward_model_path is not None and trainer.given.reward_model is None
     if not from_path or trainer.own_tokens is not None:
         return  # no reward model, or one that came without a tokenizer
     other = load_tokenizer(trainer.args.reward_model_path, trust_remote_code=trainer.args.trust_remote_code)
@@ -195,6 +201,8 @@ def _check_own_ids(trainer, rows, rollouts, check) -> None:
             trained = trained[: len(read)]
         wrong += trained != read
     check("reward_ids", wrong, "the reward model would read other ids than those of its training", 0)
+    if trainer.reward_model is None:
+        return  # a server, which refuses such ids itself
     size = trainer.reward_model.get_input_embeddings().num_embeddings
     largest = max(max(ids) for ids in (*encoded.prompt_ids, *encoded.response_ids) if ids)
     check("reward_vocabulary", max(0, largest + 1 - size), "its tokenizer has ids beyond the reward model's table", 0)

@@ -10,6 +10,7 @@ import torch
 from .. import models
 from ..models.adapters import AdaptersOff, add_adapters, load_adapters
 from ..rewards.scoring import own_tokens
+from ..rewards.server import reward_server
 from ..rollouts.sampling import warn_ignored_sampling_settings
 from ..same_run import weights_digest
 from .config import PPOConfig
@@ -105,11 +106,12 @@ def load_networks(run, resume: Path | None) -> None:
     run.reward_model = given.reward_model
     if run.reward_model is not None:
         run.reward_model = models.as_reward_model(run.reward_model)
-    elif args.reward_model_path is not None:
+    elif args.reward_model_path is not None and args.reward_server is None:
         run.reward_model = models.load_reward_model(args.reward_model_path, **options)
     for frozen in (run.reference, run.reward_model):
         if frozen is not None:
             frozen.requires_grad_(False).eval()
+    run.reward_server = reward_server(run)
     run.own_tokens = own_tokens(run)  # 15
     run.value = _value(run, options, whole)
     _make_room(run, value_network=run.value)

@@ -16,7 +16,7 @@ from ..data.files import Bad
 from ..data.problems import Problems
 from ..data.store import Mapped
 from ..rewards import row_checks
-from ..rewards.scoring import named
+from ..rewards.scoring import named, reward_context
 from ..training.stage import once
 
 logger = logging.getLogger("rlhf")
@@ -120,7 +120,8 @@ def _refused_by_functions(run, rows) -> dict[int, str]:
         for rank, share in enumerate(shares):
             for name, said in share.items():
                 found[name][rank :: run.world] = said
-    has_reward_model = run.args.reward_model_path is not None or run.given.reward_model is not None
+    args = run.args
+    has_reward_model = bool(args.reward_model_path or args.reward_server) or run.given.reward_model is not None
     return row_checks.unusable(functions, found, rows, has_reward_model=has_reward_model)
 
 
@@ -180,7 +181,7 @@ def _too_long_for_own_tokens(run) -> dict[int, str]:
     own, length, found, refused = run.own_tokens, run.args.response_length, {}, Problems(run.args.bad_rows)
     if own is None:
         return found
-    context, kept = models.context_length(run.reward_model), []
+    context, kept = reward_context(run), []
     for number, row in enumerate(run.prompts):
         try:
             count = len(encode_prompt(own.tokenizer, row["prompt"]))

@@ -76,7 +76,7 @@ class PPORun:
         if eval_dataset is not None:
             logger.warning("eval_dataset: not used; PPO measures on its rollouts, rlhf.evaluate on held-out prompts")
         self.reward_functions = reward_functions(reward_fn, args.reward_function)
-        if args.reward_model_path is None and reward_model is None and not self.reward_functions:
+        if not (args.reward_model_path or args.reward_server or reward_model is not None or self.reward_functions):
             raise ValueError(
                 "reward_model_path: got none, want a reward model's folder, or a reward_function, or both (in Python "
                 "reward_model, reward_fn)"

@@ -38,20 +38,34 @@ class Scorer:
     """Scores the responses of a run, on each process its own."""
 
     def __init__(self, trainer, functions):
-        self.trainer, self.functions = trainer, named(functions)
-        parts = ["reward_model"] * (trainer.reward_model is not None) + list(self.functions)
+        self.trainer, self.functions, self.server = trainer, named(functions), trainer.reward_server
+        self.has_model = trainer.reward_model is not None or self.server is not None
+        parts = ["reward_model"] * self.has_model + list(self.functions)
         weights = trainer.args.reward_weights or [1.0] * len(parts)
         if len(weights) != len(parts):
             raise ValueError(f"reward_weights: got {len(weights)} numbers, want one for each of {', '.join(parts)}")
         self.weights = dict(zip(parts, weights))
         self.own_tokens = trainer.own_tokens
+        if self.server is not None:
+            self._meet_server()
+
+    def _meet_server(self) -> None:
+        """Ask the server for a score and for its context, before anything is sampled."""
+        self.server.check([0])
+        context, longest = self.server.context, max(self.trainer.prompts.lengths) + self.trainer.args.response_length
+        if context and self.own_tokens is None and longest > context:
+            raise ValueError(
+                f"reward_server: reads at most {context} tokens, prompts and responses have up to {longest}; "
+                "lower max_prompt_length or response_length, or start it with a larger --max-model-len"
+            )
 
     def describe(self) -> dict:
         """What run.json tells about the rewards."""
-        tokens = None if self.trainer.reward_model is None else "the policy's ids, unchanged"
+        tokens = "the policy's ids, unchanged" if self.has_model else None
         if self.own_tokens is not None:
             tokens = "the reward model's own: responses are decoded and encoded again"
-        return {"weights": self.weights, "reward_model_tokens": tokens}
+        server = {} if self.server is None else {"reward_server_bias": self.server.bias}
+        return {"weights": self.weights, "reward_model_tokens": tokens, **server}
 
     def __call__(self, rows: list[dict], rollouts: Rollouts, averages=None) -> torch.Tensor:
         """Return the score of each response, [B] fp32, that stands at its last token.
@@ -61,7 +75,7 @@ class Scorer:
         """
         averages = Averages() if averages is None else averages
         scores = torch.zeros(len(rollouts.response_ids), dtype=torch.float32, device=self.trainer.accelerator.device)
-        if self.trainer.reward_model is not None:
+        if self.has_model:
             found = self.reward_model_scores(rows, rollouts)
             scores = scores + self.weights["reward_model"] * found
             if self.functions:
@@ -76,7 +90,7 @@ class Scorer:
         arguments, columns = self._arguments(rows, rollouts)
         places, length = [row["at"] for row in rows], self.trainer.args.response_length
         ends, steps = torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), length, dtype=torch.float64)
-        rewarded = torch.full((len(rows),), self.trainer.reward_model is not None, dtype=torch.bool)
+        rewarded = torch.full((len(rows),), self.has_model, dtype=torch.bool)
         has_steps = False
         for name, function in self.functions.items():
             own_ends, own_steps, given = call(name, function, arguments, columns, places)
@@ -104,6 +118,9 @@ class Scorer:
         if self.own_tokens is not None:  # 15
             rollouts = self.own_tokens(rows, rollouts)
             self._check_context(rows, rollouts)
+        if self.server is not None:
+            texts = [a + b for a, b in zip(rollouts.prompt_ids, rollouts.response_ids, strict=True)]
+            return scores.copy_(torch.tensor(self.server(texts, [row["at"] for row in rows])))
         for chunk in trainer._all_chunks(rollouts):
             if self.own_tokens is None:
                 batch = trainer._join(rollouts, chunk)
@@ -114,7 +131,7 @@ class Scorer:
         return scores
 
     def _check_context(self, rows, rollouts: Rollouts) -> None:
-        context = models.context_length(self.trainer.reward_model)
+        context = reward_context(self.trainer)
         for row, prompt, response in zip(rows, rollouts.prompt_ids, rollouts.response_ids):
             if context and len(prompt) + len(response) > context:
                 raise ValueError(
@@ -304,12 +321,19 @@ def own_tokens(trainer) -> OwnTokens | None:
     """The way to the reward model's ids where `reward_tokenizer` is auto and its tokenizer is not the policy's.
 
     Raises:
-        ValueError: the value network would have to start from that reward model.
+        ValueError: the value network would have to start from that reward model, or from a server's.
     """
     args = trainer.args
-    if trainer.reward_model is None or args.reward_tokenizer == "same":
+    given = args.reward_model_path, args.value_model_path, trainer.given.value_model
+    if trainer.reward_server is not None and given == (None, None, None) and args.advantage == "gae":
+        raise ValueError(
+            "value_model_path: got none, and the value network cannot start from a reward model on a server; give "
+            f"{args.sft_model_path} to start from the policy, with a new head, a value network, or reward_model_path, "
+            "the server's model"
+        )
+    if (trainer.reward_model is None and trainer.reward_server is None) or args.reward_tokenizer == "same":
         return None
-    context = models.context_length(trainer.reward_model) if args.long_prompts == "truncate" else None
+    context = reward_context(trainer) if args.long_prompts == "truncate" else None
     options = {"trust_remote_code": args.trust_remote_code}
     own = tokens_of_other(trainer.tokenizer, args.reward_model_path, context, **options)
     if own is not None and args.value_model_path is None and args.advantage == "gae":
@@ -318,6 +342,12 @@ def own_tokens(trainer) -> OwnTokens | None:
             f"give {args.sft_model_path} to start from the policy, with a new head, or a value network of its tokenizer"
         )
     return own
+
+
+def reward_context(trainer) -> int | None:
+    """The most tokens that the reward model reads, here or on its server; None where nobody says."""
+    server = trainer.reward_server
+    return models.context_length(trainer.reward_model) if server is None else server.context
 
 
 def tokens_of_other(tokenizer, path, room=None, **options) -> OwnTokens | None:

@@ -218,6 +218,7 @@ def test_processes_share_the_checks(monkeypatch):
     said = [row_checks.results({"regex": fixed}, rows[rank::2]) for rank in range(2)]
     monkeypatch.setattr(prompts, "gather_object", lambda mine: said)
     for rank in range(2):
-        args, given = SimpleNamespace(reward_model_path=None), SimpleNamespace(reward_model=None)
+        args = SimpleNamespace(reward_model_path=None, reward_server=None)
+        given = SimpleNamespace(reward_model=None)
         run = SimpleNamespace(rank=rank, world=2, reward_functions=[fixed], args=args, given=given)
         assert list(prompts._refused_by_functions(run, rows)) == [1, 4]
