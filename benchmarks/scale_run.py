@@ -5,7 +5,8 @@
 
 Bytes are those of the tensors that a process holds right behind an optimizer step. Seconds are compared with the
 products' and the memory's rate on the same machine, measured before and after the iteration: their shares of the run's
-rates are what `scale.Machine` assumes of a GPU.
+rates are what `scale.Machine` assumes of a GPU. `--cpu-seconds` counts the process's own seconds in place of those that
+pass, for one thread on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from accelerate.utils import gather_object
@@ -24,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks import scale
 from rlhf import data, models
 from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.ppo import state as ppo_state
 from rlhf.ppo.sharding import local
 
 PROMPTS = Path(models.DEMO_MODEL).parent / "prompts.jsonl"
@@ -64,19 +68,19 @@ def held(trainer: PPOTrainer) -> dict[str, int]:
     return found
 
 
-def rates(dtype: torch.dtype) -> tuple[float, float]:
+def rates(dtype: torch.dtype, clock) -> tuple[float, float]:
     """(operations a second of a product of that type, bytes a second of a sum over 512 MiB), the best of five."""
     a, b = torch.randn(2, 1024, 1024).to(dtype)
     large = torch.ones(128 << 20)
-    return 2 * 1024**3 / best(lambda: a @ b), large.nbytes / best(large.sum)
+    return 2 * 1024**3 / best(lambda: a @ b, clock), large.nbytes / best(large.sum, clock)
 
 
-def best(call) -> float:
+def best(call, clock) -> float:
     found = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = clock()
         call()
-        found.append(time.perf_counter() - start)
+        found.append(clock() - start)
     return min(found)
 
 
@@ -94,7 +98,9 @@ def expected(shape, layout, metrics: dict, longest: int, flops: float, reads: fl
     }
 
 
-def iterate(shape: scale.Shape, layout: scale.Layout, folder: Path, rates=rates, **settings) -> dict:
+def iterate(
+    shape: scale.Shape, layout: scale.Layout, folder: Path, rates=rates, clock=time.perf_counter, **settings
+) -> dict:
     """Two PPO iterations on a shape; the bytes behind the last optimizer step, and the second one's phases."""
     rows = data.load_rows(PROMPTS, "prompts")[:64]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
@@ -112,11 +118,12 @@ def iterate(shape: scale.Shape, layout: scale.Layout, folder: Path, rates=rates,
     trainer.optimizer.optimizer.register_step_post_hook(lambda *_: found.update(held(trainer)))
     sample = trainer.sample
     trainer.sample = lambda rows: lengths.append(sample(rows)) or lengths[-1]
-    before = rates(dtype)
+    before = rates(dtype, clock)
     metrics = {}
-    while trainer.step < trainer.iterations:
-        metrics = trainer.iteration()
-    flops, reads = (max(pair) for pair in zip(before, rates(dtype), strict=True))
+    with mock.patch.object(ppo_state, "time", SimpleNamespace(perf_counter=clock)):  # the clock of `timed`
+        while trainer.step < trainer.iterations:
+            metrics = trainer.iteration()
+    flops, reads = (max(pair) for pair in zip(before, rates(dtype, clock), strict=True))
     longest = max(map(len, lengths[-1].response_ids))
     by_formula = expected(shape, layout, metrics, longest, flops, reads, trainer.world)
     seconds = {name: [metrics[f"time/{name}"], by_formula[name]] for name in by_formula}
@@ -139,6 +146,8 @@ def lines(shape: scale.Shape, layout: scale.Layout, processes: list[dict]) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--responses", type=int, default=16, help="an iteration, even")
+    parser.add_argument("--cpu-seconds", action="store_true", help="of the process, not those that pass")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead")
     parser.add_argument("--layout", default="float32", choices=LAYOUTS)
     arguments = parser.parse_args()
@@ -146,7 +155,9 @@ def main() -> None:
     layout = LAYOUTS[arguments.layout]
     with tempfile.TemporaryDirectory() as folder:
         write_models(shape, Path(folder))
-        found = iterate(shape, layout, Path(folder))
+        clock = time.process_time if arguments.cpu_seconds else time.perf_counter
+        sizes = {"rollout_batch_size": arguments.responses, "per_device_train_batch_size": arguments.responses // 2}
+        found = iterate(shape, layout, Path(folder), clock=clock, **sizes)
         processes = gather_object([found])
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(processes) if arguments.json else "\n".join(lines(shape, layout, processes)), flush=True)

@@ -96,7 +96,7 @@ def test_a_run_holds_what_the_formula_says(layout, tmp_path):
     shape, layout = scale.DEMO, scale_run.LAYOUTS[layout]
     scale_run.write_models(shape, tmp_path)
     found = scale_run.iterate(
-        shape, layout, tmp_path, lambda dtype: (1e9, 1e9), rollout_batch_size=4, response_length=4, max_steps=1
+        shape, layout, tmp_path, lambda dtype, clock: (1e9, 1e9), rollout_batch_size=4, response_length=4, max_steps=1
     )
     assert found["bytes"] == scale.states(shape, layout)
     assert all(measured > 0 and formula > 0 for measured, formula in found["seconds"].values())
