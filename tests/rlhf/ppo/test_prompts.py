@@ -147,7 +147,7 @@ def test_prompts_that_the_template_of_another_reward_model_refuses_are_all_liste
     run = SimpleNamespace(
         own_tokens=SimpleNamespace(tokenizer=tokenizer), prompts=found,
         args=SimpleNamespace(bad_rows="error", response_length=3, long_prompts="drop", max_prompt_length=None),
-        reward_model=language_model(tokenizer, max_position_embeddings=7),
+        reward_model=language_model(tokenizer, max_position_embeddings=7), reward_server=None,
     )  # fmt: skip
     refused = "of the reward model's tokenizer: the tokenizer's chat template refuses the messages: no system role"
     with pytest.raises(DataError) as caught:
