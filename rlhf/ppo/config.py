@@ -13,9 +13,7 @@ class PPOConfig:
 
     # models and data
     sft_model_path: str = option("demo", "Policy to start from, and reference of the KL: a folder, or `demo`.")
-    reward_model_path: str | None = option(
-        None, "Reward model folder. None only with a reward function or a reward server."
-    )
+    reward_model_path: str | None = option(None, "Reward model folder. None only with a reward function or server.")
     value_model_path: str | None = option(
         None, "Value network to start from, or a language model, given a new head. None: the reward model (paper)."
     )
@@ -113,17 +111,14 @@ class PPOConfig:
     # rewards
     reward_function: str | None = option(None, "file.py:name, math_answer, regex, json_schema, unit_test; or several.")
     reward_weights: list[float] | None = option(
-        None, "Factors of the reward model, if any, and of each function. None: all 1.", FINITE
+        None, "Factors of the reward model, if any, and each function. None: 1.", FINITE
     )
-    reward_server: str | None = option(
-        None, "Address of a server with the reward model, http://host:port: vllm serve MODEL --runner pooling."
-    )
+    reward_server: str | None = option(None, "Server with the reward model: http://host:port.")
     reward_server_bias: float | None = option(
-        None, "Subtracted from the server's scores. None: reward_bias in the config of reward_model_path.", FINITE
+        None, "Subtracted from its scores. None: as reward_model_path says.", FINITE
     )
-    reward_server_timeout: float = option(600.0, "Seconds in which the server must answer.", above(0))
-    reward_server_attempts: int = option(4, "How often it is asked, where no answer comes.", at_least(1))
-    reward_tokenizer: Literal["same", "auto"] = option("same", "same: as the policy's, checked. auto: may be another.")
+    reward_server_timeout: float = option(600.0, "Seconds in which it must answer.", above(0))
+    reward_tokenizer: Literal["same", "auto"] = option("same", "same as the policy's, checked; auto: any.")
     kl_coef: float = option(0.05, "beta, the weight of the KL in the reward. Paper: 0.02.", at_least(0))
     kl_estimator: Literal["k1", "k2", "k3"] = option(
         "k1", "KL of a token: k1 = log-ratio, k3 = the one that is never negative."

@@ -110,8 +110,7 @@ def reward_server(run) -> RewardServer | None:
         return None
     if run.given.reward_model is not None:
         raise ValueError("reward_server: got an address and a reward_model, want one of them")
-    options = {"timeout": args.reward_server_timeout, "attempts": args.reward_server_attempts}
-    client = JsonClient("reward_server", args.reward_server, **options)
+    client = JsonClient("reward_server", args.reward_server, timeout=args.reward_server_timeout)
     if args.reward_model_path is None:
         _check_alone(args)
     return RewardServer(client, bias_of(args), batch_size=args.local_rollout_forward_batch_size)

@@ -156,9 +156,9 @@ def test_a_fault_is_asked_again(fault):
 
 def test_a_server_that_is_down(home):
     with Fake(classifier(home.path / "llama-rm")) as server:
-        trainer = home.trainer(reward_server=server.url, reward_server_attempts=2)
+        trainer = home.trainer(reward_server=server.url)
         server.stop()
-        with pytest.raises(Unreachable, match=r"^reward_server: POST http://.*ConnectionRefusedError.*2 attempts"):
+        with pytest.raises(Unreachable, match=r"^reward_server: POST http://.*ConnectionRefusedError.*4 attempts"):
             trainer.score(ROWS, HAND_MADE)
     with pytest.raises(Unreachable, match=r"^reward_server: "):
         home.trainer("again", reward_server=server.url)
