@@ -171,7 +171,7 @@ def per_gpu(shape: Shape, layout: Layout, gpus: int, rows: int, length: int, lab
 
 
 def handing_over(shape: Shape, layout: Layout, gpus: int) -> int:
-    """Bytes on each GPU that trains while the policy is whole on each, to be written for the servers, or to sample."""
+    """Bytes on each GPU that trains while the policy is whole on each, to sample there, or to merge LoRA's adapters."""
     found = states(shape, layout)
     gathered = layout.entry * shape.policy if gpus > 1 else 0
     return math.ceil((found["weights"] + found["moments"]) / gpus) + gathered
@@ -327,7 +327,7 @@ def sampler_table() -> list[str]:
 def time_table() -> list[str]:
     """With `Work.rows` rows where they fit; else with as many as fit, and with checkpointing.
 
-    In brackets: the policy as a whole does not fit beside the rest.
+    In brackets: LoRA's base, gathered whole so that the adapters are merged for the servers, does not fit.
     """
     names = ("rollout", "score", "evaluate", "update", "transfer")
     lines = [
@@ -342,7 +342,8 @@ def time_table() -> list[str]:
                 found = seconds(shape, layout, gpus, rows, again=again)
                 cells = [f"{rows}, checkpointed" if again else f"{rows}"]
                 cells += [short(found[name]) for name in names] + [short(sum(found.values()))]
-                name = shape.name if handing_over(shape, layout, gpus) <= H200.room else f"({shape.name})"
+                fits = not layout.adapter_rank or handing_over(shape, layout, gpus) <= H200.room
+                name = shape.name if fits else f"({shape.name})"
                 lines.append(f"| {name} | {layout.name} | {gpus} + {gpus} | {' | '.join(cells)} |")
     return lines
 

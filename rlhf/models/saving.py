@@ -69,13 +69,14 @@ def save_cut_model(model, tokenizer, directory, *, main, max_file_size=MAX_FILE_
                 file.unlink()
 
 
-def save_cut_weights(model, folder, *, max_file_size=MAX_FILE_SIZE):
+def save_cut_weights(model, folder, *, max_file_size=MAX_FILE_SIZE, untied=False):
     """Write a model that FSDP2 has cut as `save_pretrained` does, file by file; called by all processes.
 
     One whose weights transformers converts is gathered whole, as they are converted together.
 
     Args:
         folder: where the main process writes; None on the others.
+        untied: write weights that are tied under each of their names.
     Returns:
         The names of the files of weights.
     """
@@ -87,7 +88,8 @@ def save_cut_weights(model, folder, *, max_file_size=MAX_FILE_SIZE):
             return set()
         model.save_pretrained(folder, state_dict=state, max_shard_size=max_file_size)
         return {file.name for file in Path(folder).glob("model*.safetensors*")}
-    left_out = {*(model._keys_to_ignore_on_save or ()), *model.all_tied_weights_keys}
+    tied, left_out = set(model.all_tied_weights_keys), set(model._keys_to_ignore_on_save or ())
+    left_out = left_out - tied if untied else left_out | tied
     state = {name: tensor for name, tensor in state.items() if name not in left_out}
     shapes = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_file_size)

@@ -72,7 +72,8 @@ def _start(trainer, has_weights: bool) -> None:
     rows = trainer.next_prompts()
     prompts = rows[:: trainer.args.num_responses]
     if not has_weights:
-        with prompts_kept(trainer, prompts, trainer.step + 2), trainer.sharding.whole(trainer.policy):  # 18, 19
+        given = trainer.sharding.for_engine(trainer.policy, trainer.engine)
+        with prompts_kept(trainer, prompts, trainer.step + 2), given:  # 18, 19
             trainer.engine.update_weights(trainer.policy)
     alone = trainer.engine.__call__  # without the update_weights that `sample` would call
     draw = trainer.sampling(prompts, engine=alone, seed=trainer.engine_seed(trainer.step + 1))

@@ -37,7 +37,7 @@ def check_contract(trainer) -> dict[str, float]:
     dtype = policy.dtype if trainer.accelerator.mixed_precision == "no" else torch.bfloat16
     tolerance, rows = rounding(dtype), _rows(trainer.prompts)
     prompts = [row["prompt_ids"] for row in rows]
-    with torch.random.fork_rng(), trainer.sharding.whole(policy):
+    with torch.random.fork_rng(), trainer.sharding.for_engine(policy, trainer.engine):
         rollouts = sample(
             policy, trainer.tokenizer, prompts, response_length=min(args.response_length, 16),
             temperature=args.temperature, stop_token_ids=trainer.stop_ids, engine=trainer.engine,

@@ -173,6 +173,17 @@ class Sharding:
                 unit.set_reshard_after_forward(self._reshards(unit), recurse=False)
                 unit.reshard()
 
+    def for_engine(self, model, engine):
+        """`whole`, but for a rollout engine that gathers what it wants of the slices; adapters come whole to it, too.
+
+        Args:
+            engine: see `rlhf.rollouts.RolloutEngine`; None = the built-in sampler.
+        """
+        if not getattr(engine, "reads_slices", False) or hasattr(model, "peft_config"):
+            return self.whole(model)
+        reshard(model)  # what a forward may have left whole
+        return contextlib.nullcontext()
+
 
 @torch.no_grad()
 def _send_from_first(device: str, weights) -> None:

@@ -41,7 +41,8 @@ Departures and details (each number stands again at its line, here or in run.py)
 18. No step is made from numbers that are not finite: the run stops and leaves the batch behind. Numbers that look
     unhealthy are told, and end the run where that is asked for.
 19. Asked for FSDP2, each process holds a slice of every network, and of the optimizer. For sampling alone the policy is
-    whole on each, since they sample unequally long; each micro-batch adds its gradient to the slices.
+    whole on each, since they sample unequally long, but for an engine that gathers the slices itself (vLLM); each
+    micro-batch adds its gradient to the slices.
 20. With `bf16` (or accelerate's mixed precision) every forward, of all networks and in sampling too, makes its products
     in bf16 of weights in fp32: the ratio of an unchanged policy stays 1, and small steps are not rounded away.
 21. With an advantage other than gae a response is compared with others, of its prompt or of the batch; there is no
@@ -179,7 +180,7 @@ class PPOTrainer(PPORun):
     def sample(self, rows: list[dict]) -> Rollouts:
         prompts = rows[:: self.args.num_responses]
         draw = self.sampling(prompts, self.engine, self.engine_seed(self.step), noise=self.noise(len(prompts)))
-        with prompts_kept(self, prompts), self.sharding.whole(self.policy):  # 18, 19
+        with prompts_kept(self, prompts), self.sharding.for_engine(self.policy, self.engine):  # 18, 19
             return draw()
 
     def sampling(self, prompts: list[dict], engine, seed: int, noise=None) -> Callable[[], Rollouts]:

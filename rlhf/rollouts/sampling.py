@@ -68,7 +68,7 @@ class RolloutEngine(Protocol):
     top_p, top_k, penalties or a least length, and ends a response behind the first of `stop_token_ids` or after
     `response_length` tokens. Prompts go in and responses come out as ids. It returns a `Completion` for each of the K
     samples of each prompt, in any order; one that is missing, repeated, unknown, failed or of another prompt stops the
-    run. Three things are its own choice:
+    run. Four things are its own choice:
 
     - `Completion.log_probs`: where it gives those of the sampled tokens, for all completions, they are compared with
       the trainer's in each iteration (`rollout/logprob_gap_mean`, ...); `--rollout_correction` weighs the loss by
@@ -76,6 +76,8 @@ class RolloutEngine(Protocol):
     - `engine.update_weights(policy)`: where it has this method, it is called before each rollout, on every process,
       with the policy as it is then: a model of transformers, or of PEFT around one. A server loads its weights there;
       of a policy that is sharded (FSDP2) from `named_parameters()`, since `state_dict()` gives slices.
+    - `engine.reads_slices = True`: `update_weights` takes a policy whose weights FSDP2 has cut (DTensors), and gathers
+      what it wants of them, on all processes alike; so no process ever holds the whole. One with adapters comes whole.
     - `engine.concurrent = True`: it samples elsewhere (in another process, on a server) from the weights that
       `update_weights` last gave it, and its call may run in a thread while `model` trains: it reads nothing of `model`
       but its config, calls no collective operation, and leaves torch's global generator alone. `--rollout_ahead 1`

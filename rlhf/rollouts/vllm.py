@@ -56,6 +56,8 @@ class VllmInProcess:
         options: further arguments of `vllm.LLM`.
     """
 
+    reads_slices = True
+
     def __init__(self, weights: WeightFolders, *, dtype: str, options: dict):
         fixed = {"logprobs_mode": LOGPROBS_MODE, "generation_config": "vllm", "skip_tokenizer_init": True}
         for name in options.keys() & {*fixed, "model", "tokenizer", "logits_processors"}:
@@ -79,7 +81,7 @@ class VllmInProcess:
         untied = (
             is_tied(policy) and not torch.accelerator.is_available()
         )  # on a CPU vLLM would go on with the copy of a tied head that it has made
-        version = on_first(lambda: self.weights.write(policy, untied=untied))
+        version = self.weights.write(policy, untied=untied)
         if self.llm is None:
             self._start(version.folder, {"hf_overrides": {"tie_word_embeddings": False}} if untied else {})
         else:

@@ -31,7 +31,7 @@ class VllmServers:
     process, and may run in a thread.
     """
 
-    concurrent = True
+    concurrent = reads_slices = True
 
     def __init__(self, urls, *, timeout: float, weights: WeightFolders):
         if len({url.rstrip("/") for url in urls}) < len(urls):
@@ -78,13 +78,13 @@ class VllmServers:
         """
         if self.adapters is None:
             self.check(policy, 1)
-        self.version = on_first(lambda: self._update(policy))
+        untied = any(server.untied for server in self.servers)
+        version = self.weights.write(policy, adapters=self.adapters, untied=untied)
+        self.version = on_first(lambda: self._bring(version))
         for server in self.servers:
             server.lost = None
 
-    def _update(self, policy) -> Version:
-        untied = any(server.untied for server in self.servers)
-        version = self.weights.write(policy, adapters=self.adapters, untied=untied)
+    def _bring(self, version: Version) -> Version:
         deadline = time.monotonic() + self.timeout
         up = threading.Event()
 

@@ -4,6 +4,7 @@ A folder holds what `save_pretrained` writes of a policy: names and tied weights
 the adapters alone. The version is its name, and is unlike those of any other run.
 """
 
+import contextlib
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from ..checkpoint import atomic_directory, remove_directory
 from ..models import unwrapped
 from ..models.adapters import merged, merged_whole
 from ..models.parts import quiet
+from ..models.saving import save_cut_weights
 from .sampling import RolloutError
 
 
@@ -40,10 +43,12 @@ class WeightFolders:
         self.run = secrets.token_hex(4)
 
     def write(self, policy, *, adapters: bool = False, untied: bool = False) -> Version:
-        """The policy as it is now in a new folder; called by one process.
+        """The policy as it is now in a new folder; called by all processes, of which the first one writes.
+
+        Slices (FSDP2) are gathered a tensor at a time, so that no process holds the whole.
 
         Args:
-            policy: a model of transformers, or of PEFT around one; if it is sharded (FSDP2), while it is whole.
+            policy: a model of transformers, or of PEFT around one, which is sharded only while it is whole.
             adapters: write the adapters alone, as PEFT does.
             untied: write weights that are tied under each of their names.
         Raises:
@@ -52,20 +57,33 @@ class WeightFolders:
         self.number += 1
         name = f"rlhf-{self.run}-{self.number}"
         folder = (self.home / name).resolve()
-        with atomic_directory(folder) as temporary, quiet():
-            if adapters:
+        if not is_cut(policy):
+            return on_first(lambda: self._write_whole(Version(name, str(folder), adapters), policy, untied))
+        first = PartialState().is_main_process
+        with atomic_directory(folder) if first else contextlib.nullcontext() as temporary, quiet():
+            save_cut_weights(policy, temporary, untied=untied)
+        return on_first(lambda: Version(name, str(folder)))
+
+    def _write_whole(self, version: Version, policy, untied: bool) -> Version:
+        with atomic_directory(version.folder) as temporary, quiet():
+            if version.adapters:
                 policy.save_pretrained(temporary, state_dict=whole_state(policy), save_embedding_layers=False)
             else:
                 model, state = (merged_whole if is_sharded(policy) else merged)(policy)
                 state = whole_state(model) if state is None else state
                 model.save_pretrained(temporary, state_dict=_untied(model, state) if untied else state)
-        return Version(name, str(folder), adapters)
+        return version
 
     def keep_only(self, version: Version) -> None:
         """Remove all other versions."""
         for folder in self.home.glob("rlhf-*-*" if self.own else f"rlhf-{self.run}-*"):
             if folder.name != version.name:
                 remove_directory(folder)
+
+
+def is_cut(model) -> bool:
+    """Whether the weights are slices now; while a sharded network is whole, they are not."""
+    return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
 def is_sharded(model) -> bool:

@@ -61,7 +61,7 @@ def run(seed: int, folder: Path, server: Server) -> dict:
 
 
 def good(found: dict) -> bool:
-    """Whether the server was killed in a rollout, and both policies win over SFT beyond the interval, with a small gap."""
+    """Whether the server was killed in a rollout, and both policies win over SFT, beyond interval and gap."""
     return (found["exit"], bool(found["killed"])) == (0, True) and all(
         found[name]["policy"]["win_rate"]["low"] > 0.5 and found[name]["gap"] < GAP for name in ("ppo", "ppo_ptx")
     )

@@ -62,6 +62,7 @@ def runs(ppo_files, tmp_path_factory) -> Home:
         plan("tied-one", 1, **tied),
         plan("tied-two", 2, SHARDED, **tied),
         plan("uneven", 2, SHARDED, **uneven),
+        plan("slices", 2, SHARDED, rollout_engine=f"{ROOT / 'tests' / 'server_engine.py'}:Slices", max_steps=2),
         plan("stopped-one", 1, max_kl=3.0),
         plan("stopped-two", 2, KEPT, max_kl=3.0),
         *([
@@ -185,6 +186,11 @@ def test_tied_weights(runs):
 def test_processes_sample_unequally_often(runs):
     """Three forwards more on one process would wait for the other one for ever, were the policy not whole there."""
     assert len(runs.rows("uneven")) == 2
+
+
+@pytest.mark.slow
+def test_an_engine_that_reads_slices_gets_them(runs):
+    assert len(runs.rows("slices")) == 2
 
 
 @pytest.mark.slow
