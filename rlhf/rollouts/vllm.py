@@ -18,6 +18,8 @@ def load_vllm(settings):
     Raises:
         ValueError: vllm is not installed; an option is none; a server does not answer, or not as it should.
     """
+    if settings is None:
+        raise ValueError("rollout_engine: got vllm without the settings that it needs (load_engine's settings)")
     home = settings.vllm_weights_dir or os.path.join(settings.output_dir, "rollout_weights")
     weights = WeightFolders(home, own=settings.vllm_weights_dir is None)
     if settings.vllm_server is not None:

@@ -62,7 +62,7 @@ def runs(ppo_files, tmp_path_factory) -> Home:
         plan("tied-one", 1, **tied),
         plan("tied-two", 2, SHARDED, **tied),
         plan("uneven", 2, SHARDED, **uneven),
-        plan("slices", 2, SHARDED, rollout_engine=f"{ROOT / 'tests' / 'server_engine.py'}:Slices", max_steps=2),
+        plan("reads-slices", 2, SHARDED, rollout_engine=f"{ROOT / 'tests' / 'server_engine.py'}:Slices", max_steps=2),
         plan("stopped-one", 1, max_kl=3.0),
         plan("stopped-two", 2, KEPT, max_kl=3.0),
         *([
@@ -190,7 +190,7 @@ def test_processes_sample_unequally_often(runs):
 
 @pytest.mark.slow
 def test_an_engine_that_reads_slices_gets_them(runs):
-    assert len(runs.rows("slices")) == 2
+    assert len(runs.rows("reads-slices")) == 2
 
 
 @pytest.mark.slow

@@ -234,7 +234,7 @@ def test_a_server_of_ones_own(model):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("vllm", "got 'vllm', want builtin, generate, generate_batch or path/to/file.py:name"),
+        ("sglang", "got 'sglang', want builtin, generate, generate_batch, vllm or path/to/file.py:name"),
         ("engine.py", "got 'engine.py', want builtin"),
         ("engine.py:a b", "got 'engine.py:a b', want builtin"),
         ("/no/such/engine.py:Server", "there is no file /no/such/engine.py"),
@@ -325,4 +325,5 @@ def test_weights_that_are_not_updated_are_told_and_then_refused(home, caplog):
 
 
 def test_the_engines_are_named_in_the_order_of_the_help():
-    assert rollout_engines.ENGINES == ("builtin", "generate", "generate_batch") and load_engine("builtin") is None
+    assert rollout_engines.ENGINES == ("builtin", "generate", "generate_batch", "vllm")
+    assert load_engine("builtin") is None
