@@ -76,6 +76,17 @@ def test_a_run_goes_on_with_another_server(home, serve):
     assert second.loads() == 1 and assert_right(home, "parts", 3) == assert_right(home, "whole", 3)
 
 
+def test_samples_drawn_ahead(home, serve):
+    """Those of iteration 2 come from the weights of the start, as the gap to the trainer's log-probs shows."""
+    server = serve()
+    home.trainer("ahead", **settings(server, max_steps=3, rollout_ahead=1, rollout_correction="token")).train()
+    rows = home.rows("ahead")
+    assert [row["rollout/ahead"] for row in rows] == [0, 1, 1]
+    assert rows[0]["rollout/logprob_gap_max"] < 8 * EXACT < 1e-4 < rows[1]["rollout/logprob_gap_max"]
+    assert rows[0]["rollout/effective_sample_size"] == pytest.approx(1) != rows[1]["rollout/effective_sample_size"]
+    assert server.loads() == 3  # at the check, and with the weights that the first two iterations began with
+
+
 def test_servers_are_asked_before_anything_is_trained(home, serve, monkeypatch):
     monkeypatch.setattr(ppo_run, "check_contract", lambda run: pytest.fail("the run has begun"))
     with pytest.raises(ValueError, match="max_model_len 13, want at least 14"):
