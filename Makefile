@@ -13,6 +13,7 @@
 # make test-versions [VERSIONS="2.8.0:3.12 ..."]                  the kernels' tests on other versions of torch and Python
 # make test-integrations [TRL=CLONE]                              the drop-ins beside their peers, and the peers' own tests on them
 # make test-vllm                                                  rollouts by vLLM 0.32 itself, on the CPU: servers, and in the process
+# make demo-vllm [SEEDS="0 1 2"] [OUT=DIR]                        the demo through a server of vLLM that is killed in the middle
 # make hub [HUB=DIR]                                              the kernels as a repository for the package kernels, tested; in build/hub
 # make sanitize [ARGS=...]                                        the native kernels' tests, with bounds and arithmetic checked
 # make fuzz [SECONDS=3600] [ISA=avx2]                             random calls of the native kernels; needs clang
@@ -96,10 +97,14 @@ $(PEERS:%=$(PEER_VENVS)-%/ready): $(PEER_VENVS)-%/ready: tests/integrations/requ
 VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: test-vllm
+.PHONY: test-vllm demo-vllm
 test-vllm: export OMP_NUM_THREADS ?= 1
 test-vllm: $(VLLM)/ready
 	$(VLLM)/bin/python -m pytest --quiet tests/vllm $(ARGS)
+
+demo-vllm: export OMP_NUM_THREADS ?= 1
+demo-vllm: $(VLLM)/ready
+	$(VLLM)/bin/python -m tests.vllm.demo $(SEEDS) $(if $(OUT),--output_dir $(OUT))
 
 $(VLLM)/ready: pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(@D)
