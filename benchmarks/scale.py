@@ -113,7 +113,7 @@ def activations(shape: Shape, tokens: int, length: int, entry: int, *, checkpoin
 
     A block keeps of a token: the fp32 input of each norm, the two results and the root of each; queries, keys and
     values (repeated for all heads), the attention's output, its log-sum-exp and the mask; four rows of the MLP. With
-    checkpointing (which PPO does not do yet) each block keeps its input, and one block at a time all of it.
+    checkpointing each block keeps its input, and one block at a time all of it.
     """
     q = shape.heads * shape.head_dim
     norms = 2 * (4 * shape.hidden + 2 * entry * shape.hidden + 4)

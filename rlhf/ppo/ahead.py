@@ -55,7 +55,8 @@ def next_samples(trainer, averages: Averages) -> tuple[list[dict], Rollouts]:
         rows = [trainer.prompts[number] for number in drawn.rows]
         trainer.ahead.take()
     if trainer.args.rollout_ahead:
-        seconds = {"seconds_waited": time.perf_counter() - begun, "seconds_sampled": drawn.seconds}
+        waited = time.perf_counter() - begun if fresh else trainer.ahead.waited
+        seconds = {"seconds_waited": waited, "seconds_sampled": drawn.seconds}
         averages.add({f"rollout/{name}": value for name, value in {"ahead": float(not fresh), **seconds}.items()}, 1)
         if _goes_on(trainer):
             _start(trainer, has_weights=fresh)

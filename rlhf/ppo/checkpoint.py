@@ -37,7 +37,7 @@ MAY_CHANGE = (
     "resume_from_checkpoint", "report_to", "num_logged_samples", "disable_tqdm", "rollout_gap_warning",
     "rollout_gap_limit", "on_health", "health_kl", "health_entropy", "health_explained_variance",
     "health_clip_fraction", "health_patience", "vllm_server", "vllm_timeout", "vllm_weights_dir", "vllm_options",
-    "reward_server", "reward_server_timeout",
+    "reward_server", "reward_server_timeout", "gradient_checkpointing",
 )  # fmt: skip
 """Settings that a resumed run may have otherwise: where things lie, how long it goes on, what it writes and guards."""
 DATA = ("dataset_name", "ptx_dataset_name")

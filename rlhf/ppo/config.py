@@ -43,6 +43,9 @@ class PPOConfig:
     output_dir: str = option("runs/ppo", "Folder of the run.")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = option("float32", "Weights' type.")
     bf16: bool = option(False, "Mixed precision: products in bfloat16 of weights that stay float32.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward: less memory, about a third more time."
+    )
     attn_implementation: str | None = option(
         None, "Attention of transformers: sdpa, eager, flash_attention_2, ... None: sdpa where the model has it."
     )
@@ -251,12 +254,13 @@ class PPOConfig:
         if self.rollout_ahead and self.rollout_engine in ("builtin", "generate", "generate_batch"):
             raise ValueError(
                 f"rollout_ahead: got 1 with rollout_engine {self.rollout_engine}, which reads the weights that train; "
-                "want an engine that samples elsewhere"
+                "want an engine that samples elsewhere, as vllm does with vllm_server"
             )
         for name in ("vllm_server", "vllm_weights_dir", "vllm_options"):
             if getattr(self, name) is not None and self.rollout_engine != "vllm":
                 raise ValueError(
-                    f"{name}: got {getattr(self, name)}, want none with rollout_engine {self.rollout_engine}"
+                    f"{name}: got {getattr(self, name)} with rollout_engine {self.rollout_engine}, want none, or "
+                    "rollout_engine vllm"
                 )
         if self.vllm_server is not None and self.vllm_options is not None:
             raise ValueError("vllm_options: got some beside vllm_server, want none: a server has its own")

@@ -134,10 +134,26 @@ def load_networks(run, resume: Path | None) -> None:
     run.weights = {name: weights_digest(model) for name, model in fixed.items() if model is not None}
     if args.use_peft:  # 17
         _put_adapters(run, resume)
+    if args.gradient_checkpointing:
+        _recompute(run.policy, run.value)
     own = (run.policy, None if args.use_peft else run.reference, run.value, run.reward_model)
     for model in own:
         if model is not None:
             run.sharding(model)  # 19
+
+
+def _recompute(*networks) -> None:
+    """Keep no activations of a transformer block but its input; the backward computes them again.
+
+    Raises:
+        ValueError: transformers does not know how in this model.
+    """
+    for network in filter(None, networks):
+        inner = models.unwrapped(network)
+        if not inner.supports_gradient_checkpointing:
+            raise ValueError(f"gradient_checkpointing: got True, want False: a {type(inner).__name__} takes none")
+        enable = getattr(inner, "activation_checkpointing_enable", None)  # transformers >= 5.24
+        (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _cut(run):

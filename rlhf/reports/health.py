@@ -186,7 +186,7 @@ def value_function(report) -> Check:
         judge,
         "Value function explains nothing",
         "Explained variance of the returns over the last quarter: 1 is perfect, 0 is no better than their mean. "
-        "Raise the value function’s learning rate, or start it from the reward model.",
+        "Near 0, raise the value function’s learning rate or start it from the reward model; far below 0, lower it.",
     )
 
 

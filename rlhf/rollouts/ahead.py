@@ -42,6 +42,7 @@ class Ahead:
 
     def __init__(self, drawn: Drawn | None = None):
         self.rows, self._future = None, None
+        self.waited = 0.0  # seconds that `wait` took for this batch
         if drawn is not None:
             self.rows, self._future = drawn.rows, Future()
             self._future.set_result(drawn)
@@ -57,7 +58,7 @@ class Ahead:
         """
         if self:
             raise RuntimeError("samples are drawn ahead of one iteration only, and those before have not been taken")
-        self.rows, self._future = rows, Future()
+        self.rows, self._future, self.waited = rows, Future(), 0.0
         arguments = (self._future, rows, draw)
         threading.Thread(target=_run, args=arguments, name="rollout-ahead", daemon=True).start()
 
@@ -67,8 +68,10 @@ class Ahead:
         Raises:
             Exception: what `draw` raised, with the trace of its thread.
         """
+        begun = time.perf_counter()
         while not self._future.done():
             concurrent.futures.wait([self._future], timeout=WAKE)
+        self.waited += time.perf_counter() - begun
         return self._future.result()
 
     def take(self) -> Drawn:

@@ -30,6 +30,8 @@ class VllmServer:
     """A server: its address, what it has said of itself, and its weights."""
 
     def __init__(self, url: str, timeout: float):
+        if url.rstrip("/").endswith("/v1"):
+            raise ValueError(f"vllm_server: got {url}, want the server's own address, without /v1")
         self.client = JsonClient("vllm_server", url, timeout=timeout, token=os.environ.get("VLLM_API_KEY"))
         self.timeout, self.loading = timeout, threading.Lock()
         self.up, self.lost = True, None  # whether it answered last; why it is waited for no longer
@@ -56,14 +58,17 @@ class VllmServer:
             self.on_cpu = config["device_config"]["device"] == "cpu"
             self.untied = (model["hf_overrides"] or {}).get("tie_word_embeddings") is False
         except Refused as error:
-            hint = "; start it with VLLM_SERVER_DEV_MODE=1" if error.status == 404 else ""
+            found = error.status == 404 and "/server_info" in str(error)
+            hint = "; start it with VLLM_SERVER_DEV_MODE=1" if found else ""
             raise ValueError(f"{error}{hint}") from error
         except ServerError as error:
             raise ValueError(f"{error}; is it running?") from error
         except (KeyError, TypeError, StopIteration) as error:
             raise ValueError(f"vllm_server: {self.url} does not answer as vLLM 0.32 does ({error!r})") from error
         if mode != LOGPROBS_MODE:
-            raise ValueError(f"vllm_server: {self.url}: {WRONG_MODE.format(mode)}; start it with --logprobs-mode")
+            raise ValueError(
+                f"vllm_server: {self.url}: {WRONG_MODE.format(mode)}; start it with --logprobs-mode {LOGPROBS_MODE}"
+            )
         if bent:
             raise ValueError(f"vllm_server: {self.url} has logits_processors {bent}, want none")
 

@@ -180,7 +180,8 @@ class _Rollout:
     def _put_back(self, prompt: int, error: Exception, server: VllmServer) -> None:
         with self.changed:
             if server.up:
-                logger.warning("%s; what it was sampling is sampled again", error)
+                patience = f"it is waited for up to {self.engine.timeout:g} s (vllm_timeout)"
+                logger.warning("%s; what it was sampling is sampled again, %s", error, patience)
             server.up = False
             self.tries[prompt] += 1
             if self.tries[prompt] == ATTEMPTS:
@@ -192,7 +193,10 @@ class _Rollout:
         """Wait until the server is up and has the weights of this rollout."""
         deadline = time.monotonic() + self.engine.timeout
         try:
+            away = not server.up
             server.bring(self.version, deadline, wanted=lambda: not self._over(), alone=self.engine.alone)
+            if away:
+                logger.warning("vllm_server: %s is back, with weights %s", server.url, self.version.name)
         finally:
             with self.changed:
                 self.changed.notify_all()

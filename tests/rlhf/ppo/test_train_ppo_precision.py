@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from rlhf.ppo import PPOConfig
+from rlhf_kernels import Clip
 from tests.tiny_ppo import experience_of
 
 ONE_STEP = {
@@ -32,6 +34,37 @@ def test_the_first_ratio_is_one_in_mixed_precision(home, monkeypatch, how):
     for name in ("log_probs", "ref_log_probs", "values"):
         gap = (getattr(plain, name) - getattr(mixed, name)).abs().max()
         assert 1e-4 < gap < 0.3, name  # products of bf16, whose steps are 2**-8
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(home, lora):
+    """What autograd keeps of a step's forward, and the run's numbers: without dropout both forwards are equal."""
+    if lora:
+        pytest.importorskip("peft", reason="the package peft is not installed: pip install peft")
+    options = {"max_steps": 2, "use_peft": lora, "lora_r": 2, "lora_alpha": 4}
+    kept, rows = {}, {}
+    for again in (False, True):
+        trainer = home.trainer(f"again-{again}", gradient_checkpointing=again, **options)
+        begun, sizes = trainer.begin(), []
+        batch = trainer._join(begun.experience.rollouts, [0, 1, 2, 3])
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=sizes: to.append(x.nbytes) or x, lambda x: x):
+            trainer.model(
+                batch, begun.experience.log_probs[:4], begun.experience.advantages[:4], temperature=1.0,
+                objective=Clip(),
+            )  # fmt: skip
+        kept[again] = sum(sizes)
+        home.trainer(f"run-{again}", gradient_checkpointing=again, **options).train()
+        rows[again] = home.rows(f"run-{again}")
+    assert kept[True] < 0.6 * kept[False], kept
+    for with_it, without in zip(rows[True], rows[False], strict=True):
+        for name in ("objective/kl", "loss/policy_avg", "loss/value_avg", "grad_norm/policy", "grad_norm/value"):
+            assert with_it[name] == pytest.approx(without[name], rel=1e-5, abs=1e-8), name
+
+
+def test_gradient_checkpointing_of_a_model_that_has_none_is_refused(home, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(ValueError, match=r"^gradient_checkpointing: got True, want False: a Llama.* takes none"):
+        home.trainer(gradient_checkpointing=True)
 
 
 @pytest.fixture(autouse=True)

@@ -59,6 +59,7 @@ def runs(ppo_files, tmp_path_factory) -> Home:
         plan("two", 2, SHARDED),
         plan("killed", 2, SHARDED, kills=3, save_steps=1, save_updates=1, save_total_limit=1),
         plan("four", 4, SHARDED),
+        plan("recomputed", 2, SHARDED, gradient_checkpointing=True),
         plan("tied-one", 1, **tied),
         plan("tied-two", 2, SHARDED, **tied),
         plan("uneven", 2, SHARDED, **uneven),
@@ -156,6 +157,11 @@ def test_another_number_of_processes_reads_the_slices(sliced):
         assert farthest(one, moved) < (SAME_AVERAGE if name == "model" else SAME_WEIGHTS)
     with pytest.raises(ValueError, match=r"num_processes: .* was written by a run with 2, this run has 1"):
         PPOTrainer(same_config(sliced, "slices", 1, **SAVING, resume_from_checkpoint="true"))
+
+
+@pytest.mark.slow
+def test_activations_that_are_computed_again(runs):
+    assert_equal_runs(runs, "one", "recomputed")
 
 
 @pytest.mark.slow

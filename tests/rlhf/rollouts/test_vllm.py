@@ -387,6 +387,8 @@ def test_servers_that_do_not_answer_are_refused(start, policy, tmp_path):
     server.server_info = lambda body: (404, {"detail": "Not Found"})
     with pytest.raises(ValueError, match="start it with VLLM_SERVER_DEV_MODE=1"):
         engine_of(tmp_path, server)
+    with pytest.raises(ValueError, match=r"vllm_server: got http.*/v1, want the server's own address, without /v1"):
+        VllmServers([f"{server.url}/v1"], timeout=1, weights=None)
     server.server_info = lambda body: (200, {"something": "else"})
     with pytest.raises(ValueError, match="does not answer as vLLM"):
         engine_of(tmp_path, server)
@@ -478,7 +480,7 @@ class TestAdapters:
 
 def test_settings_that_do_not_go_together(tmp_path):
     for options, text in (
-        ({"vllm_server": ["http://h:1"]}, r"vllm_server: got \['http://h:1'\], want none with rollout_engine builtin"),
+        ({"vllm_server": ["http://h:1"]}, r"vllm_server: got \['http://h:1'\] with rollout_engine builtin, want none"),
         ({"rollout_engine": "vllm", "vllm_server": ["http://h:1"], "vllm_options": ["a=1"]}, "vllm_options: got some"),
         ({"rollout_engine": "vllm", "vllm_timeout": 0}, "vllm_timeout: got 0"),
     ):
