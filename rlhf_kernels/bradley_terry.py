@@ -200,6 +200,8 @@ def _flatten_margins(margins, scores, prompts):
         margins = margins.reshape(scores.numel(), scores.shape[1])
     else:
         check_shape("margins", margins, (scores.shape[0], None), "[S, M], one for each pair")
+    if margins.dim() == 2 and margins.shape[1] == 0:  # prompts without responses have no pairs
+        return torch.zeros(prompts, dtype=dtype, device=scores.device)
     return margins.detach().to(dtype).contiguous()
 
 

@@ -52,7 +52,7 @@ def load_shards(trainer, directory: Path) -> dict:
             tensors[key] = within_budget[name] = torch.empty_like(trained[name].detach())
         elif part == "optimizer":
             number, moment = name.split(".")
-            like = weights[int(number)].detach() if found.size else torch.zeros(())
+            like = weights[int(number)].detach() if found.size else torch.zeros((), dtype=torch.float32)
             tensors[key] = torch.empty_like(like, dtype=found.properties.dtype)
             state.setdefault(int(number), {})[moment] = tensors[key]
     _told(dcp.load, tensors, checkpoint_id=directory / FOLDER)

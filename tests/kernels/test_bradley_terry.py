@@ -251,6 +251,12 @@ def test_num_items_in_batch(backend_name):
     torch.testing.assert_close(*grads)
 
 
+def test_margins_of_prompts_without_responses(backend_name):
+    scores, ranks = torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.int64)
+    out = bradley_terry_loss(scores, ranks, margins=torch.zeros(2, 0, 0), reduction="none")
+    assert torch.equal(out.loss, torch.zeros(2))
+
+
 def test_margins(backend_name):
     """A number, [P], [P, K, K] and [S, M] say the same; a margin shifts the gap."""
     scores = torch.tensor([[1.0, 0.2, -0.5]] * 2)

@@ -54,7 +54,9 @@ def test_values_and_gradients(backend_name, served, dtype, case, terms, assert_c
     (grad,) = torch.autograd.grad(losses, inputs["logits"], upstream_of(losses))
     (grad64,) = torch.autograd.grad(losses64, leaf64, upstream_of(losses64))
     assert grad.dtype == dtype
-    assert_close_to_fp64(grad, torch.where(inputs["logits"].isneginf(), 0.0, grad64), dtype)
+    # Autograd rounds its own sums over V entries: by 31 eps on one processor, where the tested gradient is exact.
+    scale = 1 + inputs["logits"].shape[-1] ** 0.5 if dtype == torch.float64 else 1
+    assert_close_to_fp64(grad, torch.where(inputs["logits"].isneginf(), 0.0, grad64), dtype, scale=scale)
 
 
 def test_reference_by_hand(backend_name):

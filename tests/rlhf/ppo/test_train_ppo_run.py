@@ -210,7 +210,7 @@ def test_nan_stops_the_run(home):
         ({"report_to": "wandb"}, "report_to: got 'wandb'"),
         ({"on_health": "panic"}, "on_health: got 'panic', wants warn, stop or ignore"),
         ({"health_patience": 0}, "health_patience: got 0"),
-        ({"rollout_engine": "vllm"}, "rollout_engine: got 'vllm', want builtin, generate, generate_batch or path"),
+        ({"rollout_engine": "sglang"}, "rollout_engine: got 'sglang', want builtin, generate, generate_batch, vllm"),
         ({"lora_dropout": 0.1}, "lora_dropout: got 0.1, wants 0: with dropout an unchanged"),
         ({"sft_model_path": "/no/such/model"}, "/no/such/model"),
     ],
