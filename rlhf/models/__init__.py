@@ -4,6 +4,7 @@ from .dropout import disable_dropout, set_residual_dropout
 from .forward import (
     hidden_states,
     is_classifier,
+    is_cut,
     is_wrapped,
     last_index_from_mask,
     linear_head,
@@ -59,6 +60,7 @@ __all__ = [
     "hidden_size",
     "hidden_states",
     "is_classifier",
+    "is_cut",
     "is_reward_model",
     "is_wrapped",
     "last_index_from_mask",

@@ -34,6 +34,11 @@ def is_wrapped(model):
     return isinstance(model, FSDPModule) or isinstance(getattr(model, "module", None), nn.Module)
 
 
+def is_cut(model):
+    """Whether FSDP2 has cut the weights of a network, be they whole now or not."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def reshard(model):
     """Drop the whole weights that FSDP2 keeps behind a forward without a backward; a checkpoint loads into shards."""
     for module in model.modules():

@@ -27,7 +27,7 @@ from ..rollouts.ahead import load_ahead, save_ahead
 from ..same_run import check_same_run, digest
 from .ahead import samples_ahead
 from .iteration import load_iteration, save_iteration
-from .sharding import cut_like, gathered, is_cut, trained_weights, whole_state
+from .sharding import cut_like, gathered, trained_weights, whole_state
 from .shards import holds_shards, load_shards, save_shards
 
 MAY_CHANGE = (
@@ -87,7 +87,7 @@ def _save_whole(trainer, folder: Path | None) -> None:
 
 def _save_network(network, folder: Path | None) -> None:
     """Called by every process, with a folder by the one that writes."""
-    if is_cut(network) and not hasattr(network, "get_base_model"):
+    if models.is_cut(network) and not hasattr(network, "get_base_model"):
         models.save_cut_weights(network, folder)
         return
     state = whole_state(network, keep=folder is not None)

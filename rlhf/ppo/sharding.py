@@ -200,11 +200,6 @@ def _units(model) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def is_cut(model) -> bool:
-    """Whether the weights of a network are in slices."""
-    return bool(_units(model))
-
-
 def trained_weights(model) -> dict[str, torch.nn.Parameter]:
     """The weights that train, by name, as this process holds them: of a sharded network always the slices."""
     reshard(model)

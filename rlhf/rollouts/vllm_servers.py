@@ -122,7 +122,7 @@ class _Rollout:
     def __init__(self, engine: VllmServers, prompts: list[list[int]]):
         self.engine, self.version, self.prompts = engine, engine.version, prompts
         self.waiting, self.tries = collections.deque(range(len(prompts))), [0] * len(prompts)
-        self.found, self.done, self.error = [], 0, None
+        self.found, self.done, self.error, self.told = [], 0, None, set()  # told: the servers said to be away
         self.changed = threading.Condition()
 
     def run(self, slots: int) -> list[Completion]:
@@ -180,6 +180,7 @@ class _Rollout:
     def _put_back(self, prompt: int, error: Exception, server: VllmServer) -> None:
         with self.changed:
             if server.up:
+                self.told.add(server)
                 patience = f"it is waited for up to {self.engine.timeout:g} s (vllm_timeout)"
                 logger.warning("%s; what it was sampling is sampled again, %s", error, patience)
             server.up = False
@@ -193,10 +194,11 @@ class _Rollout:
         """Wait until the server is up and has the weights of this rollout."""
         deadline = time.monotonic() + self.engine.timeout
         try:
-            away = not server.up
             server.bring(self.version, deadline, wanted=lambda: not self._over(), alone=self.engine.alone)
-            if away:
-                logger.warning("vllm_server: %s is back, with weights %s", server.url, self.version.name)
+            with self.changed:
+                if server in self.told:
+                    self.told.remove(server)
+                    logger.warning("vllm_server: %s is back, with weights %s", server.url, self.version.name)
         finally:
             with self.changed:
                 self.changed.notify_all()

@@ -11,14 +11,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..checkpoint import atomic_directory, remove_directory
-from ..models import unwrapped
+from ..models import is_cut, save_cut_weights, unwrapped
 from ..models.adapters import merged, merged_whole
 from ..models.parts import quiet
-from ..models.saving import save_cut_weights
 from .sampling import RolloutError
 
 
@@ -48,7 +46,7 @@ class WeightFolders:
         Slices (FSDP2) are gathered a tensor at a time, so that no process holds the whole.
 
         Args:
-            policy: a model of transformers, or of PEFT around one, which is sharded only while it is whole.
+            policy: a model of transformers, whole or in slices, or of PEFT around one, whole.
             adapters: write the adapters alone, as PEFT does.
             untied: write weights that are tied under each of their names.
         Raises:
@@ -57,7 +55,7 @@ class WeightFolders:
         self.number += 1
         name = f"rlhf-{self.run}-{self.number}"
         folder = (self.home / name).resolve()
-        if not is_cut(policy):
+        if not _holds_slices(policy):
             return on_first(lambda: self._write_whole(Version(name, str(folder), adapters), policy, untied))
         first = PartialState().is_main_process
         with atomic_directory(folder) if first else contextlib.nullcontext() as temporary, quiet():
@@ -67,10 +65,9 @@ class WeightFolders:
     def _write_whole(self, version: Version, policy, untied: bool) -> Version:
         with atomic_directory(version.folder) as temporary, quiet():
             if version.adapters:
-                policy.save_pretrained(temporary, state_dict=whole_state(policy), save_embedding_layers=False)
+                policy.save_pretrained(temporary, state_dict=_state_while_whole(policy), save_embedding_layers=False)
             else:
-                model, state = (merged_whole if is_sharded(policy) else merged)(policy)
-                state = whole_state(model) if state is None else state
+                model, state = (merged_whole if is_cut(policy) else merged)(policy)
                 model.save_pretrained(temporary, state_dict=_untied(model, state) if untied else state)
         return version
 
@@ -81,18 +78,14 @@ class WeightFolders:
                 remove_directory(folder)
 
 
-def is_cut(model) -> bool:
-    """Whether the weights are slices now; while a sharded network is whole, they are not."""
+def _holds_slices(model) -> bool:
+    """Whether the weights are slices now; while a network that FSDP2 has cut is whole, they are not."""
     return any(isinstance(weight, DTensor) for weight in model.parameters())
 
 
-def is_sharded(model) -> bool:
-    return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def whole_state(model) -> dict | None:
-    """The state dict of a network that is sharded and now whole, whose own `state_dict()` would cut it; else None."""
-    if not is_sharded(model):
+def _state_while_whole(model) -> dict | None:
+    """The state dict of a network that is cut, and whole now: its own `state_dict()` would cut it again. Else None."""
+    if not is_cut(model):
         return None
     state = dict(model.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules(remove_duplicate=False):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 
 import pytest
@@ -83,6 +84,26 @@ def test_the_policy_trains_while_the_engine_samples_from_older_weights(home):
     assert gaps[0] < 1e-5 and min(gaps[1:]) > 1e-3
     assert rows[0]["rollout/effective_sample_size"] == pytest.approx(1, abs=1e-6)
     assert all(row["rollout/effective_sample_size"] < 1 - 1e-6 for row in rows[1:])
+
+
+def test_a_wait_inside_a_checkpoint_is_counted(home):
+    """The engine answers a while after a checkpoint has begun to wait; the loop then finds the samples there."""
+    trainer, begun, seconds = home.trainer(max_steps=3, save_steps=1, **AHEAD), threading.Event(), 0.5
+
+    def save_checkpoint(original=trainer.save_checkpoint):
+        begun.set()
+        original()
+
+    def answer_late():
+        assert begun.wait(LONG)
+        begun.clear()
+        time.sleep(seconds)
+
+    trainer.save_checkpoint = save_checkpoint
+    meanwhile(trainer, answer_late)
+    trainer.train()
+    for row in home.rows()[1:]:
+        assert row["rollout/seconds_waited"] > seconds / 2 > row["time/rollout"]
 
 
 def test_samples_ahead_are_those_of_an_engine_that_is_one_iteration_late(home):

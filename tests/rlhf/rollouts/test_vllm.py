@@ -191,7 +191,7 @@ def test_a_server_that_was_started_again_gets_the_weights_before_it_samples(star
     assert draw(engine, policy) == wanted and server.loads() == 3
 
 
-def test_a_server_that_is_killed_and_comes_back(start, policy, tmp_path):
+def test_a_server_that_is_killed_and_comes_back(start, policy, tmp_path, caplog):
     wanted = draw(engine_of(tmp_path / "a", start()), policy)
 
     def kill(body, answer):
@@ -210,7 +210,10 @@ def test_a_server_that_is_killed_and_comes_back(start, policy, tmp_path):
     engine = engine_of(tmp_path / "b", server)
     engine.update_weights(policy)
     faults.left = 1
-    assert draw(engine, policy) == wanted and server.loads() == 3
+    with caplog.at_level(logging.WARNING, "rlhf"):
+        assert draw(engine, policy) == wanted and server.loads() == 3
+    told = ("it is waited for up to 5 s (vllm_timeout)", f"{server.url} is back, with weights {engine.version.name}")
+    assert [caplog.text.count(text) for text in told] == [1, 1]  # however many prompts were under way
 
 
 def test_the_others_go_on_while_one_is_gone(start, policy, tmp_path, caplog):
